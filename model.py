@@ -138,9 +138,13 @@ def table(c):
 
 def walk(f, c):
     """The table with every Weight w at path p replaced by f(p, w); p is such as "layers/query_DQ"."""
-    name = lambda path: "/".join(k.key for k in path)
-    return jax.tree_util.tree_map_with_path(lambda path, w: f(name(path), w), table(c),
+    return jax.tree_util.tree_map_with_path(lambda path, w: f(path_name(path), w), table(c),
                                             is_leaf=lambda x: isinstance(x, Weight))
+
+
+def path_name(path):
+    """The dictionary keys of a pytree path, joined: "layers/query_DQ"."""
+    return "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
 class Counts(NamedTuple):
@@ -296,9 +300,11 @@ def attend(a_TD, p, segment_BS, rotation, c, full, offset):
     y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window)
 
     # Exclusive self-attention: remove from each head's output its part along the token's own value vector;
-    # what a token is, the residual stream already carries. Two sums and a division per head, in float32.
-    y, v = y_BSNH.reshape(B, S, M, N // M, H).astype(jnp.float32), v_BSMH[:, :, :, None].astype(jnp.float32)
-    y = y - jnp.sum(y * v, -1, keepdims=True) / (jnp.sum(v * v, -1, keepdims=True) + 1e-6) * v
+    # what a token is, the residual stream already carries. In float32, and as einsums: the same lines with
+    # broadcasting and jnp.sum are 10 times slower on CPU, forward and backward [measured].
+    y, v = y_BSNH.reshape(-1, M, N // M, H).astype(jnp.float32), v_BSMH.reshape(-1, M, H).astype(jnp.float32)
+    unit = v / (jnp.einsum("TMH,TMH->TM", v, v)[:, :, None] + 1e-6)
+    y = y - jnp.einsum("TMG,TMH->TMGH", jnp.einsum("TMGH,TMH->TMG", y, v), unit)
     gate_TN = 2 * jax.nn.sigmoid(a_TD.astype(jnp.float32) @ p["head_gate_DN"])       # starts at 1: zeros init
     y_TNH = y.reshape(-1, N, H) * gate_TN[:, :, None]
     return y_TNH.reshape(-1, N * H).astype(a_TD.dtype) @ p["out_QD"]

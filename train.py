@@ -330,10 +330,13 @@ def state_shardings(c, t, mesh):
     """The sharding of every leaf of the state: an optimizer moment lies as its weight lies; all else is copied."""
     specs = model.walk(lambda path, w: w.spec, c)
     abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-    opt = optax.tree_map_params(make_optimizer(c, t), lambda _, spec: spec, abstract.opt, specs,
-                                transform_non_params=lambda _: Spec())
-    tree = State(Spec(), specs, opt, Spec())
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=lambda x: isinstance(x, Spec))
+    by_name = {model.path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(
+        specs, is_leaf=lambda x: isinstance(x, Spec))}
+    # optax nests the weights' tree, group by group: the path of a moment ends in the path of its weight
+    opt = jax.tree_util.tree_map_with_path(
+        lambda path, _: by_name.get(model.path_name(path).partition("/")[2], Spec()), abstract.opt)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), State(Spec(), specs, opt, Spec()),
+                        is_leaf=lambda x: isinstance(x, Spec))
 
 
 def make_train_step(c, t, mesh):

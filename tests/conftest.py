@@ -1,0 +1,20 @@
+"""Eight CPU devices for every test, the repository on the path, slow tests only on request (pytest -m slow)."""
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes instead of seconds; run with `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with `pytest -m slow`"))

@@ -38,8 +38,9 @@ def select(logits_TE, bias_E, K):
 
 def _sortable(x):
     """Float32 to uint32 such that x < y as floats exactly when key(x) < key(y) as integers."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.uint32)        # + 0.0 turns -0.0 into +0.0
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    bits, sign = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), jnp.uint32(1 << 31)
+    bits = jnp.where(bits == sign, 0, bits)                     # -0.0 is +0.0; x + 0.0 would flush subnormals too
+    return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _unsortable(key):

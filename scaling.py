@@ -5,10 +5,11 @@ Run:   python scaling.py               the story in ten seconds: 2.252 was forec
 Read:  runs -> shapes and FLOPs -> bowls -> envelope -> surface -> uncertainty -> analysis -> bias
        -> registration -> planning -> speed-up -> pictures -> command line
 C training FLOPs   N active parameters (output head in, input embedding out)   D tokens   k = C/(N D), never 6
-L(C) = E + A C^-alpha: E asymptote in nats per token, A, alpha.   A star marks the compute-optimal point of a C.
+L(C) = E + A C^-alpha: E asymptote in nats per token, A, alpha.   A star: the compute-optimal point of a C.
 Sources: #n is an issue of marin-community/marin; Czech et al. is arXiv 2603.22339."""
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -33,6 +34,7 @@ REFERENCE = 1e20        # C is measured in this unit while fitting, so that A st
 VOCAB = 128_256         # Llama-3's, the tokenizer of every public table below
 CONVENTION = ("C: training FLOPs, 3x forward, causal square counted whole, head only when dense; "
               "N: active parameters, head in, embedding out")
+MUST_NOT = "this fit must not forecast"                # how the flags begin that `register` refuses
 
 
 class BadInput(ValueError):
@@ -41,7 +43,7 @@ class BadInput(ValueError):
         super().__init__(" ".join(f"{where}: expected {expected}, found {str(found)[:200]}; do {do}".split()))
 
 
-# ----------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------- runs
 
 @dataclass(frozen=True)
 class Run:
@@ -56,11 +58,12 @@ class Run:
     eval: str = ""
     tokenizer: str = ""
     bytes_per_token: float = 0.0    # of the evaluation text; 0 is unknown
+    bpb: float = 0.0                # bits per byte as measured, a mean over domains; 0: from the loss
     source: str = ""
     extra: dict = field(default_factory=dict, compare=False)
 
 
-# {budget: {width: Paloma macro loss}} [cited: #4447 the v16 sweep, #6074 and #8003 the May sweep]. Tokens follow from
+# {budget: {width: Paloma macro loss}} [cited: #4447 v16, #6074 and #8003 May]. Tokens follow from
 # flops_per_token, to 3e-4 of the posted counts (tests); at 1e21 only the last run of each width.
 MOE_V16 = {
     1e18: {512: 3.539674, 640: 3.522152, 768: 3.527292, 896: 3.587628, 1024: 3.623152, 1280: 3.748672,
@@ -88,7 +91,7 @@ DELPHI_VERTICES = ((3.0e18, 1479419846.435, 380691293.436, 3.5861880886, 0.57329
                    (9.0e19, 10246124083.970, 1478431211.248, 3.0410230303, 0.3389222170),
                    (1.8e20, 15402871298.448, 1936095968.268, 2.9463606138, 0.3356739652),
                    (3.0e20, 20875750175.553, 2353770604.589, 2.8829059352, 0.3249631499))
-# C, N, D, then the losses (one a seed) of the runs that came after Delphi's forecast; the last had loss spikes
+# C, N, D, then the losses (one a seed) of the runs after Delphi's forecast; the last had loss spikes
 DELPHI_HELD_OUT = ((1e21, 3383110656, 46256881664, (2.758141, 2.760562, 2.759510)),
                    (1e22, 9714698752, 160369213440, (2.530787, 2.534246, 2.531137)),
                    (1e23, 24963098112, 628172521472, (2.354601,)))
@@ -107,12 +110,13 @@ def reference(name):
 
     table, experts = (MOE_V16, 64) if name == "moe_v16" else (MOE_MAY, 256)
     runs = []
-    for C, width, loss in ((C, width, loss) for C, row in table.items() for width, loss in row.items()):
-        # Marin's own fit leaves 640 and 896 out, without a stated reason; we do as it did, to reproduce it.
-        kind = "held_out" if C > 5e20 else "excluded" if width in (640, 896) else "isoflop"
-        sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})    # the run had 48, not 49
-        runs.append(Run(C, sweep_params(sizes), C / flops_per_token(sizes, VOCAB), loss, C, kind, source=name,
-                        extra={"hidden_dim": width}))
+    for C, row in table.items():
+        for width, loss in row.items():
+            # Marin's own fit leaves 640 and 896 out, for no stated reason; we follow, to reproduce it.
+            kind = "held_out" if C > 5e20 else "excluded" if width in (640, 896) else "isoflop"
+            sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})   # the rule gives 49
+            runs.append(Run(C, sweep_params(sizes), C / flops_per_token(sizes, VOCAB), loss, C, kind,
+                            source=name, extra={"hidden_dim": width}))
     return runs
 
 
@@ -128,16 +132,17 @@ def number(text, where, key, low=0.0, high=1e40):
     return value
 
 
-SHAPE_COLUMNS = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "seq_len", "gated_norm_rank",
-                 "num_experts", "experts_per_token", "expert_dim", "shared_dim")        # the last four may be 0
+SHAPE_COLUMNS = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "seq_len",
+                 "gated_norm_rank", "num_experts", "experts_per_token", "expert_dim", "shared_dim")
+MAY_BE_ZERO = SHAPE_COLUMNS[-4:]
 KNOWN_COLUMNS = SHAPE_COLUMNS + ("flops", "budget_flops", "params", "tokens", "loss", "kind", "seed", "eval",
-                                 "tokenizer", "bytes_per_token", "vocab_size")
+                                 "tokenizer", "bytes_per_token", "bpb", "vocab_size")
 
 
 def read_csv(path):
     """Runs of a table with a header of flops (or budget_flops), params, tokens, loss; other columns are kept.
 
-    A blank params or tokens is derived from the row's hidden_dim and num_experts (and other shape columns)."""
+    A blank params or tokens is derived from the row's hidden_dim, num_experts and other shape columns."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
@@ -156,25 +161,28 @@ def read_csv(path):
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) != len(head):
-            raise BadInput(where, f"{len(head)} cells", len(cells), "quote commas inside cells, fill the gaps")
+            raise BadInput(where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
         row = {key: cell.strip() for key, cell in zip(head, cells)}
-        cell = lambda key, low=0.0, high=1e40: number(row[key], where, key, low, high) if row.get(key) else None
+        cell = lambda key, low=0.0, high=1e40: (number(row[key], where, key, low, high)
+                                                if row.get(key) else None)
         C, N, D = number(row[C_column], where, C_column, 1), cell("params", 1), cell("tokens", 1)
         if not (N and D):
-            given = {key: int(cell(key, -1 if key in SHAPE_COLUMNS[-4:] else 0.99, 1e6))
+            given = {key: int(cell(key, -1 if key in MAY_BE_ZERO else 0.99, 1e6))
                      for key in SHAPE_COLUMNS if row.get(key)}
             if not {"hidden_dim", "num_experts"} <= given.keys():
                 raise BadInput(where, "params and tokens, or hidden_dim and num_experts to derive them from",
                                "neither", "fill them in")
             sizes = shape(given["hidden_dim"], given["num_experts"], given.get("head_dim", 128)) | given
             vocab = int(cell("vocab_size", 0.99, 1e9) or VOCAB)
-            N, D = N or param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"], D or C / flops_per_token(sizes, vocab)
-        runs.append(Run(C, N, D, number(row["loss"], where, "loss", 1e-3, 100), cell("budget_flops", 1) or 0.0,
-                        row.get("kind") or "isoflop", row.get("seed", ""), row.get("eval", ""), row.get("tokenizer", ""),
-                        cell("bytes_per_token", 0, 1e3) or 0.0, str(path),
-                        {key: row[key] for key in head if key not in KNOWN_COLUMNS}))
-        if runs[-1].kind not in ("isoflop", "held_out", "excluded"):
-            raise BadInput(where, "kind isoflop, held_out or excluded", runs[-1].kind, "correct the cell")
+            N = N or param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"]
+            D = D or C / flops_per_token(sizes, vocab)
+        if (row.get("kind") or "isoflop") not in ("isoflop", "held_out", "excluded"):
+            raise BadInput(where, "kind isoflop, held_out or excluded", row["kind"], "correct the cell")
+        given = {key: row[key] for key in ("kind", "seed", "eval", "tokenizer") if row.get(key)}
+        given |= dict(budget=cell("budget_flops", 1) or 0.0, bpb=cell("bpb", 0, 100) or 0.0,
+                      bytes_per_token=cell("bytes_per_token", 0, 1e3) or 0.0,
+                      extra={key: row[key] for key in head if key not in KNOWN_COLUMNS})
+        runs.append(Run(C, N, D, number(row["loss"], where, "loss", 1e-3, 100), source=str(path), **given))
     return runs
 
 
@@ -196,7 +204,7 @@ def read_run_dir(folder):
         raise BadInput(folder, "a finished run (result.json)", "none", "let the run finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
     known = {key: number(result.get(key), path, key, *((1e-3, 100) if key == "loss" else (0, 1e40)))
-             for key in ("flops", "params", "tokens", "loss", "bytes_per_token")}
+             for key in ("flops", "params", "tokens", "loss", "bytes_per_token", "bpb")}
     return Run(**known, seed=str(result.get("seed", "")), source=str(folder), extra={"run_dir": str(folder)},
                eval=json.dumps(result.get("eval", ""), sort_keys=True).strip('"'),
                tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "")
@@ -216,31 +224,33 @@ def checked(runs, source):
     if len(evals := sorted({run.eval for run in runs})) > 1:
         raise BadInput(source, "one eval definition", f"{len(evals)}: {evals}", "fit each eval on its own")
     if not any(run.kind == "isoflop" for run in runs):
-        raise BadInput(source, "at least one isoFLOP run", f"{len(runs)} runs, none of them", "add the ladder")
+        raise BadInput(source, "at least one isoFLOP run", f"none in {len(runs)} runs", "add the ladder")
     for run in sorted((r for r in runs if not r.budget), key=lambda r: r.flops):
         if not groups or run.flops > 1.25 * groups[-1][0].flops:
             groups.append([])
         groups[-1].append(run)
-    nominal = {id(r): float(f"{np.exp(np.mean([np.log(s.flops) for s in g])):.4g}") for g in groups for r in g}
+    mean = lambda group: math.exp(np.mean([math.log(r.flops) for r in group]))
+    nominal = {id(r): float(f"{mean(group):.4g}") for group in groups for r in group}
     return [replace(run, budget=run.budget or nominal[id(run)]) for run in runs]
 
 
 def in_unit(runs, unit, source):
-    """Losses in "nats" per token or "bpb", bits per byte. Several tokenizers compare only in the latter: a token
-    that spans more bytes costs more nats for the same knowledge of the text."""
+    """Losses in "nats" per token or "bpb", bits per byte. Tokenizers compare only in the latter: a token that
+    spans more bytes costs more nats for the same knowledge of the text."""
     kinds = sorted({(r.tokenizer, round(r.bytes_per_token, 3)) for r in runs})
     if unit == "nats" and len(kinds) > 1:
         raise BadInput(source, "one tokenizer for a forecast in nats per token", f"{len(kinds)}: {kinds[:3]}",
                        "use --unit bpb, since only bits per byte compare across tokenizers")
-    if unit == "bpb" and any(not r.bytes_per_token for r in runs):
-        raise BadInput(source, "bytes_per_token for every run", "a run without", "add the column")
-    return runs if unit == "nats" else [replace(r, loss=r.loss / math.log(2) / r.bytes_per_token) for r in runs]
+    if unit == "bpb" and any(not (r.bytes_per_token or r.bpb) for r in runs):
+        raise BadInput(source, "bpb or bytes_per_token for every run", "a run without", "add the column")
+    per_byte = lambda r: r.bpb or r.loss / math.log(2) / r.bytes_per_token
+    return runs if unit == "nats" else [replace(r, loss=per_byte(r)) for r in runs]
 
 
-# ----------------------------------------------------------------------------------------- shapes and FLOPs
+# ------------------------------------------------------------------------------------------- shapes and FLOPs
 
 def shape(hidden_dim, experts=64, unit=128):
-    """Config keys of a width by the recipe's rules [cited: #4447]; experts=0 is the dense twin (4x MLP, no GQA).
+    """Config keys of a width by the recipe's rules [cited: #4447]; experts=0 is dense (4x MLP, no GQA).
 
     unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop."""
     if hidden_dim < unit or hidden_dim % unit:
@@ -249,13 +259,14 @@ def shape(hidden_dim, experts=64, unit=128):
     grouped = max([k for k in range(1, heads // 4 + 1) if heads % k == 0] or [1])    # 4:1 where 4 divides
     return dict(hidden_dim=hidden_dim, seq_len=4096, head_dim=unit, num_heads=heads,
                 num_layers=max(1, round(hidden_dim / (64 + 4 * math.log2(hidden_dim) - 9))),
-                num_kv_heads=grouped if experts else heads, num_experts=experts, experts_per_token=min(4, experts),
+                num_kv_heads=grouped if experts else heads, num_experts=experts,
+                experts_per_token=min(4, experts),
                 expert_dim=math.ceil(hidden_dim / 2 / unit) * unit if experts else 0,
                 shared_dim=hidden_dim if experts else 4 * hidden_dim, gated_norm_rank=128)
 
 
 def flops_per_token(sizes, vocab_size):
-    """Training FLOPs per token: 3x forward, scores over the whole seq_len, head only when dense [cited: #4447].
+    """Training FLOPs per token: 3x forward, scores over all of seq_len, head only when dense [cited: #4447].
 
     Norms, gates and the embedding are not counted. This is model.count's convention; it is never 6 N."""
     d, s, H, h = sizes["hidden_dim"], sizes["seq_len"], sizes["num_heads"], sizes["head_dim"]
@@ -280,19 +291,19 @@ def param_counts(sizes, vocab_size):
 
 
 def sweep_params(sizes, vocab_size=VOCAB):
-    """N as Marin's v16 sweep counted it [derived: the count that gives the N* posted in #4447]: attention as four
-    full squares in spite of GQA, no norms or gates."""
+    """N as Marin's v16 sweep counted it [derived: it gives the N* posted in #4447]: attention as four full
+    squares in spite of GQA, no norms or gates."""
     d = sizes["hidden_dim"]
     return (sizes["num_layers"] * (4 * d * d + 3 * d * sizes["expert_dim"] * sizes["experts_per_token"]
                                    + 3 * d * sizes["shared_dim"] + d * sizes["num_experts"]) + vocab_size * d)
 
 
-# ---------------------------------------------------------------------------------------------------- bowls
+# ------------------------------------------------------------------------------------------------------ bowls
 
 @dataclass(frozen=True)
 class Choices:
     """Everything that decides a fit; stored whole in a registration."""
-    method: str = "shared"          # shared | parabola (the biased habit) | cubic | surface | best (lowest run)
+    method: str = "shared"          # shared | parabola | cubic | best (lowest run) | surface
     axis: str = "tokens"            # the bowl's horizontal axis: tokens | params
     window: float | None = None     # keep only runs within this factor of the vertex
     asymptote: float | None = None  # E; None leaves it free
@@ -310,15 +321,15 @@ def best_coefficients(exponents, log_u, log_v, y, groups):
 
 
 def variable_projection(log_u, log_v, y, groups, start=None):
-    """((p, q), residuals, coefficients) with p, q common to all groups, by VPNLS [cited: Czech et al.]: given p, q
-    the rest is linear, so two numbers are searched, by a 32 x 32 grid (unless start is given) and Gauss-Newton."""
+    """((p, q), residuals, coefficients), p and q common to all groups, by VPNLS [cited: Czech et al.]: given
+    them the rest is linear, so two numbers are searched: a 32 x 32 grid (if no start), then Gauss-Newton."""
     residual = lambda pq: best_coefficients(pq, log_u, log_v, y, groups)[0]
     tolerance = 1e-15 if start is None else 1e-9
     if start is None:
         grid = np.geomspace(0.03, 1.5, 32)
         start = min(((p, q) for p in grid for q in grid), key=lambda pq: np.sum(residual(pq)**2))
-    pq = least_squares(residual, start, "3-point", bounds=(0.01, 3), xtol=tolerance, ftol=tolerance, gtol=1e-15).x
-    return pq, *best_coefficients(pq, log_u, log_v, y, groups)
+    fit = least_squares(residual, start, "3-point", (0.01, 3), xtol=tolerance, ftol=tolerance, gtol=1e-15)
+    return fit.x, *best_coefficients(fit.x, log_u, log_v, y, groups)
 
 
 def by_budget(runs):
@@ -328,19 +339,19 @@ def by_budget(runs):
 
 
 def bad_bowl(runs, C, expected, found):
-    return BadInput(f"{runs[0].source}: budget {C:.3g}", expected, found, "add runs there, or leave the budget out")
+    return BadInput(f"{runs[0].source}: budget {C:.3g}", expected, found, "add runs there, or leave it out")
 
 
-LEAST = {"parabola": 3, "shared": 3, "cubic": 4, "best": 1}         # runs that a bowl needs; its free parameters
+LEAST = {"parabola": 3, "shared": 3, "cubic": 4, "best": 1}     # runs that a bowl needs; its parameters
 
 
 def curves(runs, choices, x, y, groups, start):
     """Per budget (curve of z = log10 x, its lowest z), and the shared exponents if there are any.
 
-    parabola  a quadratic in z, each budget alone: what everyone uses. The truth is steeper on one side, so its
+    parabola  a quadratic in z, each budget alone: what everyone uses. The truth is lopsided, so the
               vertex moves with the sampling (see `bias`). Kept as the baseline.
     cubic     one more degree: less bias, more noise.
-    shared    E_c + A_c x^p + B_c x^-q, with p and q common to all budgets. Along an isoFLOP N is C/(k D), so a
+    shared    E_c + A_c x^p + B_c x^-q, with p and q common to all budgets. Along an isoFLOP N is C/(kD), so a
               loss surface has just this form; no bias without noise, and no E common to all budgets.
     best      the lowest run as it is; for tables of optima, and for budgets of one run."""
     found, middle = [], {C: x[rows].mean() for C, rows in groups.items()}
@@ -372,7 +383,7 @@ def curves(runs, choices, x, y, groups, start):
 def bowls(runs, choices, start=None, inside=True):
     """dict(vertices, fitted, unknowns, start): where each budget's bowl is lowest, and how low.
 
-    Raises BadInput for a bowl with too few runs, without a minimum or (if `inside`) with one outside its runs."""
+    Raises BadInput for a bowl of too few runs, without a minimum or (if `inside`) with one outside them."""
     groups, y, least = by_budget(runs), np.array([r.loss for r in runs]), LEAST[choices.method]
     N, D = np.log10([r.params for r in runs]), np.log10([r.tokens for r in runs])
     x, other = (D, N) if choices.axis == "tokens" else (N, D)
@@ -390,16 +401,20 @@ def bowls(runs, choices, start=None, inside=True):
             slope, level = 0.0, other[rows[np.argmin(y[rows])]]
         else:
             if inside and 0 in sides:
-                raise bad_bowl(runs, C, f"a minimum inside the sampled {choices.axis} {10**x[rows].min():.3g} to "
-                               f"{10**x[rows].max():.3g}", f"{10**min(99, max(-99, at)):.3g}")
+                ends = f"{10**x[rows].min():.3g} to {10**x[rows].max():.3g}"
+                raise bad_bowl(runs, C, f"a minimum inside the sampled {choices.axis}, {ends}",
+                               f"{10**min(99, max(-99, at)):.3g}")
             fitted[rows], loss = curve(x[rows]), curve(at)
             curvature = (curve(at + 1e-3) - 2 * loss + curve(at - 1e-3)) / 2e-6
-            flags = [f"only {n} run with {side} {choices.axis}" for n, side in zip(sides, ("fewer", "more")) if n < 2]
-            slope, level = np.polyfit(x[rows], other[rows], 1)     # the other axis: a straight line in log-log
-        star = {choices.axis: 10**float(at), "params" if choices.axis == "tokens" else "tokens": 10**float(slope * at + level)}
-        vertices.append(dict(budget=C, runs=len(rows), loss=float(loss), curvature=float(curvature), flags=flags,
-                             _curve=curve) | star)
-    return dict(vertices=vertices, fitted=fitted, unknowns=least * len(groups) + 2 * (start is not None), start=start)
+            flags = [f"only {n} run with {side} {choices.axis}"
+                     for n, side in zip(sides, ("fewer", "more")) if n < 2]
+            slope, level = np.polyfit(x[rows], other[rows], 1)     # the other axis: a line in log-log
+        stars = [10**float(at), 10**float(slope * at + level)]
+        D_star, N_star = stars if choices.axis == "tokens" else stars[::-1]
+        vertices.append(dict(budget=C, runs=len(rows), tokens=D_star, params=N_star, loss=float(loss),
+                             curvature=float(curvature), flags=flags, _curve=curve))
+    unknowns = least * len(groups) + (0 if start is None else 2)
+    return dict(vertices=vertices, fitted=fitted, unknowns=unknowns, start=start)
 
 
 def windowed(runs, choices):
@@ -412,19 +427,19 @@ def windowed(runs, choices):
     return [r for r in runs if off(r) <= math.log(choices.window)]
 
 
-# ------------------------------------------------------------------------------------------------- envelope
+# --------------------------------------------------------------------------------------------------- envelope
 
-def envelope(C, L, asymptote=None, space="log"):
+def envelope(C, L, asymptote=None, space="log", where="envelope"):
     """L(C) = E + A C^-alpha through the vertices: dict(E, A, alpha, ssr, space, free).
 
-    In log space each E gives a straight line. A free E is the best of 400 between 0 and 0.95 min L: so Marin's
-    public forecasts were made, and the grid's step (0.007) is far below the uncertainty of E."""
+    In log space each E gives a straight line. A free E is the best of 400 between 0 and 0.95 min L: Marin's
+    public forecasts were made so, and the grid's step (0.007) is far below the uncertainty of E."""
     c, L, free = np.log(np.asarray(C) / REFERENCE), np.asarray(L, float), asymptote is None
     if len(c) < 3 + free:
-        raise BadInput("envelope", f"at least {3 + free} budgets with E {'free' if free else 'fixed'}", len(c),
+        raise BadInput(where, f"at least {3 + free} budgets with E {'free' if free else 'fixed'}", len(c),
                        "add budgets" + (", or fix E by --asymptote" if free else ""))
     if not free and not 0 <= asymptote < L.min():
-        raise BadInput("--asymptote", f"0 or more, below the lowest loss {L.min():.4f}", asymptote, "lower it")
+        raise BadInput("--asymptote", f"0 to below the lowest loss {L.min():.4f}", asymptote, "lower it")
     E = np.linspace(0, 0.95 * L.min(), 400) if free else np.array([asymptote])
     y, centred = np.log(L - E[:, None]), c - c.mean()
     slope, level = y @ centred / (centred @ centred), y.mean(1)
@@ -434,13 +449,13 @@ def envelope(C, L, asymptote=None, space="log"):
     if space == "linear":
         given = lambda p: (p[0] if free else E) + np.exp(p[-2] - p[-1] * c) - L
         bounds = ([0, -np.inf, -np.inf], [L.min(), np.inf, np.inf]) if free else (-np.inf, np.inf)
-        best = least_squares(given, [E, log_A, alpha][not free:], x_scale="jac", xtol=1e-12, ftol=1e-14, bounds=bounds)
+        best = least_squares(given, [E, log_A, alpha][not free:], bounds=bounds, x_scale="jac", ftol=1e-14)
         *new_E, log_A, alpha = best.x
         E, ssr = new_E[0] if free else E, 2 * best.cost
     if not 1e-6 < alpha < 3:
-        raise BadInput("envelope", "a loss that falls with compute, alpha in 0..3", f"{alpha:.3g}", "check the runs")
-    return dict(E=float(E), A=float(np.exp(log_A + alpha * np.log(REFERENCE))), alpha=float(alpha), ssr=float(ssr),
-                space=space, free=free)
+        raise BadInput(where, "a falling loss, alpha in 0..3", f"{alpha:.3g}", "check the runs")
+    A = np.exp(log_A + alpha * np.log(REFERENCE))
+    return dict(E=float(E), A=float(A), alpha=float(alpha), ssr=float(ssr), space=space, free=free)
 
 
 def loss_at(law, C):
@@ -452,25 +467,25 @@ def loss_at(law, C):
 
 
 def power_law(C, y):
-    """y = coefficient C^exponent by least squares in log-log, with a Student-t interval; None for unknown y."""
+    """y = coefficient C^exponent by a line in log-log, with a Student-t interval; None for unknown y."""
     if not np.all(np.isfinite(y)) or len(C) < 3:
         return None
     line = linregress(np.log(C), np.log(y))
     if not abs(line.slope) < 5:
-        raise BadInput("N* and D*", "exponents within 5 of 0", f"{line.slope:.3g}", "check params and tokens of the runs")
+        raise BadInput("N* and D*", "exponents within 5 of 0", f"{line.slope:.3g}", "check params and tokens")
     half = student.ppf((1 + LEVEL) / 2, len(C) - 2) * line.stderr
     return dict(coefficient=float(np.exp(line.intercept)), exponent=float(line.slope),
                 interval=[float(line.slope - half), float(line.slope + half)])
 
 
-# -------------------------------------------------------------------------------------------------- surface
+# ---------------------------------------------------------------------------------------------------- surface
 
 def surface(runs, method="vpnls", start=None):
     """(law, fitted): L = E + A N^-alpha + B D^-beta through all runs at once.
 
-    Exact on synthetic data, yet 13 % off on Marin's ladder, whose budgets differ in more than N and D; so it is
-    never the default [derived: `fit DELPHI.csv --method surface`]. "vpnls" minimises squared loss, "huber_lse"
-    Huber(1e-3) of log-loss through log-sum-exp (Hoffmann et al.), started from the former."""
+    Exact on synthetic data, 13 % off on Marin's ladder, whose budgets differ in more than N and D; never the
+    default [derived: `fit DELPHI.csv --method surface`]. "vpnls" minimises squared loss, "huber_lse" a
+    Huber loss (1e-3) of log-loss through log-sum-exp (Hoffmann et al.), started from the former."""
     N, D, y = (np.array([getattr(r, key) for r in runs], float) for key in ("params", "tokens", "loss"))
     if len(y) < 6 or not all(np.ptp(np.log10(x)) < 12 for x in (N, D)):
         raise BadInput(runs[0].source, "at least 6 runs of plausible params and tokens", len(y), "add runs")
@@ -478,17 +493,19 @@ def surface(runs, method="vpnls", start=None):
     u, v = np.log(N) - log_n, np.log(D) - log_d
     (alpha, beta), residual, [(E, A, B)] = variable_projection(u, v, y, [np.arange(len(y))], start)
     if min(A, B) <= 0:
-        raise BadInput(runs[0].source, "a loss that falls with N and with D", "A or B clipped at zero", "use bowls")
+        raise BadInput(runs[0].source, "a loss that falls with N and D", "A or B clipped at 0", "use bowls")
     status = ["E clipped at zero"] * bool(E == 0) + ["exponent at its bound"] * bool(max(alpha, beta) > 2.9)
     if method == "huber_lse":
         model = lambda p: logsumexp([np.full(len(y), p[0]), p[1] - p[3] * u, p[2] - p[4] * v], axis=0)
         best = minimize(lambda p: 1e6 * np.sum(huber(1e-3, model(p) - np.log(y))), method="L-BFGS-B",
-                        x0=[*np.log([max(E, 1e-9), A, B]), alpha, beta], options=dict(maxiter=5000, ftol=1e-15))
+                        x0=[*np.log([max(E, 1e-9), A, B]), alpha, beta],
+                        options=dict(maxiter=5000, ftol=1e-15))
         (E, A, B), (alpha, beta), residual = np.exp(best.x[:3]), best.x[3:], y - np.exp(model(best.x))
     top = max(r.budget for r in runs)
-    return dict(E=float(E), A=float(A * np.exp(alpha * log_n)), B=float(B * np.exp(beta * log_d)), alpha=float(alpha),
-                beta=float(beta), ssr=float(residual @ residual), status=status, free=True,
-                k=float(np.median([r.flops / (r.params * r.tokens) for r in runs if r.budget == top]))), y - residual
+    k = np.median([r.flops / (r.params * r.tokens) for r in runs if r.budget == top])
+    law = dict(E=E, A=A * np.exp(alpha * log_n), B=B * np.exp(beta * log_d), alpha=alpha, beta=beta, k=k,
+               ssr=residual @ residual)
+    return {key: float(value) for key, value in law.items()} | dict(status=status, free=True), y - residual
 
 
 def surface_optimum(law, C):
@@ -503,14 +520,17 @@ def fit_law(runs, choices, start=None, inside=True):
     if choices.method != "surface":
         fit = bowls(runs, choices, start, inside)
         C, L = [v["budget"] for v in fit["vertices"]], [v["loss"] for v in fit["vertices"]]
-        return fit | {"law": envelope(C, L, choices.asymptote, choices.space)}
+        return fit | {"law": envelope(C, L, choices.asymptote, choices.space, runs[0].source)}
     law, fitted = surface(runs, start=start)
-    vertices = [dict(budget=C, runs=len(rows), loss=loss_at(law, C), curvature=math.nan, flags=[], _curve=None)
-                | dict(zip(("params", "tokens"), surface_optimum(law, C))) for C, rows in by_budget(runs).items()]
+    vertices = []
+    for C, rows in by_budget(runs).items():
+        N, D = surface_optimum(law, C)
+        vertices.append(dict(budget=C, runs=len(rows), tokens=D, params=N, loss=loss_at(law, C),
+                             curvature=math.nan, flags=[], _curve=None))
     return dict(law=law, vertices=vertices, fitted=fitted, unknowns=5, start=(law["alpha"], law["beta"]))
 
 
-# ---------------------------------------------------------------------------------------------- uncertainty
+# ------------------------------------------------------------------------------------------------ uncertainty
 
 def delta_interval(law, C, L, target, level=LEVEL):
     """Delta-method Student-t interval for the loss of a new run at `target`; None without spare budgets."""
@@ -518,8 +538,9 @@ def delta_interval(law, C, L, target, level=LEVEL):
     if spare < 1:
         return None
     height = lambda c: loss_at(law, np.exp(c) * REFERENCE) - law["E"]
-    gradient = lambda c: np.stack([np.ones_like(c), height(c), -c * height(c)])[not law["free"]:]  # E, log A, alpha
-    weight = height if law["space"] == "log" else np.ones_like     # a residual of log(L - E) is one of L / height
+    d_parameters = lambda c: np.stack([np.ones_like(c), height(c), -c * height(c)])         # E, log A, alpha
+    gradient = lambda c: d_parameters(c)[0 if law["free"] else 1:]
+    weight = height if law["space"] == "log" else np.ones_like     # log(L - E) has residuals of L / height
     J, g = (gradient(c) / weight(c)).T, gradient(np.array(at))
     variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + weight(np.array(at))**2)
     half = student.ppf((1 + level) / 2, spare) * math.sqrt(variance)
@@ -528,14 +549,15 @@ def delta_interval(law, C, L, target, level=LEVEL):
 
 def run_bootstrap(runs, fit, choices, targets, draws=400, seed=0, level=LEVEL):
     """(intervals or None, share of failed refits): resample the runs' residuals about their bowls, refit all,
-    forecast one new run at each target. A refit may place a vertex outside its runs; the first fit may not."""
+    forecast one new run at each target. A refit may put a vertex outside its runs, the first fit may not."""
     residual, spare = np.array([r.loss for r in runs]) - fit["fitted"], len(runs) - fit["unknowns"]
     if choices.method == "best" or spare < 1:
         return None, 0.0
-    residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)     # fitted residuals are too small
+    residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)    # fitted ones are too small
     rng, forecasts = np.random.default_rng(seed), []
     for _ in range(draws):
-        sample = [replace(r, loss=float(y)) for r, y in zip(runs, fit["fitted"] + rng.choice(residual, len(runs)))]
+        losses = fit["fitted"] + rng.choice(residual, len(runs))
+        sample = [replace(r, loss=float(y)) for r, y in zip(runs, losses)]
         try:
             law = fit_law(sample, choices, fit["start"], inside=False)["law"]
         except BadInput:
@@ -551,15 +573,16 @@ def profile(C, L, targets, space, chosen, level=LEVEL):
     """Forecasts as a function of an assumed E, and which E the vertices allow (an F test on one parameter).
 
     The asymptote is most of what nobody knows about an extrapolation: this stands beside every interval."""
-    laws = [envelope(C, L, E, space) for E in np.union1d(np.arange(0, 0.95 * min(L), 0.025), [chosen])]
+    assumed = np.union1d(np.arange(0, 0.95 * min(L), 0.025).round(3), [chosen])
+    laws = [envelope(C, L, E, space) for E in assumed]
     spare, least = len(L) - 3, min(law["ssr"] for law in laws)
     limit = least * (1 + student.ppf((1 + level) / 2, spare)**2 / spare) if spare > 0 else math.inf
-    return [dict(E=law["E"], A=law["A"], alpha=law["alpha"], ssr=law["ssr"], allowed=bool(law["ssr"] <= limit),
+    return [dict(E=law["E"], alpha=law["alpha"], ssr=law["ssr"], allowed=bool(law["ssr"] <= limit),
                  losses=[loss_at(law, C) for C in targets]) for law in laws]
 
 
 def refits(runs, choices, targets, keep):
-    """[(tag, E, losses at the targets)] of refits to the runs that keep(run, tag) holds, tag being each budget."""
+    """[(tag, E, losses at the targets)] of refits to the runs that keep(run, tag) holds, budget by budget."""
     rows = []
     for tag in by_budget(runs):
         try:
@@ -571,16 +594,16 @@ def refits(runs, choices, targets, keep):
 
 
 def backtest(runs, choices, truth):
-    """Fit the budgets up to each one, forecast the vertices (`truth`) of the rest: dict(up_to, E, errors in %)."""
+    """Fit the budgets up to each one, forecast the later vertices (`truth`): dict(up_to, E, errors in %)."""
     later = lambda C: [v for v in truth if v["budget"] > C]
     first = [*by_budget(runs)][:4 - (choices.asymptote is not None)][-1]       # fewer budgets decide no E
     rows = refits(runs, choices, [v["budget"] for v in truth], lambda r, last: r.budget <= last)
-    return [dict(up_to=C, E=E, errors_percent=[100 * (v["loss"] / y - 1) for v, y in zip(later(C), L[-len(later(C)):])])
-            for C, E, L in rows if C >= first and later(C)]
+    errors = lambda C, L: [100 * (v["loss"] / y - 1) for v, y in zip(later(C), L[-len(later(C)):])]
+    return [dict(up_to=C, E=E, errors_percent=errors(C, L)) for C, E, L in rows if C >= first and later(C)]
 
 
 def bending(rows, vertices, law):
-    """Does the ladder bend away from one power law? Three signs and a verdict; seven budgets prove nothing."""
+    """Does the ladder bend away from one power law? Four signs and a verdict; seven budgets prove little."""
     several = [row["errors_percent"] for row in rows if len(row["errors_percent"]) > 1]
     same_sign = bool(several) and len({np.sign(e) for errors in several for e in errors}) == 1
     growing = same_sign and all(np.all(np.diff(np.abs(errors)) > 0) for errors in several)
@@ -591,11 +614,30 @@ def bending(rows, vertices, law):
         weights, covariance = np.polyfit((c - c.mean()) / c.std(), y, 2, cov=True)
         p = float(2 * student.sf(abs(weights[0]) / math.sqrt(max(covariance[0, 0], 1e-300)), len(c) - 3))
     bends = growing or (same_sign and one_way) or p < 0.05
+    verdict = "bending suspected" if bends else "no sign of bending" if several else "too few budgets to tell"
     return dict(same_sign=same_sign, growing=bool(growing), E_drifts_one_way=one_way, quadratic_p=p,
-                verdict="bending suspected" if bends else "no sign of bending" if several else "too few budgets to tell")
+                verdict=verdict)
 
 
-# ------------------------------------------------------------------------------------------------- analysis
+# --------------------------------------------------------------------------------------------------- analysis
+
+def doubts(choices, law, vertices, allowed, later):
+    """What to know before believing a fit, a line each; `allowed`: the tenable rows of its profile."""
+    flags = [f"budget {v['budget']:.3g}: {flag}" for v in vertices for flag in v["flags"]]
+    flags += law.get("status", [])
+    if choices.method == "parabola":
+        flags.append("parabola: its vertices are biased where the bowl is lopsided or off-centre (see: bias)")
+    if choices.asymptote is None and not 0.005 < law["E"] / (0.95 * min(v["loss"] for v in vertices)) < 0.995:
+        flags.append("E at the edge of its grid: the ladder does not determine it, fix it with --asymptote")
+    if allowed and law["E"] not in (tenable := [row["E"] for row in allowed]):
+        flags.append(f"the vertices disagree with E = {law['E']:g}: they allow {tenable[0]:.2f} to "
+                     f"{tenable[-1]:.2f}")
+    lowest = min(r.loss for r in later)
+    if law["E"] > 0.98 * lowest:
+        flags.append(f"{MUST_NOT}: E = {law['E']:.4f} lies above the best loss later reached, {lowest:.4f}, "
+                     "or less than 2 % below")
+    return flags
+
 
 def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
     """Everything `fit` reports, as one dict (keys that start with _ are for the pictures).
@@ -624,42 +666,34 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
             intervals=dict(run_bootstrap=boot[i] if boot else None,
                            delta_t=None if is_surface else delta_interval(law, C, L, target),
                            asymptote_profile=[min(ends), max(ends)] if ends else None),
-            outcomes=[dict(loss=r.loss, seed=r.seed, params=r.params, tokens=r.tokens, error_percent=100 * (r.loss / point - 1))
+            outcomes=[dict(loss=r.loss, seed=r.seed, error_percent=100 * (r.loss / point - 1))
                       for r in held if abs(r.flops / target - 1) < 0.02]))
-    truth = fit_law(ladder, replace(choices, method="parabola"))["vertices"] if is_surface else vertices
+    parabola = replace(choices, method="parabola")
+    truth = bowls(ladder, parabola, inside=False)["vertices"] if is_surface else vertices
     tests = backtest(ladder, choices, truth)
-    flags = [f"budget {v['budget']:.3g}: {flag}" for v in vertices for flag in v["flags"]] + law.get("status", [])
+    flags = doubts(choices, law, vertices, allowed, held or ladder)
     if failed > 0.01:
         flags.append(f"{100 * failed:.0f} % of the bootstrap refits failed")
-    if choices.method == "parabola":
-        flags.append("parabola: its vertices are biased wherever the bowl is lopsided or off-centre (see: bias)")
-    if choices.asymptote is None and not 0.005 < law["E"] / (0.95 * min(L)) < 0.995:
-        flags.append("E at the edge of its grid: the ladder does not determine it, fix it with --asymptote")
-    if allowed and law["E"] not in [row["E"] for row in allowed]:
-        flags.append(f"the vertices disagree with E = {law['E']:g}: they allow {allowed[0]['E']:.2f} to {allowed[-1]['E']:.2f}")
-    lowest = min(r.loss for r in held or ladder)
-    if law["E"] > 0.98 * lowest:
-        flags.append(f"{MUST_NOT}: E = {law['E']:.4f} lies above the best loss later reached, {lowest:.4f}, or 2 % below")
     if is_surface:
         size = lambda rows: np.mean([abs(e) for row in rows for e in row["errors_percent"]] or [math.nan])
-        mine, theirs = size(tests), size(backtest(ladder, replace(choices, method="parabola"), truth))
+        mine, theirs = size(tests), size(backtest(ladder, parabola, truth))
         if mine > theirs:
-            flags.append(f"{MUST_NOT}: expanding-window backtest worse than the bowls', {mine:.2f} to {theirs:.2f} %")
+            flags.append(f"{MUST_NOT}: expanding-window backtest worse than the bowls', {mine:.2f} to "
+                         f"{theirs:.2f} %")
     k = [r.flops / (r.params * r.tokens) for r in ladder]
     return dict(
-        source=source, choices=asdict(choices), unit=unit, convention=CONVENTION, eval=ladder[0].eval, runs=len(ladder),
-        excluded=sum(r.kind == "excluded" for r in runs), k_range=[min(k), max(k)], envelope=law, vertices=vertices,
-        shared_exponents=None if is_surface else fit["start"], N_star=N_star, D_star=D_star, forecasts=forecasts,
-        surface_by_huber_lse=surface(ladder, "huber_lse")[0] if is_surface else None, bytes_per_token=bytes_per_token,
-        profile=curve, backtest=tests, bending=bending(tests, vertices, law), flags=flags,
+        source=source, choices=asdict(choices), unit=unit, convention=CONVENTION, eval=ladder[0].eval,
+        runs=len(ladder), excluded=sum(r.kind == "excluded" for r in runs), k_range=[min(k), max(k)],
+        bytes_per_token=bytes_per_token, envelope=law, vertices=vertices, N_star=N_star, D_star=D_star,
+        shared_exponents=None if is_surface else fit["start"], forecasts=forecasts,
+        surface_by_huber_lse=surface(ladder, "huber_lse")[0] if is_surface else None, profile=curve,
+        backtest=tests, bending=bending(tests, vertices, law), flags=flags,
         leave_one_out=[dict(dropped=tag, E=E, losses=losses) for tag, E, losses in
                        refits(ladder, choices, targets, lambda r, dropped: r.budget != dropped)],
         rms_residual=float(np.sqrt(np.mean((np.array([r.loss for r in ladder]) - fit["fitted"])**2))),
-        table=[dict(C=r.flops, N=r.params, D=r.tokens, loss=r.loss, seed=r.seed, kind=r.kind) | r.extra for r in runs],
+        table=[dict(C=r.flops, N=r.params, D=r.tokens, loss=r.loss, seed=r.seed, kind=r.kind) | r.extra
+               for r in runs],
         _runs=ladder, _held=held)
-
-
-MUST_NOT = "this fit must not forecast"
 
 
 def plain(value):
@@ -674,39 +708,43 @@ def plain(value):
 
 def report(r):
     """The printed page of an analysis."""
-    law, label = r["envelope"], {"parabola": "a parabola per budget (biased baseline)", "surface": "a global surface",
-                                 "shared": "bowls with shared exponents", "cubic": "a cubic per budget",
-                                 "best": "the lowest run per budget"}[r["choices"]["method"]]
-    print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; {label} in "
-          f"{r['choices']['axis']}, {r['unit']}\n{CONVENTION}; k from {r['k_range'][0]:.2f} to {r['k_range'][1]:.2f}\n\n"
+    law, choice = r["envelope"], r["choices"]
+    label = {"parabola": "a parabola per budget (biased baseline)", "shared": "bowls with shared exponents",
+             "cubic": "a cubic per budget", "best": "lowest run per budget", "surface": "a global surface"}
+    print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; "
+          f"{label[choice['method']]} in {choice['axis']}, {r['unit']}\n{CONVENTION};"
+          " k from {:.2f} to {:.2f}\n\n".format(*r["k_range"]) +
           "     C  runs       D*         N*   D*/N*    loss*  curvature")
     for v in r["vertices"]:
         print(f"{v['budget']:8.3g} {v['runs']:3d} {v['tokens']:10.4e} {v['params']:10.4e} "
-              f"{v['tokens'] / v['params']:6.1f}  {v['loss']:8.5f} {v['curvature']:8.4f}  {'; '.join(v['flags'])}")
+              f"{v['tokens'] / v['params']:6.1f}  {v['loss']:8.5f} {v['curvature']:8.4f}  "
+              + "; ".join(v["flags"]))
     if "beta" in law:
         for name, s in (("VPNLS", law), ("Huber log-sum-exp", r["surface_by_huber_lse"])):
             print("L = {E:.4f} + {A:.5g} N^-{alpha:.4f} + {B:.5g} D^-{beta:.4f}   ".format(**s) + name)
     else:
-        print("\nL(C) = {E:.4f} + {A:.2f} C^-{alpha:.5f}".format(**law) + (", E free" if law["free"] else ", E given"))
+        print("\nL(C) = {E:.4f} + {A:.2f} C^-{alpha:.5f}".format(**law) + ", E free" * law["free"])
     for name, p in (("N", r["N_star"]), ("D", r["D_star"])):
         if p:
-            print("{}* = {coefficient:.4g} C^{exponent:.4f}, the exponent within {:.3f} .. {:.3f}".format(name, *p["interval"], **p))
+            print(f"{name}* = {p['coefficient']:.4g} C^{p['exponent']:.4f}, exponent within "
+                  "{:.3f} .. {:.3f}".format(*p["interval"]))
     for i, f in enumerate(r["forecasts"]):
         ratio = "".join(f", {f[f'{what}_per_param']:.1f} {what} per parameter" for what in ("tokens", "bytes")
                         if f[f"{what}_per_param"])
         print(f"\nforecast at C = {f['C']:.4g}: {f['loss']:.4f}" +
               (f"   N* {f['params']:.3g}, D* {f['tokens']:.3g}{ratio}" if ratio else ""))
         for name, ends in f["intervals"].items():
-            print(f"  {100 * LEVEL:.0f} % by {name:18s}" + ("{:.4f} .. {:.4f}".format(*ends) if ends else "none"))
+            print(f"  95 % by {name:18s}" + ("{:.4f} .. {:.4f}".format(*ends) if ends else "none"))
         if values := [row["losses"][i] for row in r["leave_one_out"]]:
             print(f"  leaving out one budget  {min(values):.4f} .. {max(values):.4f}")
         for o in f["outcomes"]:
             print(f"  came out at {o['loss']:.4f}: {o['error_percent']:+.2f} %")
     near = [row["E"] for row in r["profile"] if row["allowed"]] + [law["E"]]
-    print("\nforecasts against the asymptote that one assumes (* where the vertices allow it)" if r["profile"] else "")
+    print("\nforecasts against the assumed asymptote (* where the vertices allow it)" if r["profile"] else "")
     for row in r["profile"]:
         if min(near) - 0.2 < row["E"] < max(near) + 0.2 and abs((row["E"] + 0.05) % 0.1 - 0.05) < 1e-9:
-            print(f"{'*' if row['allowed'] else ' '} E = {row['E']:.2f}   " + "  ".join(f"{y:.4f}" for y in row["losses"]))
+            print(f"{'*' if row['allowed'] else ' '} E = {row['E']:.2f}   "
+                  + "  ".join(f"{y:.4f}" for y in row["losses"]))
     for row in r["backtest"]:
         print(f"backtest, budgets up to {row['up_to']:.3g}: E = {row['E']:.3f}, later vertices off by "
               + " ".join(f"{e:+.2f}" for e in row["errors_percent"]) + " %")
@@ -714,7 +752,7 @@ def report(r):
     print("".join(f"flag: {flag}\n" for flag in r["flags"]), end="")
 
 
-# ----------------------------------------------------------------------------------------------------- bias
+# ------------------------------------------------------------------------------------------------------- bias
 
 # [cited: Czech et al.] alpha, beta, A, B, E
 SURFACES = {"symmetric": (0.31, 0.31, 400, 400, 1.69), "Chinchilla": (0.34, 0.28, 406.4, 410.7, 1.69),
@@ -731,7 +769,7 @@ def true_optimum(surface, C):
 
 
 def simulate(surface, width, sampling="centred", budgets=BIAS_BUDGETS, points=15, noise=0.0, rng=None):
-    """A ladder with `points` sizes log-spaced within a factor `width` of a centre that may lie off the optimum."""
+    """A ladder with `points` sizes log-spaced within a factor `width` of a centre, maybe off the optimum."""
     (alpha, beta, A, B, E), runs = surface, []
     for i, C in enumerate(budgets):
         off = {"centred": 1, "offset 3x": 3, "drift to 3x": 3**(i / (len(budgets) - 1))}[sampling]     # in D
@@ -745,11 +783,12 @@ def extrapolation_error(surface, width, sampling, method):
     """Error in % of D*(1e24) extrapolated from five noise-free budgets 1e17..1e21."""
     vertices = bowls(simulate(surface, width, sampling), Choices(method), inside=False)["vertices"]
     law = power_law(BIAS_BUDGETS, [v["tokens"] for v in vertices])
-    return 100 * (law["coefficient"] * BIAS_TARGET**law["exponent"] / true_optimum(surface, BIAS_TARGET)[1] - 1)
+    found = law["coefficient"] * BIAS_TARGET**law["exponent"]
+    return 100 * (found / true_optimum(surface, BIAS_TARGET)[1] - 1)
 
 
 def vertex_shift(alpha, beta, width, points=15):
-    """Relative shift of N* in a centred parabola, in closed form: every bowl is, up to a factor and a constant,
+    """Relative shift of N* in a centred parabola, in closed form: a bowl is, up to a factor and a constant,
     beta e^(-alpha w) + alpha e^(beta w) with w = ln N/N*, so the shift needs neither A, B, E nor C."""
     w = np.linspace(-math.log(width), math.log(width), points)
     a, b, _ = np.polyfit(w, beta * np.exp(-alpha * w) + alpha * np.exp(beta * w), 2)
@@ -758,14 +797,15 @@ def vertex_shift(alpha, beta, width, points=15):
 
 def bias(plot):
     """Print and draw what sampling does to a parabola, and does not do to bowls with shared exponents."""
-    print(f"Error of D*({BIAS_TARGET:g}) in %, noise-free ladder 1e17..1e21, 15 sizes per budget within a factor of "
-          f"its centre\n{'':24s}" + "".join(f"{f'x{w}':>10s}" for w in WIDTHS) + "    worst of shared bowls")
+    print(f"Error of D*({BIAS_TARGET:g}) in %, noise-free ladder 1e17..1e21, 15 sizes per budget within a "
+          f"factor of its centre\n{'':24s}" + "".join(f"{f'x{w}':>10s}" for w in WIDTHS) + "  shared, worst")
     table = {}
     for name, truth in SURFACES.items():
         for sampling in SAMPLING:
             table[name, sampling] = [extrapolation_error(truth, w, sampling, "parabola") for w in WIDTHS]
             worst = max(abs(extrapolation_error(truth, w, sampling, "shared")) for w in WIDTHS)
-            print(f"{name:11s}{sampling:13s}" + "".join(f"{e:+10.3f}" for e in table[name, sampling]) + f"{worst:14.1e}")
+            errors = "".join(f"{e:+10.3f}" for e in table[name, sampling])
+            print(f"{name:11s}{sampling:13s}{errors}{worst:14.1e}")
     print("\nShift of a centred parabola's N* in %, closed form, the same at every C")
     for name, truth in SURFACES.items():
         print(f"{name:24s}" + "".join(f"{100 * vertex_shift(*truth[:2], w):+10.2f}" for w in WIDTHS))
@@ -776,7 +816,7 @@ def bias(plot):
     draw_bias(table, plot)
 
 
-# --------------------------------------------------------------------------------------------- registration
+# ----------------------------------------------------------------------------------------------- registration
 
 def fingerprint(sources):
     """sha256 over what a fit read: tables (in a file, or typed above) or run directories of train.py."""
@@ -817,9 +857,9 @@ def write_new(path, text):
 
 
 def register(result, sources, target, eval_definition, failure, differences, out):
-    """Write the forecast for `target` (dict C, N, D, config) to the new file `out`; it is never written again."""
+    """Write the forecast for `target` (dict C, N, D, config) to the new file `out`, for good."""
     if any(flag.startswith(MUST_NOT) for flag in result["flags"]):
-        raise BadInput(result["source"], "a fit that may forecast", result["flags"], "choose another --method")
+        raise BadInput(result["source"], "a fit that may forecast", result["flags"], "take another --method")
     forecast = result["forecasts"][0] | {"outcomes": []}
     record = plain(dict(
         forecast=forecast, target=target, unit=result["unit"], eval=eval_definition, failure=failure,
@@ -831,7 +871,7 @@ def register(result, sources, target, eval_definition, failure, differences, out
         uncommitted_changes=git("status", "--porcelain"), date=datetime.now(timezone.utc).isoformat(),
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
     write_new(out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
-    print(f"registered {out}: {forecast['loss']:.4f} at C = {target['C']:.4g}; commit it before the run's first step")
+    print(f"registered {out}: {forecast['loss']:.4f} at C = {target['C']:.4g}; commit it before the run")
 
 
 def score(path, loss=None, run=None):
@@ -853,7 +893,7 @@ def score(path, loss=None, run=None):
     if run:
         C, known = record["target"]["C"], record["bytes_per_token"]
         if abs(run.flops / C - 1) > 0.02:
-            raise BadInput(run.source, f"C = {C:.4g} within 2 %", f"{run.flops:.4g}", "score the run that was forecast")
+            raise BadInput(run.source, f"C = {C:.4g} within 2 %", f"{run.flops:.4g}", "score the right run")
         if run.eval != record["eval"]:
             raise BadInput(run.source, f"eval {record['eval']}", run.eval, "evaluate the run as registered")
         if record["unit"] == "nats" and known and abs(run.bytes_per_token / known - 1) > 1e-3:
@@ -871,19 +911,23 @@ def score(path, loss=None, run=None):
         print("  {} {} {:.4f} .. {:.4f}".format("inside " if inside else "OUTSIDE", name, *intervals[name]))
 
 
-# ------------------------------------------------------------------------------------------------- planning
+# --------------------------------------------------------------------------------------------------- planning
 
-# What a plan carries over from --config; these values where none is given [cited: the V1 recipe, #4697; data small]
+# What a plan carries over from --config, and its values without one [cited: the V1 recipe, #4697; data small]
 CARRIED = dict(vocab_size=257, seq_len=4096, gated_norm_rank=128, half_rope=False, partial_key_offset=False,
                combine_sum=0.0, router_z=1e-3, logit_z=1e-4, compute_dtype="float32", remat="block",
-               mixture=(("books", 1.0),), tokenizer="bytes", accumulate=1, seed=0, recipe="v1", optimizer="adamh",
-               schedule="linear", warmup=0.1, clip=1.0, min_lr_ratio=0.0, num_experts=64, head_dim=128)
+               mixture=(("books", 1.0),), tokenizer="bytes", accumulate=1, seed=0, recipe="v1",
+               optimizer="adamh", schedule="linear", warmup=0.1, clip=1.0, min_lr_ratio=0.0, num_experts=64,
+               head_dim=128)
+
+
+DERIVED = SHAPE_COLUMNS + ("window", "steps", "batch_size", "run_dir")
 
 
 def learning_rates(recipe, tokens, batch_tokens, hidden_dim):
     """dict(adam_lr, hyper_lr, beta1, beta2, eps) by heuristic "v1" [cited: #4225] or "v2" [cited: #5951].
 
-    hyper_lr is the relative step of AdamH or MuonH. Batches are in tokens: V1's 32 sequences are 32 x 4096."""
+    hyper_lr is the relative step of AdamH or MuonH. Batches are in tokens (V1's 32 rows: 32 x 4096)."""
     if recipe == "v1":
         adam = 1.63 * tokens**-0.2813 * hidden_dim**-0.3678 * math.sqrt(batch_tokens / 4096)
         adam, hyper = min(0.05, adam), min(0.05, 13 / 3 * adam)
@@ -896,7 +940,7 @@ def learning_rates(recipe, tokens, batch_tokens, hidden_dim):
 
 
 def optimal_tokens(C, dense=False, law=None):
-    """D*(C) by a power law of one's own, else by the tied-exponent law that chose the 129B shape [cited: #4447] or,
+    """D*(C) by a law of one's own, else by the tied-exponent law that chose the 129B shape [cited: #4447] or,
     if dense, Delphi's [cited: #1337]. Far below 1e18 FLOPs the published ones are extrapolated [assumed]."""
     if law:
         return law["coefficient"] * C**law["exponent"]
@@ -908,11 +952,14 @@ def trained_tokens(keys):
 
 
 def plan(C, base=(), tokens=None, batch=None, law=None):
-    """Config keys of one run: the width whose tokens C/flops_per_token come nearest `tokens`, by default D*(C).
+    """Config keys of one run: the width whose tokens, C/flops_per_token, come nearest `tokens` or D*(C).
 
-    base: config keys to carry over. Batch: a power of two of at least 32 sequences, for about 2^14 steps [cited:
-    #4447]. Raises BadInput for a budget of fewer than 10 steps."""
-    base = CARRIED | dict(base)
+    base: config keys to carry over, without rates, which the heuristic derives. Batch: a power of two, at
+    least 32 sequences, for about 2^14 steps [cited: #4447]. Raises BadInput for fewer than 10 steps."""
+    base = CARRIED | {k: v for k, v in dict(base).items() if k not in ("adam_lr", "hyper_lr", "beta2", "eps")}
+    for key in ("head_dim", "num_experts", "seq_len", "vocab_size", "gated_norm_rank"):
+        if type(base[key]) is not int or base[key] < (key != "num_experts"):
+            raise BadInput("--config", f"{key} to be a positive integer", base[key], "correct it")
     kept = {key: base[key] for key in ("seq_len", "gated_norm_rank", "experts_per_token") if key in base}
     unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
@@ -922,20 +969,23 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
     batch = batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * S)))))
     if (steps := round(D / (batch * S))) < 10:
         raise BadInput(f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {S} tokens, width "
-                       f"{sizes['hidden_dim']}", "raise the budget, or lower seq_len and head_dim in --config")
-    return {key: base[key] for key in base if key in CARRIED} | sizes | dict(window=S // 2, steps=steps, batch_size=batch)
+                       f"{sizes['hidden_dim']}", "raise the budget, or lower seq_len in --config")
+    return base | sizes | dict(window=S // 2, steps=steps, batch_size=batch)
 
 
 def config_text(keys, C, path):
     """A config file for train.py: plain assignments, each with where it comes from."""
     counts, D = param_counts(keys, keys["vocab_size"]), trained_tokens(keys)
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
-    keys = keys | {"run_dir": f"runs/{Path(path).parent.name}_{Path(path).stem}"}
-    tag = lambda key: "carried over" if key in CARRIED else "assumed" if key == "run_dir" else "derived: scaling.py"
-    return (f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.   python train.py {path}\n\n'
-            f"{flops_per_token(keys, keys['vocab_size']) * D:.4g} training FLOPs, asked for {C:.4g}. train.py will derive:"
-            f"\n{', '.join(f'{key} {value:.6g}' for key, value in rates.items())}.\"\"\"\n"
-            + "".join(f"{f'{key} = {value!r}':40s}# [{tag(key)}]\n" for key, value in keys.items()))
+    keys = keys | {"run_dir": f"out/{Path(path).parent.name}_{Path(path).stem}"}
+    C_now = flops_per_token(keys, keys["vocab_size"]) * D
+    lines = [f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.', "",
+             f"python train.py {path}", "", f"{C_now:.4g} training FLOPs, {C:.4g} asked. train.py derives",
+             ", ".join(f"{key} {value:.6g}" for key, value in rates.items()) + '."""']
+    for key, value in keys.items():
+        tag = "derived: scaling.py" if key in DERIVED and key not in CARRIED else "carried over"
+        lines.append(f"{f'{key} = {value!r}':40s}# [{tag}]")
+    return "\n".join(lines) + "\n"
 
 
 def read_config(path):
@@ -943,37 +993,39 @@ def read_config(path):
     sys.path.insert(0, str(Path.cwd()))
     try:
         keys = runpy.run_path(str(path))
-    except Exception as error:                              # a config is the user's own code: anything may happen
-        raise BadInput(path, "a config of plain assignments", f"{type(error).__name__}: {error}", "mend it") from None
+    except Exception as error:                              # a config is the user's code: anything may happen
+        found = f"{type(error).__name__}: {error}"
+        raise BadInput(path, "a config of plain assignments", found, "mend it") from None
     finally:
         sys.path.pop(0)
     return {k: v for k, v in keys.items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 
 def ladder(budgets, out, base=(), per_budget=7, span=4.0, law=None):
-    """Write an isoFLOP grid of configs to the folder `out` and return the paths: at each budget, widths whose tokens
-    lie evenly (in log) within a factor `span` of D*. Identical configs are kept, different ones refused."""
+    """Write an isoFLOP grid of configs to the folder `out`, return the paths: widths whose tokens lie
+    evenly (in log) within a factor `span` of D*. Identical configs are kept, different ones refused."""
     texts = {}
     for C in budgets:
-        best = optimal_tokens(C, not dict(CARRIED, **dict(base))["num_experts"], law)
+        best = optimal_tokens(C, not (CARRIED | dict(base))["num_experts"], law)
         plans = [plan(C, base, best * factor, law=law) for factor in np.geomspace(1 / span, span, per_budget)]
         grid = {keys["hidden_dim"]: keys for keys in plans}
         off = [math.log(trained_tokens(keys) / best) for keys in grid.values()]
         if len(grid) < 4 or not min(off) < -0.2 < 0.2 < max(off):
-            raise BadInput(f"budget {C:.3g}", "at least 4 widths on both sides of the optimum", f"widths {sorted(grid)}",
+            raise BadInput(f"budget {C:.3g}", "at least 4 widths on both sides of the optimum", sorted(grid),
                            "lower head_dim in --config (widths are its multiples), or raise the budget")
-        print(f"C = {C:.3g}: widths {sorted(grid)}, tokens from {math.exp(min(off)):.2f} to {math.exp(max(off)):.2f} of D*, "
-              f"centre {math.exp(np.mean(off)):.2f}" + ("   (off-centre: beware of parabolas)" if abs(np.mean(off)) > 0.35 else ""))
+        low, centre, high = np.exp([min(off), np.mean(off), max(off)])
+        print(f"C = {C:.3g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
+              + ("" if 0.7 < centre < 1.42 else "   (off-centre: beware of parabolas)"))
         for width, keys in grid.items():
             path = Path(out) / f"c{C:.2g}_d{width}.py".replace("+", "")
             texts[path] = config_text(keys, C, path)
     for path, text in texts.items():
-        if path.exists() and path.read_text() != text:
-            raise BadInput(path, "the config that this command writes, or none", "another", "choose another --out")
+        if path.exists() and path.read_bytes() != text.encode():
+            raise BadInput(path, "the config that this command writes", "another", "choose a new --out")
     for path, text in texts.items():
         if not path.exists():
             write_new(path, text)
-    print(f"{len(texts)} configs in {out}; to train those not yet done:  python scaling.py ladder --run {out}")
+    print(f"{len(texts)} configs in {out}; train those not yet done:  python scaling.py ladder --run {out}")
     return list(texts)
 
 
@@ -981,42 +1033,47 @@ def run_ladder(folder):
     """Train every config of a folder that has no result.json yet, one after the other; stop at a failure."""
     configs = sorted(Path(folder).glob("*.py"))
     if not configs:
-        raise BadInput(folder, "a folder of configs", "none", "write it with: ladder --budgets C ... --out DIR")
+        raise BadInput(folder, "a folder of configs", "none", "write it: ladder --budgets C ... --out DIR")
     for i, path in enumerate(configs, 1):
         done = (Path(read_config(path).get("run_dir", "")) / "result.json").is_file()
         print(f"[{i}/{len(configs)}] {path}{' done' if done else ''}", flush=True)
-        if not done and subprocess.run([sys.executable, str(Path(__file__).parent / "train.py"), str(path)]).returncode:
+        command = [sys.executable, str(Path(__file__).parent / "train.py"), str(path)]
+        if not done and subprocess.run(command).returncode:
             raise BadInput(path, "train.py to finish", "a failure", "mend it and give this command again")
 
 
-# ------------------------------------------------------------------------------------------------- speed-up
+# --------------------------------------------------------------------------------------------------- speed-up
 
 def speedup(base, variant, E, alpha, noise=0.0, level=0.90):
     """How many times less compute the variant needs for the same loss, and the same in wall-clock time.
 
-    base, variant: lists of (C, loss, tokens per second or nan). A point fixes A = (loss - E) C^alpha; the compute
-    speed-up is the ratio of the mean A (geometric) to the power 1/alpha, so points of different C may be mixed. Its
-    interval is Student-t from the scatter of log A, or from a known seed noise of the loss; None with neither. With E
-    and alpha given, n points on each side leave 2n - 2 degrees of freedom."""
+    base, variant: lists of (C, loss, tokens per second or nan). A point fixes A = (loss - E) C^alpha; the
+    compute speed-up is the ratio of the mean A (geometric) to the power 1/alpha, so several C may mix. Its
+    interval is Student-t from the scatter of log A (n points a side leave 2n - 2 degrees of freedom, as E and
+    alpha are given), or normal from a known seed noise of the loss; None with neither."""
     for C, loss, _ in base + variant:
         if loss <= E:
             raise BadInput("--asymptote", "E below every loss", f"E = {E} and loss = {loss}", "lower E")
     logs = [np.array([math.log((L - E) * C**alpha) for C, L, _ in points]) for points in (base, variant)]
     shift, spare = (logs[0].mean() - logs[1].mean()) / alpha, len(base) + len(variant) - 2
+    if abs(shift) > 50:
+        raise BadInput("speedup", "a ratio below e^50", f"e^{shift:.0f}", "check alpha and the losses")
     half = math.nan
     if noise:
-        sd = math.sqrt(sum((noise / (L - E) / len(points))**2 for points in (base, variant) for _, L, _ in points))
-        half = norm.ppf((1 + level) / 2) * sd / alpha
+        variance = sum((noise / (L - E) / len(side))**2 for side in (base, variant) for _, L, _ in side)
+        half = norm.ppf((1 + level) / 2) * math.sqrt(variance) / alpha
     elif spare:
         variance = sum(np.sum((y - y.mean())**2) for y in logs) / spare * (1 / len(base) + 1 / len(variant))
         half = student.ppf((1 + level) / 2, spare) * math.sqrt(variance) / alpha
-    faster = float(np.diff([np.mean(np.log([p[2] for p in points])) for points in (base, variant)])[0])    # log; nan
+    rates = [np.mean(np.log([rate for _, _, rate in side])) for side in (base, variant)]    # nan if unknown
+    faster = float(rates[1] - rates[0])
     ends = lambda x: [math.exp(x - half), math.exp(x + half)] if math.isfinite(x + half) else None
-    return dict(compute=math.exp(shift), interval=ends(shift), wall_clock_interval=ends(shift + faster),
-                wall_clock=math.exp(shift + faster) if math.isfinite(faster) else None)
+    return dict(compute=math.exp(shift), compute_interval=ends(shift),
+                wall_clock=math.exp(shift + faster) if math.isfinite(faster) else None,
+                wall_clock_interval=ends(shift + faster))
 
 
-# ------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 BLUE, RED, GREY = "#1f5fa8", "#d62728", "0.45"          # fitted, came later, context
 
@@ -1042,7 +1099,7 @@ def figure(rows, columns, size, path, draw):
 
 
 def draw_fit(r, path):
-    """Bowls; envelope; distance from it, with bands; forecast against the assumed E. In red what came later."""
+    """Bowls; envelope; distance from it, with bands; forecast against assumed E. In red what came later."""
     law, axis, forecasts, last = r["envelope"], r["choices"]["axis"], r["forecasts"], r["forecasts"][-1]
     C, L = (np.array([v[key] for v in r["vertices"]]) for key in ("budget", "loss"))
     later = np.array([(q.flops, q.loss) for q in r["_held"]]).reshape(-1, 2)
@@ -1053,7 +1110,8 @@ def draw_fit(r, path):
     def draw(axes):
         bowl, whole, zoom, asymptote = axes
         for v, shade in zip(r["vertices"], np.linspace(0.1, 0.9, len(C))):
-            colour, here = (0.15, 0.75 * shade, 1 - 0.75 * shade), [q for q in r["_runs"] if q.budget == v["budget"]]
+            here = [q for q in r["_runs"] if q.budget == v["budget"]]
+            colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)
             x = np.array([getattr(q, axis) for q in here])
             bowl.plot(x, [q.loss for q in here], "o", ms=3, color=colour, label=f"{v['budget']:.2g}")
             bowl.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
@@ -1068,7 +1126,7 @@ def draw_fit(r, path):
         zoom.axhline(0, color=BLUE, lw=1.3)
         if "beta" not in law and (bands := [delta_interval(law, C, L, c) for c in grid])[0]:
             low, high = (error(grid, edge) for edge in np.transpose(bands))
-            zoom.fill_between(grid, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % delta/Student-t, new run")
+            zoom.fill_between(grid, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % delta/Student-t")
         label = "forecast, 95 % run bootstrap"
         for f in forecasts:
             if ends := f["intervals"]["run_bootstrap"]:
@@ -1090,11 +1148,11 @@ def draw_fit(r, path):
         if allowed:
             asymptote.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
                               label="$E$ that the vertices allow (95 %)")
-        asymptote.plot(law["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} as fitted")
+        asymptote.plot(law["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
         for o in last["outcomes"][:1]:
             asymptote.axhline(o["loss"], color=RED, lw=1.2, label=f"{o['loss']:.4f} came (not fitted)")
-        asymptote.set(xlabel=f"assumed asymptote $E$ ({unit})", ylabel=f"loss at $C$ = {last['C']:.2g} ({unit})",
-                      title="what the asymptote decides")
+        asymptote.set(xlabel=f"assumed asymptote $E$ ({unit})", title="what the asymptote decides",
+                      ylabel=f"loss at $C$ = {last['C']:.2g} ({unit})")
         asymptote.legend()
     figure(2, 2, (9, 7), path, draw)
 
@@ -1104,9 +1162,10 @@ def draw_bias(table, path):
     def draw(axes):
         for ax, sampling in zip(axes, SAMPLING):
             for name, colour, marker in zip(SURFACES, (GREY, BLUE, RED), "^os"):
-                ax.plot(WIDTHS, table[name, sampling], marker + "-", ms=4, lw=1.2, color=colour, label=f"parabola, {name}")
+                ax.plot(WIDTHS, table[name, sampling], marker + "-", ms=4, lw=1.2, color=colour,
+                        label=f"parabola, {name}")
             ax.axhline(0, color="k", lw=1, ls="--", label="shared bowls, all three (< $10^{-6}$ %)")
-            ax.set(xscale="log", ylim=(-27, 38), xlabel="sampled within a factor of the centre", title=sampling)
+            ax.set(xscale="log", ylim=(-27, 38), xlabel="sampled within this factor", title=sampling)
             ax.set_xticks(WIDTHS, WIDTHS)
             ax.minorticks_off()
         axes[0].set_ylabel("error of $D^*$ at $10^{24}$ FLOPs (%)")
@@ -1114,10 +1173,10 @@ def draw_bias(table, path):
     figure(1, 3, (9.9, 3.6), path, draw)
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 def story():
-    """The demonstration: Marin's posted forecast, how far the asymptote moved it, the bias of the usual bowl."""
+    """The demonstration: Marin's posted forecast, what the asymptote did to it, the bias of parabolas."""
     print("1. Marin's 129B MoE: ladder 1e18..3e20, parabolas in active parameters, E fixed at 1.6 (#4447).\n")
     choices = Choices("parabola", "params", asymptote=1.6)
     posted = analyse(reference("moe_v16"), choices, source="moe_v16")
@@ -1125,8 +1184,10 @@ def story():
     draw_fit(posted, "out/forecast.png")
     came = MOE_V16[1e23][5120]
     print(f"\n2. The same runs under other assumptions, at C = 1e23, where {came:.4f} came.")
-    for label, other in (("parabolas, E fixed at 1.6", choices), ("parabolas, E free", replace(choices, asymptote=None)),
-                         ("shared bowls, E free", Choices("shared", "params")), ("lowest runs, E free", Choices("best"))):
+    for label, other in (("parabolas, E fixed at 1.6", choices),
+                         ("parabolas, E free", replace(choices, asymptote=None)),
+                         ("shared bowls, E free", Choices("shared", "params")),
+                         ("lowest runs, E free", Choices("best"))):
         law = fit_law(posted["_runs"], other)["law"]
         y = loss_at(law, 1e23)
         print(f"   {label:28s} E = {law['E']:.4f}   {y:.4f}   ({100 * (came / y - 1):+.2f} %)")
@@ -1135,7 +1196,7 @@ def story():
 
 
 def point(text, E):
-    """One speed-up point: C,LOSS or C,LOSS,TOKENS_PER_SECOND, or A=VALUE for a whole law with the same E and alpha."""
+    """One speed-up point: C,LOSS or C,LOSS,TOKENS_PER_SECOND, or A=VALUE for a law with E and alpha."""
     try:
         if text.startswith("A="):
             return 1.0, E + number(text[2:], "speedup", "A"), math.nan
@@ -1166,10 +1227,10 @@ def parser():
     reg = commands.add_parser("register", help="fit, and lock one forecast in a file")
     for p in (fit, reg):
         p.add_argument("table", nargs="?", help=f"a CSV, or a public table: {', '.join(TABLES)}")
-        p.add_argument("--runs", nargs="+", metavar="DIR", help="finished runs of train.py, instead of a table")
+        p.add_argument("--runs", nargs="+", metavar="DIR", help="finished runs of train.py instead")
         p.add_argument("--x", dest="axis", choices=("tokens", "params"), default="tokens")
-        p.add_argument("--method", choices=("shared", "parabola", "cubic", "surface", "best"), default="shared")
-        p.add_argument("--window", type=positive, metavar="F", help="only runs within this factor of the vertex")
+        p.add_argument("--method", choices=(*LEAST, "surface"), default="shared")
+        p.add_argument("--window", type=positive, metavar="F", help="only runs this near the vertex")
         p.add_argument("--asymptote", default="free", help="E: free or a value")
         p.add_argument("--fit-space", dest="space", choices=("log", "linear"), default="log")
         p.add_argument("--unit", choices=("nats", "bpb"), default="nats")
@@ -1182,8 +1243,8 @@ def parser():
     reg.add_argument("--target-tokens", type=positive, metavar="D", help="default: D* of the fit")
     reg.add_argument("--target-config", help="the config that will be run; its text is stored")
     reg.add_argument("--eval", help="eval definition; default: the runs' own")
-    reg.add_argument("--failure", default="outside the run-bootstrap interval", help="what will count as a miss")
-    reg.add_argument("--difference", action="append", default=[], help="known difference from the ladder; repeatable")
+    reg.add_argument("--failure", default="outside the run-bootstrap interval", help="what is a miss")
+    reg.add_argument("--difference", action="append", default=[], help="known difference; repeatable")
     reg.add_argument("--out", required=True, help="prereg/NAME.json")
     p = commands.add_parser("bias", help="recompute and draw the bias study")
     p.add_argument("--plot", default="out/bias.png")
@@ -1201,8 +1262,8 @@ def parser():
     many.add_argument("--out", help="folder for the configs")
     many.add_argument("--run", metavar="DIR", help="train what is not yet done in this folder")
     for p in (one, many):
-        p.add_argument("--config", help="config to carry data, tokenizer, experts, head_dim, seq_len ... over from")
-        p.add_argument("--law", metavar="FIT.json", help="D* from a `fit --json` instead of the published law")
+        p.add_argument("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
+        p.add_argument("--law", metavar="FIT.json", help="D* from a `fit --json`, not the published law")
     p = commands.add_parser("speedup", help="learning speed-up of a variant at equal loss")
     for side in ("--base", "--variant"):
         p.add_argument(side, nargs="+", required=True, help="C,LOSS[,TOKENS_PER_SECOND] ... or A=VALUE")
@@ -1220,7 +1281,7 @@ def run(words):
         story()
     elif a.command in ("fit", "register"):
         if bool(a.table) == bool(a.runs):
-            raise BadInput("command line", "a table or --runs DIR ...", "both" if a.table else "neither", "give one")
+            raise BadInput("command line", "a table or --runs DIR ...", "both or neither", "give one")
         sources = a.runs or [a.table]
         runs = ([read_run_dir(folder) for folder in sources] if a.runs
                 else reference(a.table) if a.table in TABLES else read_csv(a.table))
@@ -1229,14 +1290,16 @@ def run(words):
                          a.predict if a.command == "fit" else [a.target], a.unit, " ".join(sources), a.draws)
         if a.command == "register":
             if not (definition := a.eval or result["eval"]):
-                raise BadInput("--eval", "the eval definition (set, seq_len, sequences)", "none", "say what is measured")
+                raise BadInput("--eval", "the eval definition (set, seq_len, sequences)", "none", "give it")
             f = result["forecasts"][0]
-            register(result, sources, dict(C=a.target, N=a.target_params or f["params"], D=a.target_tokens or f["tokens"],
-                     config=Path(a.target_config).read_text() if a.target_config else None), definition, a.failure,
-                     a.difference, a.out)
+            config = Path(a.target_config).read_text(errors="replace") if a.target_config else None
+            target = dict(C=a.target, N=a.target_params or f["params"], D=a.target_tokens or f["tokens"],
+                          config=config)
+            register(result, sources, target, definition, a.failure, a.difference, a.out)
             return
-        if a.plot:
-            draw_fit(result, a.plot)
+        with contextlib.redirect_stdout(sys.stderr if a.json == "-" else sys.stdout):
+            if a.plot:
+                draw_fit(result, a.plot)
         if a.json != "-":
             report(result)
         if a.json:
@@ -1247,9 +1310,13 @@ def run(words):
     elif a.command == "score":
         score(a.record, a.loss, read_run_dir(a.run) if a.run else None)
     elif a.command in ("plan", "ladder"):
-        base, law = read_config(a.config) if a.config else {}, read_json(a.law).get("D_star") if a.law else None
-        if a.law and not isinstance(law, dict):
-            raise BadInput(a.law, "a D_star law, as fit --json writes it", "none", "write it with: fit ... --json FILE")
+        base = read_config(a.config) if a.config else {}
+        law = None
+        if a.law:
+            if not isinstance(law := read_json(a.law).get("D_star"), dict):
+                raise BadInput(a.law, "a D_star law", "none", "write one with: fit ... --json FILE")
+            law = {key: number(law.get(key), a.law, key, *ends)
+                   for key, *ends in (("coefficient", 0, 1e40), ("exponent", -5, 5))}
         if a.command == "plan":
             path = a.out or f"configs/plan_{a.flops:.2g}.py".replace("+", "")
             text = config_text(plan(a.flops, base, batch=a.batch, law=law), a.flops, path)
@@ -1262,13 +1329,14 @@ def run(words):
         else:
             raise BadInput("ladder", "--budgets C ... --out DIR, or --run DIR", "neither", "give one")
     else:
-        r = speedup(*([point(text, a.asymptote) for text in side] for side in (a.base, a.variant)), a.asymptote, a.alpha,
-                    a.noise)
+        base, variant = ([point(text, a.asymptote) for text in side] for side in (a.base, a.variant))
+        r = speedup(base, variant, a.asymptote, a.alpha, a.noise)
         print(f"E = {a.asymptote} and alpha = {a.alpha}, for eval {a.eval}")
-        for label, key, ends in (("compute", "compute", "interval"), ("wall-clock", "wall_clock", "wall_clock_interval")):
+        for key in ("compute", "wall_clock"):
             if r[key]:
-                span = "{:.4f} .. {:.4f}".format(*r[ends]) if r[ends] else "none: one point each, give more or --noise"
-                print(f"{label:10s} speed-up {r[key]:.4f}   90 % interval {span}")
+                ends = r[f"{key}_interval"]
+                span = "{:.4f} .. {:.4f}".format(*ends) if ends else "none: give more points or --noise"
+                print(f"{key:10s} speed-up {r[key]:.4f}   90 % interval {span}")
 
 
 def main(words):
@@ -1279,8 +1347,8 @@ def main(words):
     except BadInput as error:
         print(f"scaling.py: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"scaling.py: {error.filename}: expected a path to read or write, found {error.strerror}; do check it",
-              file=sys.stderr)
+        print(f"scaling.py: {error.filename or 'output'}: expected a path to read or write, found "
+              f"{error.strerror}; do check it", file=sys.stderr)
     return 2
 
 

@@ -11,6 +11,7 @@ pure function of (seed, step). So resuming is restoring a state and going on.
 B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -77,6 +78,7 @@ class TrainConfig:
     decay: float = 0.2                  # share of the steps that decays, for "wsd"
     min_lr_ratio: float = 0.0           # last rate over peak rate
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
+    compiled_dir: str = "out/compiled"  # XLA programs kept between runs, so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
@@ -189,6 +191,8 @@ def make_mesh(c, t):
         jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
     except RuntimeError:
         pass    # a backend already runs (tests): take the devices that it has
+    if t.compiled_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
     have = jax.devices()
     n = t.devices or (fitting(len(have)) if have[0].platform == "cpu" else len(have))
     if n > len(have):
@@ -379,7 +383,7 @@ def make_train_step(c, t, mesh):
         grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"gnorm": optax.global_norm(grads), "lr_share": lr_share(t, state.step)}
+        metrics |= {"gnorm": optax.tree.norm(grads), "lr_share": lr_share(t, state.step)}
         return State(state.step + 1, params, opt, bias_LE), metrics
 
     shardings = state_shardings(c, t, mesh)
@@ -398,6 +402,7 @@ def put(batch, mesh, accumulate=1):
 
 def make_eval_step(c, mesh, bytes_V):
     """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read."""
+    bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
         _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data")
@@ -553,65 +558,70 @@ def open_run(c, t, mixture):
     return run
 
 
-# ------------------------------------------------------------------------------------------------- log, report
+# --------------------------------------------------------------------------------------------------------- log
 
 class Log:
-    """Metrics of every step, fetched from the devices once per log line, so that logging never stalls a step."""
+    """Metrics of every step, fetched from the devices once per line, so that logging never stalls a step."""
 
     def __init__(self, run, c, t, mesh, start):
-        self.run, self.c, self.t, self.start = run, c, t, start
-        kept = [r for r in read_rows(run / "metrics.jsonl") if r.get("step", start + 1) <= start]
-        write_whole(run / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
-        self.ema = next((r["ema"] for r in reversed(kept) if "ema" in r), None)
-        self.device, self.count = mesh.devices.flat[0], mesh.size
-        self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * self.count
-        self.rates, self.flops = rates(c, t), model.count(c).mfu_flops
+        self.file, self.c, self.t = run / "metrics.jsonl", c, t
+        kept = [row for row in read_rows(self.file) if row["step"] <= start]      # what comes after is done again
+        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        self.ema = kept[-1]["ema"] if kept else None
+        self.device = mesh.devices.flat[0]
+        self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * mesh.size
+        self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
         self.pending, self.since = [], time.perf_counter()
+
+    def step(self, step, metrics, due, say):
+        """Keep a step's metrics; when a line is due, write it. Raises Halted if any loss was not finite."""
+        self.pending.append(metrics)
+        if not due:
+            return
+        rows = jax.device_get(self.pending)
+        seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
+        for i, loss in enumerate(float(r["loss"]) for r in rows):
+            if not math.isfinite(loss):
+                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}; nothing was saved since the "
+                             f"last line. Lower the rates, or look at the batches of these steps")
+            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+        last, speed = rows[-1], self.tokens / seconds
+        row = {"step": step, "loss": loss, "ema": self.ema, "lr": self.rates.hyper_lr * float(last["lr_share"]),
+               "adam_lr": self.rates.adam_lr * float(last["lr_share"]), "gnorm": float(last["gnorm"]),
+               "tokens": step * self.tokens, "flops": step * self.tokens * self.count.flops_per_token,
+               "tokens_per_second": speed, "seconds": seconds, "steps": len(rows), "time": time.time()}
+        if self.c.num_experts:
+            row |= self.routing(rows)
+        append(self.file, row)
+        mfu = f"{100 * self.count.mfu_flops * speed / self.peak:.1f}%" if self.peak else "-"
+        balanced = f"maxvio {row['maxvio']:.2f} drop 0.0% | " if self.c.num_experts else ""    # it is dropless
+        eta = int(seconds * (self.t.steps - step))
+        say(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | "
+            f"loss {loss:.3f} ema {self.ema:.3f} | lr {row['lr']:.1e} | gnorm {row['gnorm']:.2f} | "
+            f"{speed / 1e3:.1f} ktok/s | {seconds * 1e3:.0f} ms | mfu {mfu} | {balanced}{self.memory()} | "
+            f"eta {eta // 60}m{eta % 60:02d}s")
+        self.since = time.perf_counter()
+
+    def routing(self, rows):
+        load = np.stack([r["load_LE"] for r in rows])                   # [steps since the last line, L, E]
+        violation = np.asarray(balance.max_violation(load))
+        drops = {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}
+        return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
+                "would_drop": drops, "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
+                "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
 
     def memory(self):
         stats = self.device.memory_stats()
         if stats:
             return f"hbm {stats['peak_bytes_in_use'] / 2**30:.1f}/{stats['bytes_limit'] / 2**30:.0f}G"
-        import resource                                          # a CPU device has no memory of its own
+        import resource                                                 # a CPU device has no memory of its own
         return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
 
-    def step(self, step, metrics, write):
-        """Keep a step's metrics; write a line when one is due. Raises Halted on a loss that is not finite."""
-        self.pending.append(metrics)
-        if step % self.t.log_every and step != self.t.steps:
-            return
-        rows = jax.device_get(self.pending)
-        seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
-        for i, r in enumerate(rows):
-            loss = float(r["loss"])
-            if not math.isfinite(loss):
-                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}; the last checkpoint is untouched")
-            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
-        tokens = self.t.batch_size * self.c.seq_len
-        row = {"step": step, "loss": loss, "ema": self.ema, "lr": self.rates.hyper_lr * float(r["lr_share"]),
-               "adam_lr": self.rates.adam_lr * float(r["lr_share"]), "gnorm": float(r["gnorm"]),
-               "tokens": step * tokens, "flops": step * tokens * model.count(self.c).flops_per_token,
-               "tokens_per_second": tokens / seconds, "seconds": seconds, "time": time.time()}
-        mfu = f"{100 * self.flops * tokens / seconds / self.peak:.1f}%" if self.peak else "-"
-        routing = ""
-        if self.c.num_experts:
-            load = np.stack([r["load_LE"] for r in rows])        # every step since the last line
-            violation = np.asarray(balance.max_violation(load))
-            row |= {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                    "router_z": float(r["router_z"]), "dead": int((load[-1] == 0).sum()),
-                    "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist(),
-                    "would_drop": {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}}
-            routing = f" | maxvio {row['maxvio']:.2f} drop 0.0%"         # dropless: nothing is ever dropped
-        append(self.run / "metrics.jsonl", row)
-        eta = int(seconds * (self.t.steps - step))
-        write(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | loss {loss:.3f} "
-              f"ema {self.ema:.3f} | lr {row['lr']:.1e} | gnorm {row['gnorm']:.2f} | {tokens / seconds / 1e3:.1f} ktok/s "
-              f"| {seconds * 1e3:.0f} ms | mfu {mfu}{routing} | {self.memory()} | eta {eta // 60}m{eta % 60:02d}s")
-        self.since = time.perf_counter()
 
+# ------------------------------------------------------------------------------------------------------ report
 
 def report(run):
-    """Draw run/plots/*.png from metrics.jsonl and events.jsonl and put them, with the config, into report.html."""
+    """Draw run/plots/*.png from the run's own files and put them, with result and config, into report.html."""
     import base64
     import html
 
@@ -619,56 +629,46 @@ def report(run):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows, events = read_rows(run / "metrics.jsonl"), read_rows(run / "events.jsonl")
-    rows = [r for r in rows if "loss" in r]
-    evals = [e for e in events if e["event"] == "eval"]
-    config = json.loads((run / "config.json").read_text())
-    if not rows:
-        return
+    config, rows = json.loads((run / "config.json").read_text()), read_rows(run / "metrics.jsonl")
+    events = read_rows(run / "events.jsonl")
+    evals = {e["step"]: e["domains"] for e in events if e["event"] == "eval"}
+    m, t, step = config["model"], config["train"], [row["step"] for row in rows]
     (run / "plots").mkdir(exist_ok=True)
-    column = lambda key: [r[key] for r in rows]
-    step = column("step")
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    (a, b, d), (e, f, g) = axes
-    a.plot(step, column("loss"), lw=0.6, alpha=0.5, label="train, one batch")
-    a.plot(step, column("ema"), label="train, moving average")
-    for name in evals[-1]["domains"] if evals else ():
-        if name != "macro":
-            points = [(ev["step"], ev["domains"][name]["loss"]) for ev in evals]
-            a.plot(*zip(*points), "o-", ms=4, label=f"held out: {name}")
-    a.set(title="loss", ylabel="nats per token")
-    a.legend()
-    for name in evals[-1]["domains"] if evals else ():
-        b.plot([ev["step"] for ev in evals], [ev["domains"][name]["bpb"] for ev in evals], "o-", ms=4, label=name)
-    b.set(title="held-out compression", ylabel="bits per byte")
-    if evals:
-        b.legend()
-    d.plot(step, column("lr"), label="matrices (relative step)")
-    d.plot(step, column("adam_lr"), label="Adam group")
-    d.set(title="learning rates")
-    d.legend()
-    e.semilogy(step, column("gnorm"))
-    e.set(title="gradient norm", xlabel="step")
-    f.plot(step, [x / 1e3 for x in column("tokens_per_second")])
-    f.set(title="throughput", ylabel="thousand tokens per second", xlabel="step", ylim=(0, None))
-    if "maxvio" in rows[-1]:
-        m, t = config["model"], config["train"]
+    loss, held, rate, norm, speed, routing = axes.flat
+    loss.plot(step, [row["loss"] for row in rows], lw=0.6, alpha=0.5, label="training, one batch")
+    loss.plot(step, [row["ema"] for row in rows], label="training, moving average")
+    for name in (name for name in next(iter(evals.values()), {}) if name != "macro"):
+        loss.plot(evals, [e[name]["loss"] for e in evals.values()], "o-", ms=4, label=f"held out: {name}")
+        held.plot(evals, [e[name]["bpb"] for e in evals.values()], "o-", ms=4, label=name)
+    rate.plot(step, [row["lr"] for row in rows], label="matrices (relative step)")
+    rate.plot(step, [row["adam_lr"] for row in rows], label="Adam group")
+    norm.semilogy(step, [row["gnorm"] for row in rows])
+    speed.plot(step, [row["tokens_per_second"] / 1e3 for row in rows])
+    loss.set(title="loss", ylabel="nats per token")
+    held.set(title="held-out text", ylabel="bits per byte")
+    rate.set(title="learning rates")
+    norm.set(title="gradient norm", xlabel="step")
+    speed.set(title="throughput", ylabel="thousand tokens per second", xlabel="step", ylim=(0, None))
+    if m["num_experts"]:
         floor = balance.sampling_floor(t["batch_size"] * m["seq_len"], m["num_experts"], m["experts_per_token"])
-        g.semilogy(step, column("maxvio"), label="mean over layers")
-        g.axhline(floor, color="black", ls=":", lw=0.8, label="floor for independent tokens")
-        g.set(title="MaxVio: largest load over mean load, minus 1", xlabel="step")
-        g.legend()
+        routing.semilogy(step, [row["maxvio"] for row in rows], label="mean over layers")
+        routing.axhline(floor, color="black", ls=":", lw=0.8, label="floor for independent tokens")
+        routing.set(title="MaxVio: largest load over mean load, minus 1", xlabel="step")
+    for axis in axes.flat:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
     figure.savefig(run / "plots/training.png", dpi=110)
     plt.close(figure)
 
-    if "load_LE" in rows[-1]:
-        load = np.array(column("load_LE"))                       # [rows, L, E], 1 is the mean load
+    if m["num_experts"]:
+        load = np.array([row["load_LE"] for row in rows])               # [lines, L, E]; 1 is the mean load
         figure, axes = plt.subplots(load.shape[1], 1, figsize=(10, 1 + 0.9 * load.shape[1]), sharex=True,
                                     squeeze=False, layout="constrained")
         for i, axis in enumerate(axes[:, 0]):
-            picture = axis.imshow(load[:, i].T, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r", interpolation="nearest",
-                                  extent=(step[0], step[-1], load.shape[2] - 0.5, -0.5))
+            picture = axis.imshow(load[:, i].T, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r",
+                                  interpolation="nearest", extent=(step[0], step[-1], load.shape[2] - 0.5, -0.5))
             axis.set(ylabel=f"layer {i}", yticks=())
         axes[-1, 0].set(xlabel="step")
         figure.colorbar(picture, ax=axes, label="load of each expert over the mean")
@@ -676,102 +676,128 @@ def report(run):
         plt.close(figure)
 
     image = lambda p: f'<img src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-    result = run / "result.json"
-    sample = run / "sample.txt"
-    parts = [f"<h1>{html.escape(str(run))}</h1>"]
-    parts += [f"<h2>Result</h2><pre>{html.escape(result.read_text())}</pre>"] if result.exists() else []
-    parts += [image(p) for p in sorted((run / "plots").glob("*.png"), reverse=True)]
-    parts += [f"<h2>Sample</h2><pre>{html.escape(sample.read_text())}</pre>"] if sample.exists() else []
-    parts += [f"<h2>Config</h2><pre>{html.escape(json.dumps(config, indent=1))}</pre>", "<h2>Events</h2><pre>"
-              + html.escape("\n".join(json.dumps(ev) for ev in events)) + "</pre>"]
+    block = lambda title, text: f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"
+    parts = [block(p.stem, p.read_text()) for p in (run / "result.json", run / "sample.txt") if p.exists()]
+    pictures = [image(p) for p in sorted((run / "plots").glob("*.png"), reverse=True)]
+    parts += [block("config", json.dumps(config, indent=1)), block("events", "\n".join(map(json.dumps, events)))]
     style = "<style>body{font-family:sans-serif;max-width:75em;margin:2em auto}img{max-width:100%}</style>"
-    write_whole(run / "report.html", f"<!doctype html><meta charset='utf-8'>{style}{''.join(parts)}")
+    write_whole(run / "report.html", f"<!doctype html><meta charset='utf-8'>{style}"
+                f"<h1>{html.escape(str(run))}</h1>{''.join(pictures + parts)}")
 
 
 # -------------------------------------------------------------------------------------------------------- main
 
+def say(line):
+    """Print a line to stdout without tearing the progress bar on stderr."""
+    from tqdm import tqdm
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Inside, SIGTERM and ctrl-C do not kill: they append to the list that this yields."""
+    caught = []
+    old = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
 def train(c, t):
-    """Run or resume a training run to its end. Returns the content of result.json, or None if told to stop."""
+    """Run or resume a run to its end. Returns what result.json says, or None if a signal stopped it."""
+    from tqdm import tqdm
     began = time.time()
-    from tqdm import tqdm                                                                  # only a terminal sees a bar
-    say = lambda line: tqdm.write(line, file=sys.stdout)
-
-    mesh = make_mesh(c, t)                                                                 # where
-    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)       # on what
+    mesh = make_mesh(c, t)                                                                          # where
+    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)  # on what
     run = open_run(c, t, mixture)
-    n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
-    say(f"model    {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active a token; "
-        f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = {n.flops_per_token * tokens:.2e} FLOP")
-    say(f"data     {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} bytes "
-        f"({tokens / mixture.train_tokens:.2f} epochs), held out: {', '.join(mixture.heldout)}; {mixture.sha256[:12]}")
-    say(f"optimizer {t.optimizer}, rates of {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
-        f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    say(f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}; commit {git_commit()}, jax {jax.__version__}")
+    introduce(c, t, mesh, mixture)
 
-    checkpoints = Checkpoints(t)                                                           # from which point
+    checkpoints = Checkpoints(t)                                                                    # from where
     state = checkpoints.restore(c, t, mesh)
     if state is None:
-        state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)), out_shardings=state_shardings(c, t, mesh))()
+        fresh = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)), out_shardings=state_shardings(c, t, mesh))
+        state = fresh()
     start = int(state.step)
     append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
-    say(f"run      {run}, " + (f"resumed after step {start}" if start else "started"))
+    say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
 
     log = Log(run, c, t, mesh, start)
-    train_step = make_train_step(c, t, mesh)
-    eval_step = make_eval_step(c, mesh, jnp.asarray(np.pad(mixture.tokenizer.bytes_V, (0, c.vocab_size - mixture.tokenizer.vocab_size)), jnp.float32))
+    train_step, score = make_train_step(c, t, mesh), make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
-    def hold_out(step):
-        domains = evaluate(state, eval_step, mixture, c, t, mesh, None if step == t.steps else t.eval_tokens)
+    def hold_out(step, limit=None):
+        domains = evaluate(state, score, mixture, c, t, mesh, limit)
         append(run / "events.jsonl", {"event": "eval", "step": step, "domains": domains, "time": time.time()})
         say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
             f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
         return domains
 
-    stop = []                                                                              # SIGTERM, ctrl-C: save, then leave
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop.append(number))
-
-    bar = tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
-    for step in range(start, t.steps):                                                     # one pure function, again and again
-        batch = put(data.batch_at(mixture, step, t.batch_size, c.seq_len, t.seed), mesh, t.accumulate)
-        state, metrics = train_step(state, batch)
-        log.step(step + 1, metrics, say)
-        bar.update()
-        if stop or (step + 1) % t.save_every == 0 or step + 1 == t.steps:
-            checkpoints.save(state)
-        if stop:
-            checkpoints.close()
-            append(run / "events.jsonl", {"event": "stopped", "signal": stop[0], "step": step + 1, "time": time.time()})
-            say(f"stopped by signal {stop[0]} after step {step + 1}; saved. The same command goes on from here.")
+    with stop_signals() as stop, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
+        for i in range(start, t.steps):                                     # one pure function, again and again
+            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed)
+            state, metrics = train_step(state, put(rows, mesh, t.accumulate))
+            step = i + 1
+            save = step % t.save_every == 0 or step == t.steps or len(stop) > 0
+            log.step(step, metrics, save or step % t.log_every == 0, say)   # first: it refuses what is not finite
+            bar.update()
+            if save:
+                checkpoints.save(state)
+            if stop:
+                break
+            if step % t.eval_every == 0 and step < t.steps:
+                paused = time.perf_counter()
+                hold_out(step, t.eval_tokens)
+                log.since += time.perf_counter() - paused                   # an evaluation is no step time
+        checkpoints.close()
+        if int(state.step) < t.steps:
+            append(run / "events.jsonl", {"event": "stopped", "signal": stop[0], "step": step, "time": time.time()})
+            say(f"stopped by signal {stop[0]} after step {step}; saved. The same command goes on from here.")
             return None
-        if (step + 1) % t.eval_every == 0 and step + 1 < t.steps:
-            hold_out(step + 1)
-            log.since = time.perf_counter()                                                # an evaluation is no step time
-    bar.close()
-    checkpoints.close()
 
-    domains = hold_out(t.steps)                                                            # what came out
-    rows = read_rows(run / "metrics.jsonl")
-    seconds = sum(row["seconds"] * t.log_every for row in rows)
-    result = {"flops": n.flops_per_token * tokens, "params": n.params, "total_params": n.total, "tokens": tokens,
-              "loss": domains["macro"]["loss"], "bpb": domains["macro"]["bpb"], "domains": domains,
-              "bytes_per_token": mixture.bytes_per_token, "seed": t.seed, "commit": git_commit(), "seconds": seconds,
-              "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
-              "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
-    if c.num_experts:
-        last = [row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps]
-        floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
-        result |= {"maxvio": float(np.mean(last)), "maxvio_floor": floor}
-        say(f"balance  MaxVio {result['maxvio']:.3f} over the last tenth of the run; floor for independent tokens {floor:.3f}")
-    write_whole(run / "result.json", json.dumps(result, indent=1))
+    result = conclude(c, t, run, mixture, hold_out(t.steps))                                        # what came of it
     if t.sample_tokens:
-        text = make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
-        (run / "sample.txt").write_text(text)
+        sample = make_sampler(c, t, mixture.tokenizer)
+        text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
+        write_whole(run / "sample.txt", text)
         say(f"sample\n{text}\n")
     append(run / "events.jsonl", {"event": "done", "step": t.steps, "time": time.time()})
     report(run)
-    say(f"done in {time.time() - began:.0f} s, {seconds:.0f} of them training. Everything is in {run}: "
-        f"open {run}/report.html")
+    say(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training; everything is in {run}: "
+        f"see {run}/report.html")
+    return result
+
+
+def introduce(c, t, mesh, mixture):
+    """The first screen: model, data, optimizer, machine."""
+    n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
+    say(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; {n.flops_per_token / 1e6:,.1f} "
+        f"MFLOP a token x {tokens:,} tokens = {n.flops_per_token * tokens:.2e} FLOP")
+    say(f"data      {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} bytes "
+        f"({tokens / mixture.train_tokens:.2f} epochs), held out: {', '.join(mixture.heldout)}; "
+        f"sha256 {mixture.sha256[:12]}")
+    say(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
+        f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
+    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, commit {git_commit()}")
+
+
+def conclude(c, t, run, mixture, domains):
+    """Write result.json: what scaling.py reads, and what a table may quote."""
+    n, rows, tokens = model.count(c), read_rows(run / "metrics.jsonl"), t.steps * t.batch_size * c.seq_len
+    result = {"flops": n.flops_per_token * tokens, "params": n.params, "total_params": n.total, "tokens": tokens,
+              "loss": domains["macro"]["loss"], "bpb": domains["macro"]["bpb"], "domains": domains,
+              "bytes_per_token": mixture.bytes_per_token, "seed": t.seed, "commit": git_commit(),
+              "seconds": sum(row["seconds"] * row["steps"] for row in rows),
+              "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
+              "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
+    if c.num_experts:
+        last = float(np.mean([row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps]))
+        floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
+        result |= {"maxvio": last, "maxvio_floor": floor}
+        say(f"balance   MaxVio {last:.3f} over the last tenth of the run, {last / max(floor, 1e-9):.1f} x the "
+            f"sampling floor of {floor:.3f}")
+    write_whole(run / "result.json", json.dumps(result, indent=1))
     return result
 
 
@@ -786,13 +812,13 @@ def sample_from(c, t):
 
 
 def main(arguments):
-    if not arguments or "--help" in arguments or "-h" in arguments:
+    if not arguments or {"--help", "-h"} & set(arguments):
         print(describe_keys())
         return 0
     path, *overrides = arguments
+    verb = sample_from if "--sample" in overrides else train
     try:
-        c, t = load_config(path, [a for a in overrides if a != "--sample"])
-        (sample_from if "--sample" in overrides else train)(c, t)
+        verb(*load_config(path, [a for a in overrides if a != "--sample"]))
         return 0
     except (ConfigError, data.DataError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
-mixture = (("books", 1.0),)
+mixture = (("shakespeare", 0.55), ("kjv", 0.45))
 tokenizer = "bpe:2048"
 vocab_size = 2048
-seq_len = 256
+seq_len = 128
 hidden_dim = 128
 num_layers = 4
 num_heads = 4
@@ -14,5 +14,5 @@ expert_dim = 64
 gated_norm_rank = 32
 remat = "none"
 steps = 400
-batch_size = 16
+batch_size = 32
 prompt = "ROMEO."

@@ -1,0 +1,400 @@
+"""Training: config, heuristics, optimizers, the step on one and eight devices, resume, and every bad input."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import data
+import model
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+mixture = (({text!r}, 1.0),)
+tokenizer = "bytes"
+vocab_size = 257
+seq_len = 32
+hidden_dim = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 8
+shared_dim = 16
+num_experts = 4
+experts_per_token = 2
+expert_dim = 8
+gated_norm_rank = 4
+steps = 6
+batch_size = 8
+warmup = 0.2
+log_every = 2
+eval_every = 4
+save_every = 3
+sample_tokens = 4
+data_dir = {cache!r}
+compiled_dir = {compiled!r}
+run_dir = {run!r}
+"""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Thirty documents of nonsense with some structure, one file."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeioubcdfglmnprst"), rng.integers(2, 7))) for _ in range(200)]
+    folder = tmp_path_factory.mktemp("text")
+    with open(folder / "nonsense.jsonl", "w") as f:
+        for _ in range(30):
+            f.write(json.dumps({"text": " ".join(rng.choice(words, rng.integers(50, 300)))}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG.format(text=str(text / "nonsense.jsonl"), cache=str(text / "cache"),
+                                  compiled=str(text / "compiled"),
+                                  run=str(tmp_path / "run")))
+    return path
+
+
+def load(config, **keys):
+    return train.load_config(config, [f"--{k}={v}" for k, v in keys.items()])
+
+
+def synthetic(c, t, step):
+    """A batch of random tokens with documents and padding, as data.batch_at would give it."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, c.vocab_size, (t.batch_size, c.seq_len + 1)).astype(np.int32)
+    segments = (np.cumsum(rng.random((t.batch_size, c.seq_len)) < 0.05, 1) + 1).astype(np.int32)
+    segments[:, c.seq_len - 3:] = 0
+    return data.Batch(tokens[:, :-1], tokens[:, 1:], segments, (segments != 0).astype(np.float32))
+
+
+def run_steps(c, t, steps, seed=0):
+    """The states' losses over some steps of synthetic data, and the last state."""
+    mesh = train.make_mesh(c, t)
+    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(seed)),
+                    out_shardings=train.state_shardings(c, t, mesh))()
+    step, losses = train.make_train_step(c, t, mesh), []
+    for i in range(steps):
+        state, metrics = step(state, train.put(synthetic(c, t, i), mesh, t.accumulate))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), state
+
+
+def assert_same_bits(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+# -------------------------------------------------------------------------------------------------- heuristics
+
+def test_the_129b_rates_come_out_of_the_v1_heuristic():
+    r = train.heuristic("v1", 120_332 * 2048 * 4096, 2048 * 4096, 5120)
+    assert f"{r.adam_lr:.7f} {r.hyper_lr:.7f} {r.beta2:.2f} {r.eps:.4e}" == "0.0013392 0.0058031 0.95 3.3565e-15"
+
+
+def test_the_67b_rates_come_out_of_the_v2_heuristic():
+    """Marin's 10T run before its batch change: muonh .003733, adam .000861 at 4096 sequences of 8192."""
+    r = train.heuristic("v2", 157_500 * 8192 * 8192, 4096 * 8192, 2560)
+    assert r.hyper_lr == pytest.approx(0.003733, rel=0.03) and r.adam_lr == pytest.approx(0.000861, rel=0.03)
+    assert train.heuristic("v2", 1e12, 1e6, 512).hyper_lr == pytest.approx(
+        18.31 * 1e12**-0.395 * 512**-0.15 * (1e6 / 4096) ** 0.5, rel=1e-3)
+
+
+def test_a_rate_in_the_config_replaces_the_heuristic(config):
+    c, t = load(config, adam_lr=0.5, beta2=0.9)
+    assert train.rates(c, t).adam_lr == 0.5 and train.rates(c, t).beta2 == 0.9
+    assert train.rates(c, t).hyper_lr == train.rates(*load(config)).hyper_lr
+
+
+def test_schedules(config):
+    _, linear = load(config, steps=100, warmup=0.1)
+    share = [float(train.lr_share(linear, s)) for s in (0, 4, 9, 54, 99)]
+    np.testing.assert_allclose(share, [0.1, 0.5, 1.0, 0.5, 0.0], atol=1e-6)
+    _, wsd = load(config, steps=100, warmup=0.1, schedule="wsd", decay=0.2, min_lr_ratio=0.1)
+    share = [float(train.lr_share(wsd, s)) for s in (0, 9, 50, 79, 89, 99)]
+    np.testing.assert_allclose(share, [0.1, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------- optimizers
+
+def test_adamh_is_its_formula():
+    """Two updates of a stack of expert matrices against the recipe's formula in numpy."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((2, 3, 4, 5))
+    rule = train.hyperball(optax.scale_by_adam(0.9, 0.99, 1e-12), lambda step: 0.1 / (step + 1))
+    params, m, v, want = jnp.asarray(w, jnp.float32), 0, 0, w
+    state = rule.init(params)
+    for i in range(2):
+        g = rng.standard_normal(w.shape)
+        updates, state = rule.update(jnp.asarray(g, jnp.float32), state, params)
+        params = params + updates
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        u = (m / (1 - 0.9 ** (i + 1))) / (np.sqrt(v / (1 - 0.99 ** (i + 1))) + 1e-12)
+        norm = lambda x: np.sqrt((x * x).sum((-2, -1), keepdims=True))
+        moved = want - 0.1 / (i + 1) * norm(want) * u / norm(u)
+        want = moved * norm(want) / norm(moved)
+    np.testing.assert_allclose(params, want, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(norm(np.asarray(params)), norm(w), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 6, 16), (2, 3, 20, 5)])
+def test_orthogonalize_takes_singular_values_to_one(shape):
+    m = jax.random.normal(jax.random.key(0), shape)
+    values = np.linalg.svd(np.asarray(train.orthogonalize(m), np.float64), compute_uv=False)
+    assert values.min() > 0.6 and values.max() < 1.3
+    turned = np.asarray(train.orthogonalize(m.mT).mT)
+    np.testing.assert_allclose(turned, train.orthogonalize(m), atol=0.03)           # bfloat16
+
+
+@pytest.mark.parametrize("optimizer", ["adamh", "muonh"])
+def test_groups_own_what_the_recipe_says_and_norms_never_move(config, optimizer):
+    c, t = load(config, optimizer=optimizer, steps=8)
+    start = model.init(c, jax.random.key(0))
+    losses, state = run_steps(c, t, 5)
+    kinds = model.walk(lambda path, w: w.kind, c)
+    for (path, before), after, kind in zip(jax.tree_util.tree_leaves_with_path(start),
+                                           jax.tree.leaves(state.params), jax.tree.leaves(kinds)):
+        assert (np.asarray(before) != np.asarray(after)).any(), f"{path} did not train"
+        if kind != "adam":
+            np.testing.assert_allclose(train.matrix_norm(after), train.matrix_norm(before), rtol=1e-5)
+    moments = {model.path_name(p).partition("/")[0] for p, leaf in jax.tree_util.tree_leaves_with_path(state.opt)
+               if leaf.ndim > 1}
+    assert moments == ({"adam", "adamh", "adamh_expert"} if optimizer == "adamh" else {"adam", "adamh", "muonh"})
+
+
+def test_clipping_is_per_group(config):
+    """A huge gradient in one group leaves the step of the others alone."""
+    c, t = load(config, clip=1.0)
+    optimizer, params = train.make_optimizer(c, t), model.init(c, jax.random.key(0))
+    state = optimizer.init(params)
+    small = jax.tree.map(lambda w: jnp.full(w.shape, 1e-4), params)
+    spiked = {**small, "embed_VD": jnp.full(params["embed_VD"].shape, 1e6)}
+    a, _ = optimizer.update(small, state, params)
+    b, _ = optimizer.update(spiked, state, params)
+    assert_same_bits(a["layers"]["query_DQ"], b["layers"]["query_DQ"])
+    assert_same_bits(a["layers"]["up_EDF"], b["layers"]["up_EDF"])
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+def test_one_device_equals_eight(config):
+    """Losses within 2e-6 over 50 steps; not bit-equal, because sums are taken in another order."""
+    runs = {n: run_steps(*load(config, devices=n, steps=50), 50) for n in (1, 8)}
+    difference = np.abs(runs[1][0] - runs[8][0]).max()
+    assert difference < 2e-6, difference
+    np.testing.assert_allclose(runs[1][1].bias_LE, runs[8][1].bias_LE, atol=1e-4)
+
+
+def test_accumulation_does_not_change_the_result(config):
+    (a, one), (b, four) = (run_steps(*load(config, accumulate=n, devices=2), 6) for n in (1, 4))
+    np.testing.assert_allclose(a, b, atol=2e-6)
+    np.testing.assert_allclose(one.bias_LE, four.bias_LE, atol=1e-5)
+    for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params)):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_the_same_run_twice_is_bit_equal(config):
+    (a, one), (b, two) = (run_steps(*load(config, devices=2), 5) for _ in range(2))
+    assert a.tolist() == b.tolist()
+    assert_same_bits(one, two)
+
+
+def test_one_batch_can_be_learnt_by_heart(config):
+    c, t = load(config, steps=150, hidden_dim=32, batch_size=2, devices=1, hyper_lr=0.05, adam_lr=0.02)
+    mesh = train.make_mesh(c, t)
+    state, step = train.make_state(c, t, jax.random.key(0)), train.make_train_step(c, t, mesh)
+    batch = train.put(synthetic(c, t, 0), mesh)
+    for _ in range(t.steps):
+        state, metrics = step(state, batch)
+    assert float(metrics["loss"]) < 0.5, "from log 257 = 5.5"
+
+
+def test_the_bias_routes_one_step_late_and_none_leaves_it_at_zero(config):
+    _, balanced = run_steps(*load(config, devices=2), 3)
+    _, free = run_steps(*load(config, devices=2, balancer="none"), 3)
+    assert float(jnp.abs(balanced.bias_LE).max()) > 0 and float(jnp.abs(free.bias_LE).max()) == 0
+    first = [run_steps(*load(config, devices=2, balancer=b), 1)[0][0] for b in ("quantile", "none")]
+    assert first[0] == first[1], "the first step routes on the initial bias, whatever the balancer"
+
+
+def test_evaluation_reads_and_never_writes(config):
+    c, t = load(config, devices=2)
+    mesh = train.make_mesh(c, t)
+    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len, quiet=True)
+    _, state = run_steps(c, t, 2)
+    before = jax.tree.map(np.array, state)
+    score = train.make_eval_step(c, mesh, jnp.asarray(mixture.tokenizer.bytes_V, jnp.float32))
+    first, second = (train.evaluate(state, score, mixture, c, t, mesh) for _ in range(2))
+    assert first == second
+    assert_same_bits(before, state)
+    (domain,) = mixture.heldout
+    # bytes tokenizer: every scored token is one byte but the ends of documents, which stand for none
+    d, ends = first[domain], sum((p == mixture.tokenizer.eot).sum() for p in mixture.heldout[domain].parts)
+    assert d["bytes"] == d["tokens"] - ends and first["macro"]["loss"] == d["loss"]
+    assert d["bpb"] == pytest.approx(d["loss"] * d["tokens"] / d["bytes"] / np.log(2), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- whole runs
+
+def saved(config, **keys):
+    c, t = load(config, **keys)
+    return train.Checkpoints(t).restore(c, t, train.make_mesh(c, t))
+
+
+def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(config, tmp_path, monkeypatch):
+    straight = train.train(*load(config))
+    run = tmp_path / "run"
+    for name in ("config.json", "metrics.jsonl", "events.jsonl", "result.json", "sample.txt", "report.html",
+                 "plots/training.png", "plots/experts.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert [r["step"] for r in train.read_rows(run / "metrics.jsonl")] == [2, 3, 4, 6]
+    assert {e["event"] for e in train.read_rows(run / "events.jsonl")} == {"start", "eval", "done"}
+    assert straight["tokens"] == 6 * 8 * 32 and straight["flops"] > 0 and set(straight["domains"]) == {"nonsense", "macro"}
+
+    # the same run, stopped by a signal during step 4, then started again with the same command
+    cut = str(tmp_path / "cut")
+    batch_at = data.batch_at
+
+    def interrupting(mixture, step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(mixture, step, *rest)
+    monkeypatch.setattr(data, "batch_at", interrupting)
+    assert train.train(*load(config, run_dir=cut)) is None
+    monkeypatch.setattr(data, "batch_at", batch_at)
+    resumed = train.train(*load(config, run_dir=cut))
+    assert resumed["domains"] == straight["domains"]
+    assert_same_bits(saved(config), saved(config, run_dir=cut))
+    rows = [train.read_rows(Path(d) / "metrics.jsonl") for d in (run, cut)]
+    assert [(r["step"], r["loss"], r["ema"]) for r in rows[0]] == [(r["step"], r["loss"], r["ema"]) for r in rows[1]]
+    assert [e["event"] for e in train.read_rows(Path(cut) / "events.jsonl")] == [
+        "start", "stopped", "resume", "eval", "done"]
+
+    # a finished run started again trains no further; another model in its place is refused
+    before = (run / "metrics.jsonl").read_text()
+    assert train.train(*load(config))["domains"] == straight["domains"]
+    assert (run / "metrics.jsonl").read_text() == before
+    with pytest.raises(train.ConfigError, match="holds a run with num_layers=2, found num_layers=3"):
+        train.train(*load(config, num_layers=3))
+
+
+def test_sampling_continues_the_prompt_and_is_reproducible(config):
+    c, t = load(config, temperature=0.0)
+    sample = train.make_sampler(c, t, data.load_tokenizer("bytes"))
+    params, bias_LE = model.init(c, jax.random.key(0)), jnp.zeros((c.num_layers, c.num_experts))
+    long = sample(params, bias_LE, "to be or not to be, that is", 40)                # past the window of 32
+    assert long.startswith("to be or not to be, that is") and len(long) > 40
+    assert long == sample(params, bias_LE, "to be or not to be, that is", 40)
+
+
+def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(config, monkeypatch, capsys):
+    monkeypatch.setattr(model, "init", lambda c, key, init=model.init: jax.tree.map(lambda w: w * jnp.nan, init(c, key)))
+    assert train.main([str(config)]) == 3
+    assert "step 1: the loss is nan" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- configs and bad input
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_loads_and_its_state_builds(path):
+    """The whole state of every config, 129B included, as shapes and shardings, without a byte of memory."""
+    c, t = train.load_config(path)
+    state = jax.eval_shape(lambda: train.make_state(c, t, jax.random.key(0)))
+    assert sum(w.size for w in jax.tree.leaves(state.params)) == model.count(c).total
+    assert state.bias_LE.shape == (c.num_layers, c.num_experts)
+    mesh = jax.make_mesh((8,), ("data",))
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(train.state_shardings(c, t, mesh))):
+        sharding.shard_shape(leaf.shape)                                             # raises if it does not divide
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--num_expert=8"], "unknown config key 'num_expert'; did you mean 'num_experts'?"),
+    (["--steps=many"], "steps: expected int, found 'many'"),
+    (["--steps=1.5"], "steps: expected int, found 1.5"),
+    (["--steps=True"], "steps: expected int, found True"),
+    (["--adam_lr=inf"], "adam_lr: expected float, found 'inf'"),
+    (["--adam_lr=1e999"], "adam_lr: expected a finite number"),
+    (["--steps", "5"], "expected --key=value, found '--steps'"),
+    (["--steps=0"], "steps: expected a positive number, found 0"),
+    (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh', found 'adam'"),
+    (["--accumulate=3"], "accumulate: expected a divisor of batch_size=8, found 3"),
+    (["--schedule=wsd", "--warmup=0.9"], "decay: expected at most 1 - warmup"),
+    (["--num_heads=3", "--num_kv_heads=2"], "num_kv_heads: expected a divisor of num_heads=3"),
+    (["--mixture=()"], "mixture: expected pairs"),
+    (["--mixture=(('x', -1.0),)"], "mixture: expected pairs"),
+    (["--mixture=(('/nowhere/*.txt', 1.0),)"], "/nowhere"),
+    (["--tokenizer=/nowhere.tiktoken"], "nowhere.tiktoken"),
+    (["--vocab_size=100"], "vocab_size"),
+    (["--devices=3"], "batch_size / accumulate: expected a multiple of the 3 devices, found 8"),
+    (["--devices=99"], "devices: expected at most"),
+    (["--run_dir=/proc/nothing"], "run_dir: expected a directory that can be written"),
+    (["--sample"], "expected a run with a checkpoint, found none"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(config, capsys, arguments, words):
+    assert train.main([str(config), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error.strip().splitlines()[-1] and "Traceback" not in error
+    assert not (config.parent / "run" / "metrics.jsonl").exists(), "refused before anything was written"
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "expected a config file, found none"),
+    ("steps = (", "SyntaxError"),
+    ("steps = 1 / 0", "ZeroDivisionError"),
+    ("stepz = 5", "unknown config key 'stepz'; did you mean 'steps'?"),
+    ("steps = 5", "missing config key 'vocab_size' of ModelConfig"),
+    ("steps = '5'", "steps: expected int, found '5'"),
+])
+def test_a_bad_config_file_is_one_line(tmp_path, capsys, text, words):
+    path = tmp_path / "bad.py"
+    if text is not None:
+        path.write_text(text)
+    assert train.main([str(path)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_broken_run_directory_is_refused(config, capsys):
+    run = config.parent / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{")
+    assert train.main([str(config)]) == 2
+    assert "config.json: expected the config of a run" in capsys.readouterr().err
+
+
+def test_configs_can_build_on_one_another(config):
+    child = config.parent / "child.py"
+    child.write_text(f"import runpy as _r\nglobals().update({{k: v for k, v in _r.run_path({str(config)!r}).items()"
+                     f" if k[0] != '_'}})\nsteps = 9\n")
+    assert load(child)[1].steps == 9
+
+
+def test_help_lists_every_key_with_default_and_meaning(capsys):
+    assert train.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for cls in (model.ModelConfig, train.TrainConfig):
+        for field in dataclasses.fields(cls):
+            line = next(line for line in text.splitlines() if line.strip().startswith(f"--{field.name}="))
+            assert len(line.split(maxsplit=1)[1]) > 3, f"{field.name} has no meaning"
+
+
+@pytest.mark.slow
+def test_the_command_line_in_a_process_of_its_own(config):
+    """Exit codes as a shell sees them, and a run from nothing to a report."""
+    run = lambda *words: subprocess.run([sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True)
+    done = run(str(config), "--devices=2")
+    assert done.returncode == 0 and "step 6/6 100.0% | loss" in done.stdout and "maxvio" in done.stdout
+    sample = run(str(config), "--devices=2", "--sample", "--prompt=abc")
+    assert sample.returncode == 0 and sample.stdout.startswith("abc")
+    assert run(str(config), "--stepz=1").returncode == 2

@@ -151,7 +151,7 @@ class Counts(NamedTuple):
     total: int              # every parameter
     active: int             # what one token uses: all but the experts it was not sent to
     core: int               # active without embedding and head
-    flops_per_token: int    # training FLOPs in the convention of the budgets (no head in an MoE): C = this * tokens
+    flops_per_token: int    # training FLOPs as the budgets count them (no head in an MoE): C = this * tokens
     mfu_flops: int          # the same with the head always counted: what MFU divides by
 
     @property
@@ -278,7 +278,8 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
         m_TD = gated_norm(x_TD, p["mlp_gain_D"], p["mlp_down_DU"], p["mlp_up_UD"])
         record = {}
         if c.shared_dim:
-            x_TD = x_TD + (jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])) @ p["shared_down_ZD"]
+            h_TZ = jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])
+            x_TD = x_TD + h_TZ @ p["shared_down_ZD"]
         if c.num_experts:
             y_TD, r, load_E = moe.moe(m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
             x_TD = x_TD + y_TD

@@ -171,7 +171,7 @@ def _demonstrate():
             lambda x, p, bias: jnp.sum(jnp.sin(layer(x, p, bias, K)[0])), argnums=(0, 1)))
     forms = {"moe": run(moe), "dense_moe": run(dense_moe)}
     print(f"T={T} D={D} E={E} K={K} F={F}, forward and backward, {jax.devices()[0].device_kind}; best of 10")
-    print(f"{'routing':22s} {'smallest, largest load':>24s} {'moe ms':>8s} {'dense ms':>9s} {'ratio':>6s}   largest relative error")
+    print(f"{'routing':22s} {'smallest, largest load':>24s} {'moe ms':>8s} {'dense ms':>9s} {'ratio':>6s}   error")
     for name, bias in {"no balancing": shrug, "quantile balancing": fair, f"{K} experts take all": skew}.items():
         load = dispatch(route(x_TD, p["router_DE"], bias, K).expert_TK, E).load_E
         out = {k: jax.tree.leaves(f(x_TD, p, bias)) for k, f in forms.items()}

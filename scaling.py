@@ -114,7 +114,7 @@ def reference(name):
         for width, loss in row.items():
             # Marin's own fit leaves 640 and 896 out, for no stated reason; we follow, to reproduce it.
             kind = "held_out" if C > 5e20 else "excluded" if width in (640, 896) else "isoflop"
-            sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})   # the rule gives 49
+            sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})   # rule: 49
             runs.append(Run(C, sweep_params(sizes), C / flops_per_token(sizes, VOCAB), loss, C, kind,
                             source=name, extra={"hidden_dim": width}))
     return runs
@@ -172,7 +172,9 @@ def read_csv(path):
             if not {"hidden_dim", "num_experts"} <= given.keys():
                 raise BadInput(where, "params and tokens, or hidden_dim and num_experts to derive them from",
                                "neither", "fill them in")
-            sizes = shape(given["hidden_dim"], given["num_experts"], given.get("head_dim", 128)) | given
+            if given["hidden_dim"] % (head_dim := given.get("head_dim", 128)):
+                raise BadInput(where, f"a multiple of {head_dim}", row["hidden_dim"], "give head_dim")
+            sizes = shape(given["hidden_dim"], given["num_experts"], head_dim) | given
             vocab = int(cell("vocab_size", 0.99, 1e9) or VOCAB)
             N = N or param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"]
             D = D or C / flops_per_token(sizes, vocab)

@@ -78,7 +78,7 @@ class TrainConfig:
     decay: float = 0.2                  # share of the steps that decays, for "wsd"
     min_lr_ratio: float = 0.0           # last rate over peak rate
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
-    compiled_dir: str = "out/compiled"  # XLA programs kept between runs, so that a second start is quick; "" is off
+    compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
@@ -94,7 +94,8 @@ class TrainConfig:
         def need(ok, key, expected):
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
-        for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
+        for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
+                    "keep"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
                            "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():
@@ -170,7 +171,8 @@ def describe_keys():
     lines = [__doc__.split("\n\nB batch")[0], ""]
     for cls in (ModelConfig, TrainConfig):
         lines += [f"{cls.__name__}: {cls.__doc__}"]
-        for name, kind, default, text in re.findall(r"^    (\w+): (\w+)(?: = (.*?))? +# (.*)$", inspect.getsource(cls), re.M):
+        field = re.compile(r"^    (\w+): (\w+)(?: = (.*?))? +# (.*)$", re.MULTILINE)
+        for name, kind, default, text in field.findall(inspect.getsource(cls)):
             lines.append(f"  --{name}={default or kind.upper():14s} {text}")
         lines.append("")
     return "\n".join(lines)
@@ -179,7 +181,7 @@ def describe_keys():
 # -------------------------------------------------------------------------------------------------------- mesh
 
 PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12,
-              "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}     # dense bf16 [cited: vendors' data sheets]
+              "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}     # dense bfloat16 [cited: data sheets]
 
 
 def make_mesh(c, t):
@@ -241,8 +243,8 @@ def rates(c, t):
 def lr_share(t, step):
     """The learning rate of a step over its peak: up over `warmup`, then down to min_lr_ratio at the end."""
     warm = max(1, round(t.warmup * t.steps))
-    corners = [0, warm, t.steps] if t.schedule == "linear" else [0, warm, t.steps - round(t.decay * t.steps), t.steps]
-    heights = [0, 1, t.min_lr_ratio] if t.schedule == "linear" else [0, 1, 1, t.min_lr_ratio]
+    held = warm if t.schedule == "linear" else t.steps - round(t.decay * t.steps)
+    corners, heights = [0, warm, held, t.steps], [0, 1, 1, t.min_lr_ratio]
     return jnp.interp(step + 1, jnp.array(corners, jnp.float32), jnp.array(heights, jnp.float32))
 
 
@@ -357,7 +359,8 @@ def make_train_step(c, t, mesh):
                          "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, "data")
 
         def microbatch(total, rows):
-            (_, stats), grads = jax.value_and_grad(model.loss, has_aux=True)(params, bias_LE, rows, norm, c, "data")
+            loss = jax.value_and_grad(model.loss, has_aux=True)
+            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data")
             stats.pop("nll_T")
             return jax.tree.map(jnp.add, total, grads), stats
 
@@ -424,7 +427,8 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
         for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
             sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, put(batch, mesh))])
         nats, tokens, size = sums
-        domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size, "tokens": int(tokens), "bytes": int(size)}
+        domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size,
+                         "tokens": int(tokens), "bytes": int(size)}
     macro = {key: float(np.mean([d[key] for d in domains.values()])) for key in ("loss", "bpb")}
     return domains | {"macro": macro}
 
@@ -451,7 +455,8 @@ def make_sampler(c, t, tokenizer):
             window = tokens[-c.seq_len:]
             padded = np.zeros(c.seq_len, np.int32)
             padded[:len(window)] = window
-            new = int(next_token(params, bias_LE, padded, len(window), jax.random.fold_in(jax.random.key(seed), i)))
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            new = int(next_token(params, bias_LE, padded, len(window), key))
             if new == tokenizer.eot:
                 break
             tokens.append(new)
@@ -542,8 +547,8 @@ def open_run(c, t, mixture):
                               f"choose another --run_dir") from None
         if changed:
             k = changed[0]
-            raise ConfigError(f"{run}: holds a run with {k}={old['model'].get(k)!r}, found {k}={now['model'][k]!r}; "
-                              f"a model cannot change during a run: choose another --run_dir or delete this one")
+            raise ConfigError(f"{run}: holds a run with {k}={old['model'].get(k)!r}, found {k}="
+                              f"{now['model'][k]!r}; a model cannot change during a run: choose another --run_dir or delete this one")
         if old.get("data") != now["data"]:
             raise ConfigError(f"{run}: holds a run on data {str(old.get('data'))[:12]}, found {now['data'][:12]}; "
                               f"the batches would not be the same: choose another --run_dir or restore the data")
@@ -554,7 +559,8 @@ def open_run(c, t, mixture):
         run.mkdir(parents=True, exist_ok=True)
         write_whole(run / "config.json", json.dumps(now, indent=1))
     except OSError as error:
-        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} ({error.strerror})") from None
+        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} "
+                          f"({error.strerror})") from None
     return run
 
 
@@ -640,8 +646,8 @@ def report(run):
     loss.plot(step, [row["loss"] for row in rows], lw=0.6, alpha=0.5, label="training, one batch")
     loss.plot(step, [row["ema"] for row in rows], label="training, moving average")
     for name in (name for name in next(iter(evals.values()), {}) if name != "macro"):
-        loss.plot(evals, [e[name]["loss"] for e in evals.values()], "o-", ms=4, label=f"held out: {name}")
-        held.plot(evals, [e[name]["bpb"] for e in evals.values()], "o-", ms=4, label=name)
+        loss.plot(list(evals), [e[name]["loss"] for e in evals.values()], "o-", ms=4, label=f"held out: {name}")
+        held.plot(list(evals), [e[name]["bpb"] for e in evals.values()], "o-", ms=4, label=name)
     rate.plot(step, [row["lr"] for row in rows], label="matrices (relative step)")
     rate.plot(step, [row["adam_lr"] for row in rows], label="Adam group")
     norm.semilogy(step, [row["gnorm"] for row in rows])
@@ -698,7 +704,8 @@ def say(line):
 def stop_signals():
     """Inside, SIGTERM and ctrl-C do not kill: they append to the list that this yields."""
     caught = []
-    old = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    catch = lambda number, frame: caught.append(number)
+    old = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
     finally:
@@ -710,16 +717,16 @@ def train(c, t):
     """Run or resume a run to its end. Returns what result.json says, or None if a signal stopped it."""
     from tqdm import tqdm
     began = time.time()
-    mesh = make_mesh(c, t)                                                                          # where
-    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)  # on what
+    mesh = make_mesh(c, t)                                                                  # where
+    mixture = open_data(c, t)                                                               # on what
     run = open_run(c, t, mixture)
     introduce(c, t, mesh, mixture)
 
-    checkpoints = Checkpoints(t)                                                                    # from where
+    checkpoints = Checkpoints(t)                                                            # from which point
     state = checkpoints.restore(c, t, mesh)
     if state is None:
-        fresh = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)), out_shardings=state_shardings(c, t, mesh))
-        state = fresh()
+        state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
+                        out_shardings=state_shardings(c, t, mesh))()
     start = int(state.step)
     append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
     say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
@@ -752,11 +759,12 @@ def train(c, t):
                 log.since += time.perf_counter() - paused                   # an evaluation is no step time
         checkpoints.close()
         if int(state.step) < t.steps:
-            append(run / "events.jsonl", {"event": "stopped", "signal": stop[0], "step": step, "time": time.time()})
+            append(run / "events.jsonl",
+                   {"event": "stopped", "signal": stop[0], "step": step, "time": time.time()})
             say(f"stopped by signal {stop[0]} after step {step}; saved. The same command goes on from here.")
             return None
 
-    result = conclude(c, t, run, mixture, hold_out(t.steps))                                        # what came of it
+    result = conclude(c, t, run, mixture, hold_out(t.steps))                                # what came of it
     if t.sample_tokens:
         sample = make_sampler(c, t, mixture.tokenizer)
         text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
@@ -769,17 +777,22 @@ def train(c, t):
     return result
 
 
+def open_data(c, t):
+    return data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
+
+
 def introduce(c, t, mesh, mixture):
     """The first screen: model, data, optimizer, machine."""
     n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
-    say(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; {n.flops_per_token / 1e6:,.1f} "
-        f"MFLOP a token x {tokens:,} tokens = {n.flops_per_token * tokens:.2e} FLOP")
+    say(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; "
+        f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = {n.flops_per_token * tokens:.2e} FLOP")
     say(f"data      {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} bytes "
         f"({tokens / mixture.train_tokens:.2f} epochs), held out: {', '.join(mixture.heldout)}; "
         f"sha256 {mixture.sha256[:12]}")
     say(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
         f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, commit {git_commit()}")
+    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, "
+        f"commit {git_commit()}")
 
 
 def conclude(c, t, run, mixture, domains):
@@ -807,7 +820,7 @@ def sample_from(c, t):
     state = Checkpoints(t).restore(c, t, mesh) if Path(t.run_dir, "checkpoints").is_dir() else None
     if state is None:
         raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
-    mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
+    mixture = open_data(c, t)
     print(make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
 
 

@@ -14,5 +14,5 @@ expert_dim = 64
 gated_norm_rank = 32
 remat = "none"
 steps = 400
-batch_size = 32
+batch_size = 16
 prompt = "ROMEO."

@@ -33,7 +33,8 @@ def dual(s, beta, K):
 def test_qth_largest_is_a_partition_to_the_bit(shape, kind):
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape).astype(np.float32)
-    x = {"normal": x, "ties": np.round(x), "zeros of both signs": np.where(x > 0.5, 0.0, np.where(x < -0.5, -0.0, x)),
+    x = {"normal": x, "ties": np.round(x),
+         "zeros of both signs": np.where(x > 0.5, 0.0, np.where(x < -0.5, -0.0, x)),
          "huge and tiny": x * 10.0 ** rng.integers(-40, 38, shape)}[kind].astype(np.float32)
     x.reshape(-1)[:2] = [np.inf, -np.inf]
     T = shape[1]
@@ -163,7 +164,8 @@ def test_k_equal_e_has_nothing_to_balance():
 
 
 def test_fewer_assignments_than_experts():
-    assert np.isfinite(np.asarray(alternate(np.random.default_rng(8).standard_normal((2, 64)), np.zeros(64), 4))).all()
+    s = np.random.default_rng(8).standard_normal((2, 64))
+    assert np.isfinite(np.asarray(alternate(s, np.zeros(64), 4))).all()
 
 
 def test_a_nan_logit_does_not_reach_the_bias():

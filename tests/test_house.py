@@ -51,5 +51,5 @@ def test_optional_packages_are_imported_lazily(room):
 @pytest.mark.parametrize("path", [p for p in ROOT.glob("**/*.py") if not {"out", ".venv"} & set(p.parts)],
                          ids=lambda p: str(p.relative_to(ROOT)))
 def test_lines_fit_a_page(path):
-    long = [i + 1 for i, line in enumerate(path.read_text().splitlines()) if len(line) > 110]
-    assert not long, f"{path.name}: lines {long} pass 110 characters"
+    long = [i + 1 for i, line in enumerate(path.read_text().splitlines()) if len(line) > 115]
+    assert not long, f"{path.name}: lines {long} pass 115 characters"

@@ -16,10 +16,10 @@ def weights(E):
 
 
 @pytest.mark.parametrize("T, E, K, bias", [
-    (40, 8, 2, "none"), (40, 8, 2, "two take all"), (40, 8, 2, "one starves"), (37, 5, 3, "none"), (3, 8, 2, "none"),
-    (40, 4, 4, "none"), (200, 4, 1, "two take all"), (64, 2, 1, "none"), (64, 1, 1, "none")])
-@pytest.mark.parametrize("combine_sum", [0.0, 2.5])
-def test_moe_is_its_dense_loop(T, E, K, bias, combine_sum):
+    (40, 8, 2, "none"), (40, 8, 2, "two take all"), (40, 8, 2, "one starves"), (37, 5, 3, "none"),
+    (3, 8, 2, "none"), (40, 4, 4, "none"), (200, 4, 1, "two take all"), (64, 1, 1, "none")])
+def test_moe_is_its_dense_loop(T, E, K, bias):
+    combine_sum = 2.5 if T == 37 else 0.0
     p, x_TD = weights(E), normal(T, D)
     bias_E = {"none": jnp.zeros(E), "two take all": jnp.where(jnp.arange(E) < 2, 50.0, 0.0),
               "one starves": jnp.where(jnp.arange(E) == 1, -50.0, 0.0)}[bias]

@@ -261,7 +261,7 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(c
         assert (run / name).stat().st_size > 0, name
     assert [r["step"] for r in train.read_rows(run / "metrics.jsonl")] == [2, 3, 4, 6]
     assert {e["event"] for e in train.read_rows(run / "events.jsonl")} == {"start", "eval", "done"}
-    assert straight["tokens"] == 6 * 8 * 32 and straight["flops"] > 0 and set(straight["domains"]) == {"nonsense", "macro"}
+    assert straight["tokens"] == 6 * 8 * 32 and set(straight["domains"]) == {"nonsense", "macro"}
 
     # the same run, stopped by a signal during step 4, then started again with the same command
     cut = str(tmp_path / "cut")
@@ -278,7 +278,8 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(c
     assert resumed["domains"] == straight["domains"]
     assert_same_bits(saved(config), saved(config, run_dir=cut))
     rows = [train.read_rows(Path(d) / "metrics.jsonl") for d in (run, cut)]
-    assert [(r["step"], r["loss"], r["ema"]) for r in rows[0]] == [(r["step"], r["loss"], r["ema"]) for r in rows[1]]
+    logged = [[(r["step"], r["loss"], r["ema"]) for r in of_run] for of_run in rows]
+    assert logged[0] == logged[1]
     assert [e["event"] for e in train.read_rows(Path(cut) / "events.jsonl")] == [
         "start", "stopped", "resume", "eval", "done"]
 
@@ -300,7 +301,8 @@ def test_sampling_continues_the_prompt_and_is_reproducible(config):
 
 
 def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(config, monkeypatch, capsys):
-    monkeypatch.setattr(model, "init", lambda c, key, init=model.init: jax.tree.map(lambda w: w * jnp.nan, init(c, key)))
+    init = model.init
+    monkeypatch.setattr(model, "init", lambda c, key: jax.tree.map(lambda w: w * jnp.nan, init(c, key)))
     assert train.main([str(config)]) == 3
     assert "step 1: the loss is nan" in capsys.readouterr().err
 
@@ -373,10 +375,10 @@ def test_a_broken_run_directory_is_refused(config, capsys):
     assert "config.json: expected the config of a run" in capsys.readouterr().err
 
 
-def test_configs_can_build_on_one_another(config):
+def test_configs_can_build_on_one_another(config, monkeypatch):
     child = config.parent / "child.py"
-    child.write_text(f"import runpy as _r\nglobals().update({{k: v for k, v in _r.run_path({str(config)!r}).items()"
-                     f" if k[0] != '_'}})\nsteps = 9\n")
+    child.write_text("from tiny import *\nsteps = 9\n")
+    monkeypatch.syspath_prepend(config.parent)
     assert load(child)[1].steps == 9
 
 
@@ -392,7 +394,8 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
 @pytest.mark.slow
 def test_the_command_line_in_a_process_of_its_own(config):
     """Exit codes as a shell sees them, and a run from nothing to a report."""
-    run = lambda *words: subprocess.run([sys.executable, str(ROOT / "train.py"), *words], capture_output=True, text=True)
+    program = [sys.executable, str(ROOT / "train.py")]
+    run = lambda *words: subprocess.run([*program, *words], capture_output=True, text=True)
     done = run(str(config), "--devices=2")
     assert done.returncode == 0 and "step 6/6 100.0% | loss" in done.stdout and "maxvio" in done.stdout
     sample = run(str(config), "--devices=2", "--sample", "--prompt=abc")

@@ -548,7 +548,8 @@ def open_run(c, t, mixture):
         if changed:
             k = changed[0]
             raise ConfigError(f"{run}: holds a run with {k}={old['model'].get(k)!r}, found {k}="
-                              f"{now['model'][k]!r}; a model cannot change during a run: choose another --run_dir or delete this one")
+                              f"{now['model'][k]!r}; a model cannot change during a run: choose another "
+                              f"--run_dir, or delete this one")
         if old.get("data") != now["data"]:
             raise ConfigError(f"{run}: holds a run on data {str(old.get('data'))[:12]}, found {now['data'][:12]}; "
                               f"the batches would not be the same: choose another --run_dir or restore the data")
@@ -785,7 +786,8 @@ def introduce(c, t, mesh, mixture):
     """The first screen: model, data, optimizer, machine."""
     n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
     say(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; "
-        f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = {n.flops_per_token * tokens:.2e} FLOP")
+        f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = "
+        f"{n.flops_per_token * tokens:.2e} FLOP")
     say(f"data      {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} bytes "
         f"({tokens / mixture.train_tokens:.2f} epochs), held out: {', '.join(mixture.heldout)}; "
         f"sha256 {mixture.sha256[:12]}")

@@ -7,6 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)      # tests compile far more than they compute
 jax.devices()                   # start the backend now: train.make_mesh must find these eight, not choose its own
 
 

@@ -17,7 +17,8 @@ def close(got, want, tolerance=2e-5):
 
 def both(f, *args):
     """Value and all gradients of sum(sin(f))."""
-    return jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=tuple(range(len(args))))(*args)
+    g = jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=tuple(range(len(args))))
+    return jax.jit(g)(*args)
 
 
 def segments(kind, B, S):

@@ -1,5 +1,6 @@
 """The transformer: counts against the published run, causality and isolation by gradient, every rung."""
 import dataclasses
+import functools
 import math
 
 import jax
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 
 import model
-import scaling
+from test_scaling import POSTED_MAY, POSTED_V16
 
-TINY = model.ModelConfig(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=5, num_heads=4, num_kv_heads=2,
+TINY = model.ModelConfig(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
                          head_dim=8, shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12,
                          gated_norm_rank=4)
 RUNGS = {
@@ -18,16 +19,23 @@ RUNGS = {
     "half_rope": dict(half_rope=True), "pko": dict(half_rope=True, partial_key_offset=True),
     "combine_sum": dict(combine_sum=2.5), "no shared expert": dict(shared_dim=0),
     "k = e": dict(experts_per_token=8),
-    "four layers": dict(num_layers=4), "one layer": dict(num_layers=1), "bfloat16": dict(compute_dtype="bfloat16"),
+    "four layers": dict(num_layers=4), "five layers": dict(num_layers=5), "bfloat16": dict(compute_dtype="bfloat16"),
     "v2": dict(half_rope=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)}
+
+
+@functools.lru_cache
+def init(c):
+    return jax.jit(model.init, static_argnums=0)(c, jax.random.key(0))
+
+
+loss = jax.jit(model.loss, static_argnums=4)
+logits = jax.jit(model.logits, static_argnums=4)
 
 
 def lively(c, seed=0):
     """Weights with every zero or one stirred, so that no term of the model is idle."""
-    params = model.init(c, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return tree.unflatten([2 * w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys)])
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda w: 2 * w + 0.1 * rng.standard_normal(w.shape, np.float32), init(c))
 
 
 def batch_of(c, B=2, seed=0, documents=True):
@@ -67,32 +75,37 @@ def test_the_129b_run_is_counted_as_published():
 
 def test_the_67b_run_is_counted_as_published():
     n = model.count(big(vocab_size=128_256, seq_len=8192, hidden_dim=2560, num_layers=26, num_heads=20,
-                        num_kv_heads=5, head_dim=128, shared_dim=2560, num_experts=256, experts_per_token=4, expert_dim=1280,
+                        num_kv_heads=5, head_dim=128, shared_dim=2560, num_experts=256, experts_per_token=4,
+                        expert_dim=1280,
                         gated_norm_rank=128))
     assert f"{n.total / 1e9:.2f} {n.core / 1e9:.2f} {n.params / 1e9:.2f}" == "67.08 2.01 2.34"
+
+
+def recipe_shape(width):
+    """The recipe's shape of a width. [recipe.md 1: depth rule, heads, GQA 4:1, expert and shared widths]"""
+    heads = width // 128
+    kv_heads = max(m for m in range(1, heads + 1) if heads % m == 0 and m <= max(1, heads / 4))
+    return dict(num_layers=round(width / (64 + 4 * math.log2(width) - 9)), num_heads=heads, num_kv_heads=kv_heads,
+                head_dim=128, expert_dim=math.ceil(width / 256) * 128, shared_dim=width)
 
 
 def test_the_49_token_counts_of_the_public_ladder():
     """Budget / FLOPs per token gives the tokens that each of Marin's runs was trained on. [scaling.md 0.4]"""
     checked = 0
-    for table, experts in (("moe_v16", 64), ("may", 256)):
-        for run in scaling.reference(table):
-            if not run.extra["posted"]:
-                continue
-            s, width = scaling.shape(run.extra["hidden_dim"], experts), run.extra["hidden_dim"]
-            sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "expert_dim", "shared_dim")
-            c = big(vocab_size=128_256, seq_len=4096, hidden_dim=width, gated_norm_rank=128, num_experts=experts,
-                    experts_per_token=4, **{k: s[k] for k in sizes})
-            tokens = run.budget / model.count(c).flops_per_token
-            assert tokens == pytest.approx(run.tokens, rel=3e-4), (table, run.budget, width)
-            checked += 1
+    for posted, experts in ((POSTED_V16, 64), (POSTED_MAY, 256)):
+        for budget, runs in posted.items():
+            for width, tokens in runs.items():
+                c = big(vocab_size=128_256, seq_len=4096, gated_norm_rank=128, num_experts=experts,
+                        experts_per_token=4, hidden_dim=width, **recipe_shape(width))
+                assert budget / model.count(c).flops_per_token == pytest.approx(tokens, rel=3e-4), (budget, width)
+                checked += 1
     assert checked == 49
 
 
 @pytest.mark.parametrize("rung", RUNGS)
 def test_counts_are_the_arrays(rung):
     c = dataclasses.replace(TINY, **RUNGS[rung])
-    params, n = model.init(c, jax.random.key(0)), model.count(c)
+    params, n = init(c), model.count(c)
     assert n.total == sum(w.size for w in jax.tree.leaves(params))
     experts = sum(w.size for k, w in params["layers"].items() if k in ("gate_EDF", "up_EDF", "down_EFD"))
     assert n.active == n.total - (experts - experts * c.experts_per_token // max(1, c.num_experts))
@@ -101,12 +114,12 @@ def test_counts_are_the_arrays(rung):
 
 def test_init_is_a_truncated_normal_of_the_stated_width():
     c = dataclasses.replace(TINY, hidden_dim=64, num_heads=8)
-    params, std = model.init(c, jax.random.key(0)), 0.5 / math.sqrt(64)
+    params, std = init(c), 0.5 / math.sqrt(64)
     for name in ("embed_VD", "head_DV"):
         assert float(jnp.std(params[name])) == pytest.approx(std, rel=0.05)
         assert float(jnp.max(jnp.abs(params[name]))) <= 3 * std
     assert (params["layers"]["head_gate_DN"] == 0).all() and (params["final_gain_D"] == 1).all()
-    other = model.init(dataclasses.replace(c, num_experts=4), jax.random.key(0))
+    other = init(dataclasses.replace(c, num_experts=4))
     same = other["layers"]["query_DQ"] == params["layers"]["query_DQ"]
     assert same.all(), "a weight's draw hangs on its name only"
 
@@ -118,6 +131,8 @@ def test_causality_and_document_isolation_by_gradient(rung):
     """The gradient of one position's logits with respect to every input embedding: zero, exactly, after it and
     outside its document, and not zero before it. Experts see one token each, and the bias is frozen."""
     c = dataclasses.replace(TINY, **RUNGS[rung])
+    if rung in ("v1", "v2"):
+        c = dataclasses.replace(c, num_layers=5)                              # local, full and remainder layers
     params = lively(c)
     tokens = jnp.arange(c.seq_len)[None] % c.vocab_size                       # distinct tokens: rows of the table
     segments = jnp.where(jnp.arange(c.seq_len) < 9, 1, 2)[None]
@@ -151,7 +166,7 @@ def test_relative_positions_only():
     c = dataclasses.replace(TINY, seq_len=24)
     half = jax.random.randint(jax.random.key(1), (12,), 0, c.vocab_size)
     segments = jnp.repeat(jnp.asarray([1, 2]), 12)[None]
-    out = model.logits(lively(c), bias_of(c), jnp.concatenate([half, half])[None], segments, c)[0]
+    out = logits(lively(c), bias_of(c), jnp.concatenate([half, half])[None], segments, c)[0]
     np.testing.assert_allclose(out[:12], out[12:], atol=2e-5)
 
 
@@ -179,7 +194,7 @@ def test_every_rung_has_a_finite_loss_and_a_gradient_for_every_weight(rung):
 def test_a_fresh_model_knows_nothing():
     """At initialisation the loss is about log V: the head's std is small and nothing is known."""
     batch = batch_of(TINY, B=8)
-    nll = model.loss(model.init(TINY, jax.random.key(0)), jnp.zeros((5, 8)), batch, norm_of(batch), TINY)[1]["nll"]
+    nll = loss(init(TINY), jnp.zeros((2, 8)), batch, norm_of(batch), TINY)[1]["nll"]
     assert float(nll / norm_of(batch)["weight"]) == pytest.approx(math.log(61), rel=0.05)
 
 
@@ -200,13 +215,14 @@ def test_the_loss_is_its_definition():
     batch, params = batch_of(c), lively(c)
     batch["segments"] = batch["segments"].at[1, 20:].set(0)
     batch["weights"] = (batch["segments"] != 0).astype(jnp.float32).at[0, 3].set(0.0)
-    objective, stats = model.loss(params, bias_of(c), batch, norm_of(batch), c)
-    logits = model.logits(params, bias_of(c), batch["tokens"], batch["segments"], c)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    nll = lse - jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+    objective, stats = loss(params, bias_of(c), batch, norm_of(batch), c)
+    z_BSV = logits(params, bias_of(c), batch["tokens"], batch["segments"], c)
+    lse = jax.nn.logsumexp(z_BSV, axis=-1)
+    nll = lse - jnp.take_along_axis(z_BSV, batch["targets"][..., None], -1)[..., 0]
     w, real = batch["weights"], batch["segments"] != 0
     want = (jnp.sum(w * nll) + 0.2 * jnp.sum(w * lse**2)) / jnp.sum(w)
-    _, record = model.forward(params, bias_of(c), batch["tokens"], batch["segments"], c)
+    forward = jax.jit(model.forward, static_argnums=4)
+    _, record = forward(params, bias_of(c), batch["tokens"], batch["segments"], c)
     want += 0.3 * jnp.mean(jnp.sum(record["z_LT"] * real.reshape(-1), 1)) / jnp.sum(real)
     np.testing.assert_allclose(objective, want, rtol=1e-5)
     np.testing.assert_allclose(stats["nll"], jnp.sum(w * nll), rtol=1e-5)

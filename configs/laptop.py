@@ -1,0 +1,28 @@
+"""The smoke run at half an hour: text that reads like its source.     python train.py configs/laptop.py
+
+5.2 M parameters, 2.9 M active. Two CPU cores. See README for time, bits per byte and a sample as measured.
+Every number not tagged otherwise is [assumed]: picked for two cores, not tuned."""
+
+mixture = (("shakespeare", 0.55), ("kjv", 0.45))    # shares of the bytes [derived]
+tokenizer = "bpe:4096"
+vocab_size = 4096
+seq_len = 256
+
+hidden_dim = 192
+num_layers = 6                      # local local local full local local: a period of four and a remainder
+num_heads = 6
+num_kv_heads = 2                    # the 129B run has four query heads to one; 6 divides by 3
+head_dim = 32
+shared_dim = 192                    # = hidden_dim [cited: recipe 1]
+num_experts = 16
+experts_per_token = 2
+expert_dim = 96                     # = hidden_dim / 2 [cited: recipe 1]
+gated_norm_rank = 32
+remat = "none"                      # memory is not the limit here
+
+steps = 1300
+batch_size = 16                     # x 256 tokens
+eval_every = 260
+save_every = 260
+prompt = "MACBETH."
+sample_tokens = 300

@@ -40,8 +40,8 @@ class ModelConfig:
     expert_dim: int = 0                 # F: width of one routed expert
     window: int = 0                     # tokens a local layer sees; 0 means seq_len // 2, as the 129B run had it
     gated_norm_rank: int = 128          # U: bottleneck of the gate on every norm
-    qk_scale: float = 1.3               # multiplies the normalised queries [cited: recipe 1]
-    rope_theta: float = 10_000.0        # [cited: recipe 1]
+    qk_scale: float = 1.3               # multiplies the normalised queries [cited: marin #4697]
+    rope_theta: float = 10_000.0        # base of RoPE's wavelengths [cited: marin #4697]
     router_z: float = 1e-3              # router z-loss coefficient; V2 sets 0
     logit_z: float = 1e-4               # final-logit z-loss coefficient
     half_rope: bool = False             # V2: rotate only the first half of each head
@@ -161,7 +161,7 @@ class Counts(NamedTuple):
 
 
 def count(c):
-    """Parameters and training FLOPs per token of a config, from the weight table and recipe 1.
+    """Parameters and training FLOPs per token of a config, from the weight table.
 
     FLOPs: 3x the forward pass; attention scores over the full S, not halved for causality and not cut to the
     window (Marin's convention, so that budgets compare); embedding, norms and gates not counted. Executed

@@ -2,7 +2,7 @@
 
 Run:   python scaling.py               the story in ten seconds: 2.252 was forecast, 2.233 came, and why
        python scaling.py fit RUNS.csv --predict 1e21      also bias register score plan ladder speedup
-Read:  runs -> shapes and FLOPs -> bowls -> envelope -> surface -> uncertainty -> analysis -> bias
+Read:  runs -> shapes and FLOPs -> bowls -> envelope -> uncertainty -> surface -> analysis -> bias
        -> registration -> planning -> speed-up -> pictures -> command line
 C training FLOPs   N active parameters (output head in, input embedding out)   D tokens   k = C/(N D), never 6
 L(C) = E + A C^-alpha: E asymptote in nats per token, A, alpha.   A star: the compute-optimal point of a C.
@@ -12,19 +12,20 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import io
 import json
 import math
 import platform
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import scipy
+from numpy.polynomial import Polynomial
 from scipy.optimize import least_squares, minimize, nnls
 from scipy.special import huber, logsumexp
 from scipy.stats import linregress, norm, t as student
@@ -41,6 +42,12 @@ class BadInput(ValueError):
     """A mistake the user can mend, in one line: the place, what was expected, what was found, what to do."""
     def __init__(self, where, expected, found, do):
         super().__init__(" ".join(f"{where}: expected {expected}, found {str(found)[:200]}; do {do}".split()))
+
+
+def need(ok, *why):
+    """Raise BadInput(*why) unless ok."""
+    if not ok:
+        raise BadInput(*why)
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -107,7 +114,6 @@ def reference(name):
                    for C, N, D, losses in DELPHI_HELD_OUT for i, L in enumerate(losses)])
     if name == "june":
         return [Run(C, math.nan, math.nan, L, C, source=name) for C, L in JUNE_ANCHORS]
-
     table, experts = (MOE_V16, 64) if name == "moe_v16" else (MOE_MAY, 256)
     runs = []
     for C, row in table.items():
@@ -116,27 +122,29 @@ def reference(name):
             kind = "held_out" if C > 5e20 else "excluded" if width in (640, 896) else "isoflop"
             sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})   # rule: 49
             runs.append(Run(C, sweep_params(sizes), C / flops_per_token(sizes, VOCAB), loss, C, kind,
-                            source=name, extra={"hidden_dim": width}))
+                            source=name, extra={"hidden_dim": width, "posted": C < 5e19}))   # its tokens were
     return runs
 
 
 def number(text, where, key, low=0.0, high=1e40):
     """`text` as a finite float in (low, high], else BadInput."""
     try:
-        value = float(text)
+        value = math.nan if isinstance(text, bool) else float(text)
     except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if isinstance(text, bool) or not low < value <= high:
-        raise BadInput(where, f"{key} to be a number above {low:g} and at most {high:g}", repr(text)[:40],
-                       f"correct {key}")
+    need(low < value <= high, where, f"{key} to be a number above {low:g} and at most {high:g}",
+         repr(text)[:40], f"correct {key}")
     return value
 
 
+# What a table may say: the columns that are numbers, with the open lower and the closed upper end of each
+MAY_BE_ZERO = ("num_experts", "experts_per_token", "expert_dim", "shared_dim")
 SHAPE_COLUMNS = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "seq_len",
-                 "gated_norm_rank", "num_experts", "experts_per_token", "expert_dim", "shared_dim")
-MAY_BE_ZERO = SHAPE_COLUMNS[-4:]
-KNOWN_COLUMNS = SHAPE_COLUMNS + ("flops", "budget_flops", "params", "tokens", "loss", "kind", "seed", "eval",
-                                 "tokenizer", "bytes_per_token", "bpb", "vocab_size")
+                 "gated_norm_rank") + MAY_BE_ZERO
+NUMBERS = (dict.fromkeys(("flops", "budget_flops", "params", "tokens"), (1, 1e40))
+           | dict(loss=(1e-3, 100), bpb=(0, 100), bytes_per_token=(0, 1e3), vocab_size=(0.99, 1e9))
+           | dict.fromkeys(SHAPE_COLUMNS, (0.99, 1e6)) | dict.fromkeys(MAY_BE_ZERO, (-1, 1e6)))
+WORDS = ("kind", "seed", "eval", "tokenizer")
 
 
 def read_csv(path):
@@ -144,48 +152,45 @@ def read_csv(path):
 
     A blank params or tokens is derived from the row's hidden_dim, num_experts and other shape columns."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadInput(path, "a UTF-8 table of comma-separated values", error, "export it again") from None
-    head = [name.strip() for name in rows[0]] if rows else []
+    head = lines[0][1] if lines else []
     C_column = "flops" if "flops" in head else "budget_flops"
-    missing = [c for c in (C_column, "loss") if c not in head]
-    missing += [c for c in ("params", "tokens") if c not in head and "hidden_dim" not in head]
-    if missing or len(set(head)) < len(head):
-        raise BadInput(path, "columns flops, params, tokens, loss, each once", ", ".join(head) or "nothing",
-                       f"rename or add {', '.join(missing) or 'what stands twice'}")
+    required = (C_column, "loss") + (() if "hidden_dim" in head else ("params", "tokens"))
+    missing = [column for column in required if column not in head]
+    need(not missing and len(set(head)) == len(head), path, "columns flops, params, tokens, loss, each once",
+         ", ".join(head) or "nothing", f"rename or add {', '.join(missing) or 'what stands twice'}")
     runs = []
-    for line, cells in enumerate(rows[1:], 2):
-        where = f"{path} line {line}"
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(head):
-            raise BadInput(where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
-        row = {key: cell.strip() for key, cell in zip(head, cells)}
-        cell = lambda key, low=0.0, high=1e40: (number(row[key], where, key, low, high)
-                                                if row.get(key) else None)
-        C, N, D = number(row[C_column], where, C_column, 1), cell("params", 1), cell("tokens", 1)
-        if not (N and D):
-            given = {key: int(cell(key, -1 if key in MAY_BE_ZERO else 0.99, 1e6))
-                     for key in SHAPE_COLUMNS if row.get(key)}
-            if not {"hidden_dim", "num_experts"} <= given.keys():
-                raise BadInput(where, "params and tokens, or hidden_dim and num_experts to derive them from",
-                               "neither", "fill them in")
-            if given["hidden_dim"] % (head_dim := given.get("head_dim", 128)):
-                raise BadInput(where, f"a multiple of {head_dim}", row["hidden_dim"], "give head_dim")
-            sizes = shape(given["hidden_dim"], given["num_experts"], head_dim) | given
-            vocab = int(cell("vocab_size", 0.99, 1e9) or VOCAB)
-            N = N or param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"]
-            D = D or C / flops_per_token(sizes, vocab)
-        if (row.get("kind") or "isoflop") not in ("isoflop", "held_out", "excluded"):
-            raise BadInput(where, "kind isoflop, held_out or excluded", row["kind"], "correct the cell")
-        given = {key: row[key] for key in ("kind", "seed", "eval", "tokenizer") if row.get(key)}
-        given |= dict(budget=cell("budget_flops", 1) or 0.0, bpb=cell("bpb", 0, 100) or 0.0,
-                      bytes_per_token=cell("bytes_per_token", 0, 1e3) or 0.0,
-                      extra={key: row[key] for key in head if key not in KNOWN_COLUMNS})
-        runs.append(Run(C, N, D, number(row["loss"], where, "loss", 1e-3, 100), source=str(path), **given))
+    for line, cells in lines[1:]:
+        row, where = dict(zip(head, cells)), f"{path} line {line}"
+        need(len(cells) == len(head), where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
+        kind = row.get("kind") or "isoflop"
+        need(kind in ("isoflop", "held_out", "excluded"), where, "kind isoflop, held_out or excluded", kind,
+             "correct the cell")
+        value = {key: number(row[key], where, key, *ends) for key, ends in NUMBERS.items()
+                 if row.get(key) or key in (C_column, "loss")}
+        if not {"params", "tokens"} <= value.keys():
+            value = derived(value, value[C_column], where) | value
+        runs.append(Run(
+            value[C_column], value["params"], value["tokens"], value["loss"], value.get("budget_flops", 0.0),
+            kind, *(row.get(key, "") for key in ("seed", "eval", "tokenizer")),
+            value.get("bytes_per_token", 0.0), value.get("bpb", 0.0), str(path),
+            {key: cell for key, cell in row.items() if key not in NUMBERS and key not in WORDS}))
     return runs
+
+
+def derived(row, C, where):
+    """dict(params, tokens) of a table's row by its shape; keys that it leaves blank follow the recipe."""
+    given = {key: int(row[key]) for key in SHAPE_COLUMNS if key in row}
+    need({"hidden_dim", "num_experts"} <= given.keys(), where,
+         "params and tokens, or hidden_dim and num_experts to derive them from", "neither", "fill them in")
+    sizes = shape(given["hidden_dim"], given["num_experts"], given.get("head_dim", 128), where) | given
+    vocab = int(row.get("vocab_size", VOCAB))
+    return dict(params=param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"],
+                tokens=C / flops_per_token(sizes, vocab))
 
 
 def read_json(path):
@@ -193,70 +198,61 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadInput(path, "a JSON object", str(error)[:80], "restore the file") from None
-    if not isinstance(value, dict):
-        raise BadInput(path, "a JSON object", type(value).__name__, "restore the file")
+        value = str(error)[:80]
+    need(isinstance(value, dict), path, "a JSON object", value, "restore the file")
     return value
 
 
 def read_run_dir(folder):
     """The Run of a finished train.py run directory (its result.json and config.json)."""
     path = Path(folder) / "result.json"
-    if not path.is_file():
-        raise BadInput(folder, "a finished run (result.json)", "none", "let the run finish, or leave it out")
+    need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
-    known = {key: number(result.get(key), path, key, *((1e-3, 100) if key == "loss" else (0, 1e40)))
+    known = {key: number(result.get(key), path, key, *NUMBERS[key])
              for key in ("flops", "params", "tokens", "loss", "bytes_per_token", "bpb")}
     return Run(**known, seed=str(result.get("seed", "")), source=str(folder), extra={"run_dir": str(folder)},
-               eval=json.dumps(result.get("eval", ""), sort_keys=True).strip('"'),
+               eval=str(result.get("eval", "")),
                tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "")
 
 
 def checked(runs, source):
     """The same runs, each with a budget; BadInput for duplicates, several evals, or nothing to fit.
 
-    Runs without a nominal budget join the bowl of the cheapest run within 25 % of them."""
-    seen, groups = set(), []
-    for run in runs:
-        same = (run.flops, run.params, run.tokens, run.seed, run.kind)
-        if same in seen and run.params == run.params:
-            raise BadInput(source, "each run once", f"C={run.flops:g} N={run.params:g} D={run.tokens:g} "
-                           f"seed={run.seed or 'blank'} twice", "delete one, or give the repeats their seeds")
-        seen.add(same)
-    if len(evals := sorted({run.eval for run in runs})) > 1:
-        raise BadInput(source, "one eval definition", f"{len(evals)}: {evals}", "fit each eval on its own")
-    if not any(run.kind == "isoflop" for run in runs):
-        raise BadInput(source, "at least one isoFLOP run", f"none in {len(runs)} runs", "add the ladder")
-    for run in sorted((r for r in runs if not r.budget), key=lambda r: r.flops):
-        if not groups or run.flops > 1.25 * groups[-1][0].flops:
-            groups.append([])
-        groups[-1].append(run)
-    mean = lambda group: math.exp(np.mean([math.log(r.flops) for r in group]))
-    nominal = {id(r): float(f"{mean(group):.4g}") for group in groups for r in group}
-    return [replace(run, budget=run.budget or nominal[id(run)]) for run in runs]
+    Runs without a nominal budget are sorted by FLOPs; a gap of more than 25 % begins the next budget."""
+    times = Counter((r.flops, r.params, r.tokens, r.seed, r.kind) for r in runs)
+    for run, found in times.items():
+        need(found == 1, source, "each run once", "C={:g} N={:g} D={:g} seed={} {} twice".format(*run),
+             "delete one, or give the repeats their seeds")
+    evals = sorted({run.eval for run in runs})
+    need(len(evals) < 2, source, "one eval definition", f"{len(evals)}: {evals}", "fit each eval on its own")
+    need(any(run.kind == "isoflop" for run in runs), source, "at least one isoFLOP run",
+         f"none in {len(runs)} runs", "add the ladder")
+    C = np.array(sorted({run.flops for run in runs if not run.budget}))
+    groups = np.split(C, np.flatnonzero(np.diff(np.log(C)) > math.log(1.25)) + 1)
+    nominal = {c: float(f"{np.exp(np.log(group).mean()):.4g}") for group in groups for c in group}
+    return [replace(run, budget=run.budget or nominal[run.flops]) for run in runs]
 
 
 def in_unit(runs, unit, source):
     """Losses in "nats" per token or "bpb", bits per byte. Tokenizers compare only in the latter: a token that
     spans more bytes costs more nats for the same knowledge of the text."""
     kinds = sorted({(r.tokenizer, round(r.bytes_per_token, 3)) for r in runs})
-    if unit == "nats" and len(kinds) > 1:
-        raise BadInput(source, "one tokenizer for a forecast in nats per token", f"{len(kinds)}: {kinds[:3]}",
-                       "use --unit bpb, since only bits per byte compare across tokenizers")
-    if unit == "bpb" and any(not (r.bytes_per_token or r.bpb) for r in runs):
-        raise BadInput(source, "bpb or bytes_per_token for every run", "a run without", "add the column")
+    need(unit == "bpb" or len(kinds) < 2, source, "one tokenizer for a forecast in nats per token",
+         f"{len(kinds)}: {kinds[:3]}", "use --unit bpb, since only bits per byte compare across tokenizers")
+    need(unit == "nats" or all(r.bytes_per_token or r.bpb for r in runs), source,
+         "bpb or bytes_per_token for every run", "a run without", "add the column")
     per_byte = lambda r: r.bpb or r.loss / math.log(2) / r.bytes_per_token
     return runs if unit == "nats" else [replace(r, loss=per_byte(r)) for r in runs]
 
 
 # ------------------------------------------------------------------------------------------- shapes and FLOPs
 
-def shape(hidden_dim, experts=64, unit=128):
+def shape(hidden_dim, experts=64, unit=128, where="hidden_dim"):
     """Config keys of a width by the recipe's rules [cited: #4447]; experts=0 is dense (4x MLP, no GQA).
 
     unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop."""
-    if hidden_dim < unit or hidden_dim % unit:
-        raise BadInput("hidden_dim", f"a positive multiple of {unit}", hidden_dim, "choose such a width")
+    need(hidden_dim >= unit and hidden_dim % unit == 0, where, f"hidden_dim a positive multiple of {unit}",
+         hidden_dim, "choose such a width, or give head_dim")
     heads = hidden_dim // unit
     grouped = max([k for k in range(1, heads // 4 + 1) if heads % k == 0] or [1])    # 4:1 where 4 divides
     return dict(hidden_dim=hidden_dim, seq_len=4096, head_dim=unit, num_heads=heads,
@@ -305,33 +301,22 @@ def sweep_params(sizes, vocab_size=VOCAB):
 @dataclass(frozen=True)
 class Choices:
     """Everything that decides a fit; stored whole in a registration."""
-    method: str = "shared"          # shared | parabola | cubic | best (lowest run) | surface
+    method: str = "shared"          # a key of METHODS
     axis: str = "tokens"            # the bowl's horizontal axis: tokens | params
     window: float | None = None     # keep only runs within this factor of the vertex
     asymptote: float | None = None  # E; None leaves it free
     space: str = "log"              # residuals of log(L - E), or of L ("linear")
 
 
-def best_coefficients(exponents, log_u, log_v, y, groups):
-    """Per group the non-negative (E, A, B) of E + A u^-p + B v^-q that fits y best, and all residuals."""
-    columns = np.stack([np.ones_like(y), np.exp(-exponents[0] * log_u), np.exp(-exponents[1] * log_v)], 1)
-    residual, coefficients = np.empty_like(y), []
-    for rows in groups:
-        coefficients.append(nnls(columns[rows], y[rows])[0])
-        residual[rows] = y[rows] - columns[rows] @ coefficients[-1]
-    return residual, coefficients
-
-
-def variable_projection(log_u, log_v, y, groups, start=None):
-    """((p, q), residuals, coefficients), p and q common to all groups, by VPNLS [cited: Czech et al.]: given
-    them the rest is linear, so two numbers are searched: a 32 x 32 grid (if no start), then Gauss-Newton."""
-    residual = lambda pq: best_coefficients(pq, log_u, log_v, y, groups)[0]
-    tolerance = 1e-15 if start is None else 1e-9
-    if start is None:
-        grid = np.geomspace(0.03, 1.5, 32)
-        start = min(((p, q) for p in grid for q in grid), key=lambda pq: np.sum(residual(pq)**2))
-    fit = least_squares(residual, start, "3-point", (0.01, 3), xtol=tolerance, ftol=tolerance, gtol=1e-15)
-    return fit.x, *best_coefficients(fit.x, log_u, log_v, y, groups)
+METHODS = {
+    # E_c + A_c x^p + B_c x^-q, with p and q common to all budgets. Along an isoFLOP N is C/(kD), so a loss
+    # surface has just this form: no bias without noise, and no E that is common to all budgets.
+    "shared": "bowls with shared exponents",
+    # A quadratic in log x, each budget alone: what everyone uses. The truth is lopsided, so the vertex moves
+    # with the sampling (see `bias`). Kept as the baseline. A cubic has less bias and more noise.
+    "parabola": "a parabola per budget (biased baseline)", "cubic": "a cubic per budget",
+    "best": "lowest run per budget",                # for tables of optima, and for budgets of one run
+    "surface": "a global surface"}                  # all runs at once; `surface` says why it is no default
 
 
 def by_budget(runs):
@@ -340,82 +325,99 @@ def by_budget(runs):
     return {float(C): np.flatnonzero(budgets == C) for C in np.unique(budgets)}
 
 
-def bad_bowl(runs, C, expected, found):
-    return BadInput(f"{runs[0].source}: budget {C:.3g}", expected, found, "add runs there, or leave it out")
+def columns(runs, *names):
+    """One float array per attribute of the runs."""
+    return np.array([[getattr(r, name) for r in runs] for name in names], float)
 
 
-LEAST = {"parabola": 3, "shared": 3, "cubic": 4, "best": 1}     # runs that a bowl needs; its parameters
+def variable_projection(log_u, log_v, y, groups, start=None):
+    """Fit y = E + A u^-p + B v^-q, p and q common to all groups: ((p, q), residuals, [(E, A, B) per group]).
+
+    VPNLS [cited: Czech et al.]: given p and q, non-negative least squares find the rest, so only two numbers
+    are searched: on a 32 x 32 grid (if no start), then by Gauss-Newton."""
+    def solve(pq):
+        terms = np.stack([np.ones_like(y), np.exp(-pq[0] * log_u), np.exp(-pq[1] * log_v)], 1)
+        weights, residual = [nnls(terms[rows], y[rows])[0] for rows in groups], np.empty_like(y)
+        for rows, EAB in zip(groups, weights):
+            residual[rows] = y[rows] - terms[rows] @ EAB
+        return residual, weights
+
+    residual = lambda pq: solve(pq)[0]
+    tolerance = 1e-15 if start is None else 1e-9
+    if start is None:
+        grid = np.geomspace(0.03, 1.5, 32)
+        start = min(((p, q) for p in grid for q in grid), key=lambda pq: np.sum(residual(pq)**2))
+    fit = least_squares(residual, start, "3-point", (0.01, 3), xtol=tolerance, ftol=tolerance, gtol=1e-15)
+    return fit.x, *solve(fit.x)
 
 
-def curves(runs, choices, x, y, groups, start):
-    """Per budget (curve of z = log10 x, its lowest z), and the shared exponents if there are any.
+def shared_bowls(x, y, groups, start):
+    """([(curve of x = log10 tokens or parameters, its lowest x or None)], (p, q)), a curve per group."""
+    middle, log_x = [x[rows].mean() for rows in groups], np.empty_like(x)
+    for rows, m in zip(groups, middle):
+        log_x[rows] = math.log(10) * (x[rows] - m)
+    (p, q), _, weights = variable_projection(-log_x, log_x, y, groups, start)
+    found = []
+    for m, (E, A, B) in zip(middle, weights):
+        curve = lambda z, m=m, E=E, A=A, B=B: E + A * 10**(p * (z - m)) + B * 10**(-q * (z - m))
+        two_sided = min(A, B) > 1e-12 * max(A, B, E)
+        found.append((curve, m + math.log10(q * B / (p * A)) / (p + q) if two_sided else None))
+    return found, (p, q)
 
-    parabola  a quadratic in z, each budget alone: what everyone uses. The truth is lopsided, so the
-              vertex moves with the sampling (see `bias`). Kept as the baseline.
-    cubic     one more degree: less bias, more noise.
-    shared    E_c + A_c x^p + B_c x^-q, with p and q common to all budgets. Along an isoFLOP N is C/(kD), so a
-              loss surface has just this form; no bias without noise, and no E common to all budgets.
-    best      the lowest run as it is; for tables of optima, and for budgets of one run."""
-    found, middle = [], {C: x[rows].mean() for C, rows in groups.items()}
-    if choices.method == "shared":
-        if len(y) < (need := 3 * len(groups) + 3):
-            raise BadInput(runs[0].source, f"at least {need} runs for {len(groups)} shared bowls", len(y),
-                           "add runs, or use --method parabola")
-        log_x = math.log(10) * (x - [middle[r.budget] for r in runs])
-        (p, q), _, weights = variable_projection(-log_x, log_x, y, list(groups.values()), start)
-        for (C, m), (E, A, B) in zip(middle.items(), weights):
-            if min(A, B) <= 1e-12 * max(A, B, E):
-                raise bad_bowl(runs, C, "an interior minimum", "a bowl that only falls or only rises")
-            found.append((lambda z, m=m, E=E, A=A, B=B: E + A * 10**(p * (z - m)) + B * 10**(-q * (z - m)),
-                          m + math.log10(q * B / (p * A)) / (p + q)))
-        return found, (p, q)
-    for C, rows in groups.items():
-        if choices.method == "best":
-            i = rows[np.argmin(y[rows])]
-            found.append((None, x[i]))
-            continue
-        curve = np.polynomial.Polynomial.fit(x[rows], y[rows], LEAST[choices.method] - 1)
-        lowest = [z.real for z in curve.deriv().roots() if abs(z.imag) < 1e-9 and curve.deriv(2)(z.real) > 0]
-        if not lowest:
-            raise bad_bowl(runs, C, "a bowl that opens upwards", "no minimum")
-        found.append((curve, min(lowest, key=lambda z: abs(z - middle[C]))))
-    return found, None
+
+def polynomial_bowl(x, y, degree):
+    """(curve, its lowest x or None): least squares; of two minima the one nearest the runs."""
+    curve = Polynomial.fit(x, y, degree)
+    lowest = [z.real for z in curve.deriv().roots() if abs(z.imag) < 1e-9 and curve.deriv(2)(z.real) > 0]
+    return curve, min(lowest, key=lambda z: abs(z - x.mean()), default=None)
+
+
+def vertex(C, runs, tokens, params, loss, curvature=math.nan, flags=(), curve=None):
+    """The compute-optimal point of one budget; curvature in loss per square of log10 x."""
+    return dict(budget=C, runs=runs, tokens=float(tokens), params=float(params), loss=float(loss),
+                curvature=float(curvature), flags=list(flags), _curve=curve)
 
 
 def bowls(runs, choices, start=None, inside=True):
     """dict(vertices, fitted, unknowns, start): where each budget's bowl is lowest, and how low.
 
     Raises BadInput for a bowl of too few runs, without a minimum or (if `inside`) with one outside them."""
-    groups, y, least = by_budget(runs), np.array([r.loss for r in runs]), LEAST[choices.method]
-    N, D = np.log10([r.params for r in runs]), np.log10([r.tokens for r in runs])
-    x, other = (D, N) if choices.axis == "tokens" else (N, D)
+    groups, axis, least = by_budget(runs), choices.axis, 4 if choices.method == "cubic" else 3
+    y, D, N = columns(runs, "loss", "tokens", "params")
+    if choices.method == "best":
+        lowest = [(C, len(rows), rows[np.argmin(y[rows])]) for C, rows in groups.items()]
+        vertices = [vertex(C, count, D[i], N[i], y[i]) for C, count, i in lowest]
+        return dict(vertices=vertices, fitted=y, unknowns=len(y), start=None)
+    x, other = np.log10([D, N] if axis == "tokens" else [N, D])
+
+    def need_bowl(ok, C, expected, found):
+        need(ok, f"{runs[0].source}: budget {C:.3g}", expected, found, "add runs there, or leave it out")
+
     for C, rows in groups.items():
-        if least > 1 and (few := len(np.unique(np.round(x[rows], 5)))) < least:
-            raise bad_bowl(runs, C, f"at least {least} runs of different {choices.axis}", few)
-        if np.ptp(x[rows]) > 6:
-            raise bad_bowl(runs, C, f"{choices.axis} within a factor of 1e6", f"1e{np.ptp(x[rows]):.0f}")
-    found, start = curves(runs, choices, x, y, groups, start)
-    fitted, vertices = y.copy(), []
+        distinct = len(np.unique(x[rows].round(5)))
+        need_bowl(distinct >= least, C, f"at least {least} runs of different {axis}", distinct)
+    if choices.method == "shared":
+        enough = 3 * len(groups) + 3                # two shared exponents, and something left for the noise
+        need(len(y) >= enough, runs[0].source, f"at least {enough} runs for {len(groups)} shared bowls",
+             len(y), "add runs, or use --method parabola")
+        found, start = shared_bowls(x, y, list(groups.values()), start)
+    else:
+        found = [polynomial_bowl(x[rows], y[rows], least - 1) for rows in groups.values()]
+
+    fitted, vertices = np.empty_like(y), []
     for (C, rows), (curve, at) in zip(groups.items(), found):
-        sides = [int(np.sum(x[rows] < at)), int(np.sum(x[rows] > at))]
-        if curve is None:
-            loss, curvature, flags = y[rows].min(), math.nan, []
-            slope, level = 0.0, other[rows[np.argmin(y[rows])]]
-        else:
-            if inside and 0 in sides:
-                ends = f"{10**x[rows].min():.3g} to {10**x[rows].max():.3g}"
-                raise bad_bowl(runs, C, f"a minimum inside the sampled {choices.axis}, {ends}",
-                               f"{10**min(99, max(-99, at)):.3g}")
-            fitted[rows], loss = curve(x[rows]), curve(at)
-            curvature = (curve(at + 1e-3) - 2 * loss + curve(at - 1e-3)) / 2e-6
-            flags = [f"only {n} run with {side} {choices.axis}"
-                     for n, side in zip(sides, ("fewer", "more")) if n < 2]
-            slope, level = np.polyfit(x[rows], other[rows], 1)     # the other axis: a line in log-log
-        stars = [10**float(at), 10**float(slope * at + level)]
-        D_star, N_star = stars if choices.axis == "tokens" else stars[::-1]
-        vertices.append(dict(budget=C, runs=len(rows), tokens=D_star, params=N_star, loss=float(loss),
-                             curvature=float(curvature), flags=flags, _curve=curve))
-    unknowns = least * len(groups) + (0 if start is None else 2)
+        need_bowl(at is not None, C, "a bowl that opens upwards", "no minimum")
+        sides = {"fewer": np.sum(x[rows] < at), "more": np.sum(x[rows] > at)}
+        if inside:
+            need_bowl(min(sides.values()), C, "a minimum inside the sampled {}, {:.3g} to {:.3g}".format(
+                axis, 10**x[rows].min(), 10**x[rows].max()), f"{10**np.clip(at, -99, 99):.3g}")
+        flags = [f"only {n} run with {side} {axis}" for side, n in sides.items() if n < 2]
+        fitted[rows], loss = curve(x[rows]), curve(at)
+        curvature = (curve(at + 1e-3) - 2 * loss + curve(at - 1e-3)) / 2e-6
+        line = Polynomial.fit(x[rows], other[rows], 1)              # the other axis: a line in log-log
+        D_star, N_star = (10**at, 10**line(at)) if axis == "tokens" else (10**line(at), 10**at)
+        vertices.append(vertex(C, len(rows), D_star, N_star, loss, curvature, flags, curve))
+    unknowns = least * len(groups) + 2 * (choices.method == "shared")
     return dict(vertices=vertices, fitted=fitted, unknowns=unknowns, start=start)
 
 
@@ -437,25 +439,23 @@ def envelope(C, L, asymptote=None, space="log", where="envelope"):
     In log space each E gives a straight line. A free E is the best of 400 between 0 and 0.95 min L: Marin's
     public forecasts were made so, and the grid's step (0.007) is far below the uncertainty of E."""
     c, L, free = np.log(np.asarray(C) / REFERENCE), np.asarray(L, float), asymptote is None
-    if len(c) < 3 + free:
-        raise BadInput(where, f"at least {3 + free} budgets with E {'free' if free else 'fixed'}", len(c),
-                       "add budgets" + (", or fix E by --asymptote" if free else ""))
-    if not free and not 0 <= asymptote < L.min():
-        raise BadInput("--asymptote", f"0 to below the lowest loss {L.min():.4f}", asymptote, "lower it")
+    need(len(c) >= 3 + free, where, f"at least {3 + free} budgets with E {'free' if free else 'fixed'}",
+         len(c), "add budgets" + (", or fix E by --asymptote" if free else ""))
+    need(free or 0 <= asymptote < L.min(), "--asymptote", f"0 to below the lowest loss {L.min():.4f}",
+         asymptote, "lower it")
     E = np.linspace(0, 0.95 * L.min(), 400) if free else np.array([asymptote])
     y, centred = np.log(L - E[:, None]), c - c.mean()
     slope, level = y @ centred / (centred @ centred), y.mean(1)
-    ssr = np.sum((y - level[:, None] - slope[:, None] * centred)**2, 1)
-    i = int(np.argmin(ssr))
-    E, log_A, alpha, ssr = E[i], level[i] - slope[i] * c.mean(), -slope[i], ssr[i]      # A here at REFERENCE
+    squares = np.sum((y - level[:, None] - slope[:, None] * centred)**2, 1)
+    i = int(np.argmin(squares))
+    E, log_A, alpha, ssr = E[i], level[i] - slope[i] * c.mean(), -slope[i], squares[i]      # A at REFERENCE
     if space == "linear":
-        given = lambda p: (p[0] if free else E) + np.exp(p[-2] - p[-1] * c) - L
+        residual = lambda p: (p[0] if free else E) + np.exp(p[-2] - p[-1] * c) - L
         bounds = ([0, -np.inf, -np.inf], [L.min(), np.inf, np.inf]) if free else (-np.inf, np.inf)
-        best = least_squares(given, [E, log_A, alpha][not free:], bounds=bounds, x_scale="jac", ftol=1e-14)
-        *new_E, log_A, alpha = best.x
-        E, ssr = new_E[0] if free else E, 2 * best.cost
-    if not 1e-6 < alpha < 3:
-        raise BadInput(where, "a falling loss, alpha in 0..3", f"{alpha:.3g}", "check the runs")
+        best = least_squares(residual, [E, log_A, alpha][not free:], bounds=bounds, x_scale="jac", ftol=1e-14)
+        E, log_A, alpha = best.x if free else (E, *best.x)
+        ssr = 2 * best.cost
+    need(1e-6 < alpha < 3, where, "a falling loss, alpha in 0..3", f"{alpha:.3g}", "check the runs")
     A = np.exp(log_A + alpha * np.log(REFERENCE))
     return dict(E=float(E), A=float(A), alpha=float(alpha), ssr=float(ssr), space=space, free=free)
 
@@ -473,11 +473,97 @@ def power_law(C, y):
     if not np.all(np.isfinite(y)) or len(C) < 3:
         return None
     line = linregress(np.log(C), np.log(y))
-    if not abs(line.slope) < 5:
-        raise BadInput("N* and D*", "exponents within 5 of 0", f"{line.slope:.3g}", "check params and tokens")
     half = student.ppf((1 + LEVEL) / 2, len(C) - 2) * line.stderr
     return dict(coefficient=float(np.exp(line.intercept)), exponent=float(line.slope),
                 interval=[float(line.slope - half), float(line.slope + half)])
+
+
+# ------------------------------------------------------------------------------------------------ uncertainty
+
+def delta_interval(law, C, L, target):
+    """Delta-method Student-t interval for the loss of a new run at `target`; None without spare budgets."""
+    c, at, spare = np.log(np.asarray(C) / REFERENCE), math.log(target / REFERENCE), len(C) - 2 - law["free"]
+    if spare < 1:
+        return None
+    height = lambda c: loss_at(law, np.exp(c) * REFERENCE) - law["E"]
+    d_parameters = lambda c: np.stack([np.ones_like(c), height(c), -c * height(c)])         # E, log A, alpha
+    gradient = lambda c: d_parameters(c)[0 if law["free"] else 1:]
+    weight = height if law["space"] == "log" else np.ones_like     # log(L - E) has residuals of L / height
+    J, g = (gradient(c) / weight(c)).T, gradient(np.array(at))
+    variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + weight(np.array(at))**2)
+    half = student.ppf((1 + LEVEL) / 2, spare) * math.sqrt(variance)
+    return [float(loss_at(law, target) - half), float(loss_at(law, target) + half)]
+
+
+def run_bootstrap(runs, fit, choices, targets, draws=400, seed=0):
+    """(intervals or None, share of failed refits): resample the runs' residuals about their bowls, refit all,
+    forecast one new run at each target. A refit may put a vertex outside its runs, the first fit may not."""
+    residual, spare = columns(runs, "loss")[0] - fit["fitted"], len(runs) - fit["unknowns"]
+    if spare < 1:
+        return None, 0.0
+    residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)    # fitted ones are too small
+    rng, forecasts = np.random.default_rng(seed), []
+    for _ in range(draws):
+        losses = fit["fitted"] + rng.choice(residual, len(runs))
+        sample = [replace(r, loss=float(y)) for r, y in zip(runs, losses)]
+        with contextlib.suppress(BadInput):
+            law = fit_law(sample, choices, fit["start"], inside=False)["law"]
+            forecasts.append([loss_at(law, C) + rng.choice(residual) for C in targets])
+    failed = 1 - len(forecasts) / draws
+    if failed > 0.5:
+        return None, failed
+    return np.quantile(forecasts, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T.tolist(), failed
+
+
+def profile(C, L, targets, space, chosen):
+    """Forecasts as a function of an assumed E, and which E the vertices allow (an F test on one parameter).
+
+    The asymptote is most of what nobody knows about an extrapolation: this stands beside every interval."""
+    assumed = np.union1d(np.arange(0, 0.95 * min(L), 0.025).round(3), [chosen])
+    laws = [envelope(C, L, E, space) for E in assumed]
+    spare, least = len(L) - 3, min(law["ssr"] for law in laws)
+    limit = least * (1 + student.ppf((1 + LEVEL) / 2, spare)**2 / spare) if spare > 0 else math.inf
+    return [dict(E=law["E"], alpha=law["alpha"], ssr=law["ssr"], allowed=bool(law["ssr"] <= limit),
+                 losses=[loss_at(law, C) for C in targets]) for law in laws]
+
+
+def refits(runs, choices, targets, keep):
+    """[dict(budget, E, losses at the targets)]: for each budget a fit to the runs that keep(run, budget)."""
+    rows = []
+    for budget in by_budget(runs):
+        with contextlib.suppress(BadInput):                 # too few budgets left for this method: no row
+            law = fit_law([r for r in runs if keep(r, budget)], choices)["law"]
+            rows.append(dict(budget=budget, E=law["E"], losses=[loss_at(law, C) for C in targets]))
+    return rows
+
+
+def backtest(runs, choices, truth):
+    """Fit the budgets up to each one, forecast the later vertices (`truth`): dict(up_to, E, errors in %)."""
+    first = [*by_budget(runs)][:4 - (choices.asymptote is not None)][-1]       # fewer budgets decide no E
+    tests = []
+    for row in refits(runs, choices, [v["budget"] for v in truth], lambda r, last: r.budget <= last):
+        C = row["budget"]
+        errors = [100 * (v["loss"] / y - 1) for v, y in zip(truth, row["losses"]) if v["budget"] > C]
+        if C >= first and errors:
+            tests.append(dict(up_to=C, E=row["E"], errors_percent=errors))
+    return tests
+
+
+def bending(tests, vertices, law):
+    """Does the ladder bend away from one power law? Four signs and a verdict; seven budgets prove little."""
+    several = [test["errors_percent"] for test in tests if len(test["errors_percent"]) > 1]
+    same_sign = len({np.sign(e) for errors in several for e in errors}) == 1
+    growing = same_sign and all(np.all(np.diff(np.abs(errors)) > 0) for errors in several)
+    drift, p = np.diff([test["E"] for test in tests]), math.nan
+    one_way = len(drift) > 1 and bool(np.all(drift > 0) or np.all(drift < 0))
+    c, y = np.log([v["budget"] for v in vertices]), np.log([v["loss"] - law["E"] for v in vertices])
+    if len(c) > 3 and np.all(np.isfinite(y)):               # the t test of a quadratic term in log-log
+        weights, covariance = np.polyfit((c - c.mean()) / c.std(), y, 2, cov=True)
+        p = float(2 * student.sf(abs(weights[0]) / math.sqrt(max(covariance[0, 0], 1e-300)), len(c) - 3))
+    bends = growing or (same_sign and one_way) or p < 0.05
+    verdict = "bending suspected" if bends else "no sign of bending" if several else "too few budgets to tell"
+    return dict(same_sign=same_sign, growing=bool(growing), E_drifts_one_way=one_way, quadratic_p=p,
+                verdict=verdict)
 
 
 # ---------------------------------------------------------------------------------------------------- surface
@@ -488,14 +574,12 @@ def surface(runs, method="vpnls", start=None):
     Exact on synthetic data, 13 % off on Marin's ladder, whose budgets differ in more than N and D; never the
     default [derived: `fit DELPHI.csv --method surface`]. "vpnls" minimises squared loss, "huber_lse" a
     Huber loss (1e-3) of log-loss through log-sum-exp (Hoffmann et al.), started from the former."""
-    N, D, y = (np.array([getattr(r, key) for r in runs], float) for key in ("params", "tokens", "loss"))
-    if len(y) < 6 or not all(np.ptp(np.log10(x)) < 12 for x in (N, D)):
-        raise BadInput(runs[0].source, "at least 6 runs of plausible params and tokens", len(y), "add runs")
-    log_n, log_d = np.log(N).mean(), np.log(D).mean()
+    N, D, y = columns(runs, "params", "tokens", "loss")
+    need(len(y) >= 6, runs[0].source, "at least 6 runs for a surface", len(y), "add runs")
+    log_n, log_d = np.log(N).mean(), np.log(D).mean()           # centred, the two terms are of like size
     u, v = np.log(N) - log_n, np.log(D) - log_d
     (alpha, beta), residual, [(E, A, B)] = variable_projection(u, v, y, [np.arange(len(y))], start)
-    if min(A, B) <= 0:
-        raise BadInput(runs[0].source, "a loss that falls with N and D", "A or B clipped at 0", "use bowls")
+    need(min(A, B) > 0, runs[0].source, "a loss that falls with N and D", "A or B clipped at 0", "use bowls")
     status = ["E clipped at zero"] * bool(E == 0) + ["exponent at its bound"] * bool(max(alpha, beta) > 2.9)
     if method == "huber_lse":
         model = lambda p: logsumexp([np.full(len(y), p[0]), p[1] - p[3] * u, p[2] - p[4] * v], axis=0)
@@ -524,122 +608,12 @@ def fit_law(runs, choices, start=None, inside=True):
         C, L = [v["budget"] for v in fit["vertices"]], [v["loss"] for v in fit["vertices"]]
         return fit | {"law": envelope(C, L, choices.asymptote, choices.space, runs[0].source)}
     law, fitted = surface(runs, start=start)
-    vertices = []
-    for C, rows in by_budget(runs).items():
-        N, D = surface_optimum(law, C)
-        vertices.append(dict(budget=C, runs=len(rows), tokens=D, params=N, loss=loss_at(law, C),
-                             curvature=math.nan, flags=[], _curve=None))
+    vertices = [vertex(C, len(rows), *surface_optimum(law, C)[::-1], loss_at(law, C))
+                for C, rows in by_budget(runs).items()]
     return dict(law=law, vertices=vertices, fitted=fitted, unknowns=5, start=(law["alpha"], law["beta"]))
 
 
-# ------------------------------------------------------------------------------------------------ uncertainty
-
-def delta_interval(law, C, L, target, level=LEVEL):
-    """Delta-method Student-t interval for the loss of a new run at `target`; None without spare budgets."""
-    c, at, spare = np.log(np.asarray(C) / REFERENCE), math.log(target / REFERENCE), len(C) - 2 - law["free"]
-    if spare < 1:
-        return None
-    height = lambda c: loss_at(law, np.exp(c) * REFERENCE) - law["E"]
-    d_parameters = lambda c: np.stack([np.ones_like(c), height(c), -c * height(c)])         # E, log A, alpha
-    gradient = lambda c: d_parameters(c)[0 if law["free"] else 1:]
-    weight = height if law["space"] == "log" else np.ones_like     # log(L - E) has residuals of L / height
-    J, g = (gradient(c) / weight(c)).T, gradient(np.array(at))
-    variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + weight(np.array(at))**2)
-    half = student.ppf((1 + level) / 2, spare) * math.sqrt(variance)
-    return [float(loss_at(law, target) - half), float(loss_at(law, target) + half)]
-
-
-def run_bootstrap(runs, fit, choices, targets, draws=400, seed=0, level=LEVEL):
-    """(intervals or None, share of failed refits): resample the runs' residuals about their bowls, refit all,
-    forecast one new run at each target. A refit may put a vertex outside its runs, the first fit may not."""
-    residual, spare = np.array([r.loss for r in runs]) - fit["fitted"], len(runs) - fit["unknowns"]
-    if choices.method == "best" or spare < 1:
-        return None, 0.0
-    residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)    # fitted ones are too small
-    rng, forecasts = np.random.default_rng(seed), []
-    for _ in range(draws):
-        losses = fit["fitted"] + rng.choice(residual, len(runs))
-        sample = [replace(r, loss=float(y)) for r, y in zip(runs, losses)]
-        try:
-            law = fit_law(sample, choices, fit["start"], inside=False)["law"]
-        except BadInput:
-            continue
-        forecasts.append([loss_at(law, C) + rng.choice(residual) for C in targets])
-    failed = 1 - len(forecasts) / draws
-    if failed > 0.5:
-        return None, failed
-    return np.quantile(forecasts, [(1 - level) / 2, (1 + level) / 2], axis=0).T.tolist(), failed
-
-
-def profile(C, L, targets, space, chosen, level=LEVEL):
-    """Forecasts as a function of an assumed E, and which E the vertices allow (an F test on one parameter).
-
-    The asymptote is most of what nobody knows about an extrapolation: this stands beside every interval."""
-    assumed = np.union1d(np.arange(0, 0.95 * min(L), 0.025).round(3), [chosen])
-    laws = [envelope(C, L, E, space) for E in assumed]
-    spare, least = len(L) - 3, min(law["ssr"] for law in laws)
-    limit = least * (1 + student.ppf((1 + level) / 2, spare)**2 / spare) if spare > 0 else math.inf
-    return [dict(E=law["E"], alpha=law["alpha"], ssr=law["ssr"], allowed=bool(law["ssr"] <= limit),
-                 losses=[loss_at(law, C) for C in targets]) for law in laws]
-
-
-def refits(runs, choices, targets, keep):
-    """[(tag, E, losses at the targets)] of refits to the runs that keep(run, tag) holds, budget by budget."""
-    rows = []
-    for tag in by_budget(runs):
-        try:
-            law = fit_law([r for r in runs if keep(r, tag)], choices)["law"]
-        except BadInput:                                    # too few budgets left for this method: no row
-            continue
-        rows.append((tag, law["E"], [loss_at(law, C) for C in targets]))
-    return rows
-
-
-def backtest(runs, choices, truth):
-    """Fit the budgets up to each one, forecast the later vertices (`truth`): dict(up_to, E, errors in %)."""
-    later = lambda C: [v for v in truth if v["budget"] > C]
-    first = [*by_budget(runs)][:4 - (choices.asymptote is not None)][-1]       # fewer budgets decide no E
-    rows = refits(runs, choices, [v["budget"] for v in truth], lambda r, last: r.budget <= last)
-    errors = lambda C, L: [100 * (v["loss"] / y - 1) for v, y in zip(later(C), L[-len(later(C)):])]
-    return [dict(up_to=C, E=E, errors_percent=errors(C, L)) for C, E, L in rows if C >= first and later(C)]
-
-
-def bending(rows, vertices, law):
-    """Does the ladder bend away from one power law? Four signs and a verdict; seven budgets prove little."""
-    several = [row["errors_percent"] for row in rows if len(row["errors_percent"]) > 1]
-    same_sign = bool(several) and len({np.sign(e) for errors in several for e in errors}) == 1
-    growing = same_sign and all(np.all(np.diff(np.abs(errors)) > 0) for errors in several)
-    drift, p = np.diff([row["E"] for row in rows]), math.nan
-    one_way = len(drift) > 1 and bool(np.all(drift > 0) or np.all(drift < 0))
-    c, y = np.log([v["budget"] for v in vertices]), np.log([v["loss"] - law["E"] for v in vertices])
-    if len(c) > 3 and np.all(np.isfinite(y)):
-        weights, covariance = np.polyfit((c - c.mean()) / c.std(), y, 2, cov=True)
-        p = float(2 * student.sf(abs(weights[0]) / math.sqrt(max(covariance[0, 0], 1e-300)), len(c) - 3))
-    bends = growing or (same_sign and one_way) or p < 0.05
-    verdict = "bending suspected" if bends else "no sign of bending" if several else "too few budgets to tell"
-    return dict(same_sign=same_sign, growing=bool(growing), E_drifts_one_way=one_way, quadratic_p=p,
-                verdict=verdict)
-
-
 # --------------------------------------------------------------------------------------------------- analysis
-
-def doubts(choices, law, vertices, allowed, later):
-    """What to know before believing a fit, a line each; `allowed`: the tenable rows of its profile."""
-    flags = [f"budget {v['budget']:.3g}: {flag}" for v in vertices for flag in v["flags"]]
-    flags += law.get("status", [])
-    if choices.method == "parabola":
-        flags.append("parabola: its vertices are biased where the bowl is lopsided or off-centre (see: bias)")
-    if choices.asymptote is None and not 0.005 < law["E"] / (0.95 * min(v["loss"] for v in vertices)) < 0.995:
-        flags.append("E at the edge of its grid: the ladder does not determine it, fix it with --asymptote")
-    if allowed and law["E"] not in (tenable := [row["E"] for row in allowed]):
-        flags.append(f"the vertices disagree with E = {law['E']:g}: they allow {tenable[0]:.2f} to "
-                     f"{tenable[-1]:.2f}")
-    lowest = min(r.loss for r in later)
-    if law["E"] > 0.98 * lowest:
-        flags.append(f"{MUST_NOT}: E = {law['E']:.4f} lies above the best loss later reached, {lowest:.4f}, "
-                     "or less than 2 % below")
-    return flags
-
 
 def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
     """Everything `fit` reports, as one dict (keys that start with _ are for the pictures).
@@ -658,44 +632,60 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
     allowed = [row for row in curve if row["allowed"]]
     widths = {r.bytes_per_token for r in ladder}
     bytes_per_token = widths.pop() or None if len(widths) == 1 else None
+
     forecasts = []
     for i, target in enumerate(targets):
-        N, D = (p["coefficient"] * target**p["exponent"] if p else None for p in (N_star, D_star))
-        point, ends = loss_at(law, target), [row["losses"][i] for row in allowed]
+        N, D = (p and p["coefficient"] * target**p["exponent"] for p in (N_star, D_star))
+        point, ends, ratio = loss_at(law, target), [row["losses"][i] for row in allowed], D / N if N else None
         forecasts.append(dict(
-            C=target, loss=point, params=N, tokens=D, tokens_per_param=D / N if N and D else None,
-            bytes_per_param=D / N * bytes_per_token if N and D and bytes_per_token else None,
+            C=target, loss=point, params=N, tokens=D, tokens_per_param=ratio,
+            bytes_per_param=ratio * bytes_per_token if ratio and bytes_per_token else None,
             intervals=dict(run_bootstrap=boot[i] if boot else None,
                            delta_t=None if is_surface else delta_interval(law, C, L, target),
                            asymptote_profile=[min(ends), max(ends)] if ends else None),
             outcomes=[dict(loss=r.loss, seed=r.seed, error_percent=100 * (r.loss / point - 1))
                       for r in held if abs(r.flops / target - 1) < 0.02]))
+
+    # A surface is tested on what the parabolas find at the later budgets, and must not do worse than they do.
     parabola = replace(choices, method="parabola")
     truth = bowls(ladder, parabola, inside=False)["vertices"] if is_surface else vertices
     tests = backtest(ladder, choices, truth)
-    flags = doubts(choices, law, vertices, allowed, held or ladder)
+    flags = doubts(choices, law, vertices, [row["E"] for row in allowed], min(r.loss for r in held or ladder))
     if failed > 0.01:
         flags.append(f"{100 * failed:.0f} % of the bootstrap refits failed")
-    if is_surface:
-        size = lambda rows: np.mean([abs(e) for row in rows for e in row["errors_percent"]] or [math.nan])
-        mine, theirs = size(tests), size(backtest(ladder, parabola, truth))
-        if mine > theirs:
-            flags.append(f"{MUST_NOT}: expanding-window backtest worse than the bowls', {mine:.2f} to "
-                         f"{theirs:.2f} %")
+    size = lambda tests: np.mean([abs(e) for test in tests for e in test["errors_percent"]] or [math.nan])
+    if is_surface and (mine := size(tests)) > (theirs := size(backtest(ladder, parabola, truth))):
+        flags.append(f"{MUST_NOT}: expanding-window backtest worse than the bowls', {mine:.2f} to "
+                     f"{theirs:.2f} %")
     k = [r.flops / (r.params * r.tokens) for r in ladder]
     return dict(
         source=source, choices=asdict(choices), unit=unit, convention=CONVENTION, eval=ladder[0].eval,
         runs=len(ladder), excluded=sum(r.kind == "excluded" for r in runs), k_range=[min(k), max(k)],
         bytes_per_token=bytes_per_token, envelope=law, vertices=vertices, N_star=N_star, D_star=D_star,
-        shared_exponents=None if is_surface else fit["start"], forecasts=forecasts,
-        surface_by_huber_lse=surface(ladder, "huber_lse")[0] if is_surface else None, profile=curve,
+        shared_exponents=None if is_surface else fit["start"], forecasts=forecasts, profile=curve,
+        surface_by_huber_lse=surface(ladder, "huber_lse")[0] if is_surface else None,
         backtest=tests, bending=bending(tests, vertices, law), flags=flags,
-        leave_one_out=[dict(dropped=tag, E=E, losses=losses) for tag, E, losses in
-                       refits(ladder, choices, targets, lambda r, dropped: r.budget != dropped)],
-        rms_residual=float(np.sqrt(np.mean((np.array([r.loss for r in ladder]) - fit["fitted"])**2))),
-        table=[dict(C=r.flops, N=r.params, D=r.tokens, loss=r.loss, seed=r.seed, kind=r.kind) | r.extra
-               for r in runs],
-        _runs=ladder, _held=held)
+        leave_one_out=refits(ladder, choices, targets, lambda r, dropped: r.budget != dropped),
+        rms_residual=math.sqrt(np.mean((columns(ladder, "loss")[0] - fit["fitted"])**2)),
+        table=[asdict(r) for r in runs], _runs=ladder, _held=held)
+
+
+def doubts(choices, law, vertices, tenable, lowest):
+    """What to know before believing a fit, a line each. tenable: the E that the vertices allow; lowest: the
+    best loss that came later, or else was fitted."""
+    flags = [f"budget {v['budget']:.3g}: {flag}" for v in vertices for flag in v["flags"]]
+    flags += law.get("status", [])
+    if choices.method == "parabola":
+        flags.append("parabola: its vertices are biased where the bowl is lopsided or off-centre (see: bias)")
+    if choices.asymptote is None and not 0.005 < law["E"] / (0.95 * min(v["loss"] for v in vertices)) < 0.995:
+        flags.append("E at the edge of its grid: the ladder does not determine it, fix it with --asymptote")
+    if tenable and law["E"] not in tenable:
+        flags.append(f"the vertices disagree with E = {law['E']:g}: they allow {tenable[0]:.2f} to "
+                     f"{tenable[-1]:.2f}")
+    if law["E"] > 0.98 * lowest:
+        flags.append(f"{MUST_NOT}: E = {law['E']:.4f} lies above the best loss later reached, {lowest:.4f}, "
+                     "or less than 2 % below")
+    return flags
 
 
 def plain(value):
@@ -711,10 +701,8 @@ def plain(value):
 def report(r):
     """The printed page of an analysis."""
     law, choice = r["envelope"], r["choices"]
-    label = {"parabola": "a parabola per budget (biased baseline)", "shared": "bowls with shared exponents",
-             "cubic": "a cubic per budget", "best": "lowest run per budget", "surface": "a global surface"}
     print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; "
-          f"{label[choice['method']]} in {choice['axis']}, {r['unit']}\n{CONVENTION};"
+          f"{METHODS[choice['method']]} in {choice['axis']}, {r['unit']}\n{CONVENTION};"
           " k from {:.2f} to {:.2f}\n\n".format(*r["k_range"]) +
           "     C  runs       D*         N*   D*/N*    loss*  curvature")
     for v in r["vertices"]:
@@ -728,19 +716,21 @@ def report(r):
         print("\nL(C) = {E:.4f} + {A:.2f} C^-{alpha:.5f}".format(**law) + ", E free" * law["free"])
     for name, p in (("N", r["N_star"]), ("D", r["D_star"])):
         if p:
-            print(f"{name}* = {p['coefficient']:.4g} C^{p['exponent']:.4f}, exponent within "
-                  "{:.3f} .. {:.3f}".format(*p["interval"]))
+            print("{}* = {:.4g} C^{:.4f}, exponent within {:.3f} .. {:.3f}".format(
+                name, p["coefficient"], p["exponent"], *p["interval"]))
+
     for i, f in enumerate(r["forecasts"]):
-        ratio = "".join(f", {f[f'{what}_per_param']:.1f} {what} per parameter" for what in ("tokens", "bytes")
-                        if f[f"{what}_per_param"])
         print(f"\nforecast at C = {f['C']:.4g}: {f['loss']:.4f}" +
-              (f"   N* {f['params']:.3g}, D* {f['tokens']:.3g}{ratio}" if ratio else ""))
+              (f"   N* {f['params']:.3g}, D* {f['tokens']:.3g}" if f["params"] else "") +
+              "".join(f", {f[f'{what}_per_param']:.1f} {what} per parameter" for what in ("tokens", "bytes")
+                      if f[f"{what}_per_param"]))
         for name, ends in f["intervals"].items():
             print(f"  95 % by {name:18s}" + ("{:.4f} .. {:.4f}".format(*ends) if ends else "none"))
         if values := [row["losses"][i] for row in r["leave_one_out"]]:
             print(f"  leaving out one budget  {min(values):.4f} .. {max(values):.4f}")
         for o in f["outcomes"]:
             print(f"  came out at {o['loss']:.4f}: {o['error_percent']:+.2f} %")
+
     near = [row["E"] for row in r["profile"] if row["allowed"]] + [law["E"]]
     print("\nforecasts against the assumed asymptote (* where the vertices allow it)" if r["profile"] else "")
     for row in r["profile"]:
@@ -765,9 +755,7 @@ BIAS_BUDGETS, BIAS_TARGET = 10.0**np.arange(17, 22), 1e24
 
 def true_optimum(surface, C):
     """(N*, D*) of L = E + A/N^alpha + B/D^beta on C = 6 N D, the paper's own simplification."""
-    alpha, beta, A, B, _ = surface
-    N = (alpha * A / (beta * B))**(1 / (alpha + beta)) * (C / 6)**(beta / (alpha + beta))
-    return N, C / 6 / N
+    return surface_optimum(dict(zip(("alpha", "beta", "A", "B"), surface), k=6), C)
 
 
 def simulate(surface, width, sampling="centred", budgets=BIAS_BUDGETS, points=15, noise=0.0, rng=None):
@@ -824,28 +812,23 @@ def fingerprint(sources):
     """sha256 over what a fit read: tables (in a file, or typed above) or run directories of train.py."""
     digest = hashlib.sha256()
     for source in sources:
+        path = Path(source)
         if source in TABLES:
             digest.update(repr(reference(source)).encode())
-            continue
-        path = Path(source)
-        for part in [path / "config.json", path / "result.json"] if path.is_dir() else [path]:
-            digest.update(part.read_bytes())
+        else:
+            for file in [path / "config.json", path / "result.json"] if path.is_dir() else [path]:
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 def own_hash():
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return fingerprint([__file__])
 
 
 def seal(record):
     """sha256 of a record without its own seal."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def git(*words):
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "none"
 
 
 def write_new(path, text):
@@ -858,49 +841,57 @@ def write_new(path, text):
         raise BadInput(path, "a new file", "one that exists", "choose another name") from None
 
 
-def register(result, sources, target, eval_definition, failure, differences, out):
-    """Write the forecast for `target` (dict C, N, D, config) to the new file `out`, for good."""
-    if any(flag.startswith(MUST_NOT) for flag in result["flags"]):
-        raise BadInput(result["source"], "a fit that may forecast", result["flags"], "take another --method")
-    forecast = result["forecasts"][0] | {"outcomes": []}
+def register(a):
+    """Write the forecast that the options of `register` ask for to the new file --out, for good."""
+    result, sources = fit_of(a, [a.target]), a.runs or [a.table]
+    law, choices, forecast = result["envelope"], result["choices"], result["forecasts"][0] | {"outcomes": []}
+    definition = a.eval or result["eval"]
+    need(definition, "--eval", "the eval definition (set, seq_len, sequences)", "none", "give it")
+    need(not any(flag.startswith(MUST_NOT) for flag in result["flags"]), result["source"],
+         "a fit that may forecast", result["flags"], "take another --method")
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
+                         text=True, cwd=Path(__file__).parent)
+    target = dict(C=a.target, N=a.target_params or forecast["params"],
+                  D=a.target_tokens or forecast["tokens"],
+                  config=Path(a.target_config).read_text(errors="replace") if a.target_config else None)
     record = plain(dict(
-        forecast=forecast, target=target, unit=result["unit"], eval=eval_definition, failure=failure,
-        known_differences=differences, bytes_per_token=result["bytes_per_token"], choices=result["choices"],
-        form="E + A N^-alpha + B D^-beta" if "beta" in result["envelope"] else "E + A C^-alpha",
-        asymptote_policy="free" if result["choices"]["asymptote"] is None else "fixed",
-        envelope=result["envelope"], flags=result["flags"], flops_convention=CONVENTION, runs=sources,
-        runs_sha256=fingerprint(sources), scaling_sha256=own_hash(), commit=git("rev-parse", "HEAD"),
-        uncommitted_changes=git("status", "--porcelain"), date=datetime.now(timezone.utc).isoformat(),
+        forecast=forecast, target=target, unit=result["unit"], eval=definition, failure=a.failure,
+        known_differences=a.difference, envelope=law, choices=choices, flags=result["flags"],
+        form="E + A N^-alpha + B D^-beta" if "beta" in law else "E + A C^-alpha",
+        asymptote_policy="free" if choices["asymptote"] is None else "fixed",
+        bytes_per_token=result["bytes_per_token"], flops_convention=CONVENTION, runs=sources,
+        runs_sha256=fingerprint(sources), scaling_sha256=own_hash(), commit=git.stdout.strip() or "none",
+        date=datetime.now(timezone.utc).isoformat(),
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
-    write_new(out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
-    print(f"registered {out}: {forecast['loss']:.4f} at C = {target['C']:.4g}; commit it before the run")
+    write_new(a.out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
+    print(f"registered {a.out}: {forecast['loss']:.4f} at C = {a.target:.4g}; commit it before the run")
 
 
 def score(path, loss=None, run=None):
-    """Compare an outcome with the record at `path` and append it to NAME.outcomes.jsonl.
+    """Compare an outcome, a loss or a Run, with the record at `path` and append it to NAME.outcomes.jsonl.
 
     BadInput if the record, the runs or this file changed, or if the run is not the one that was forecast."""
+    need(bool(loss) != bool(run), "score", "--loss X or --run DIR", "both or neither", "give one")
     record = read_json(path)
-    if record.get("sha256") != seal(record):
-        raise BadInput(path, "the record as it was registered", "an edited one", "git checkout the original")
-    try:
-        now = fingerprint(record["runs"])
-    except OSError:
-        now = "nothing"
-    for name, was, found in ((" ".join(record["runs"]), record["runs_sha256"], now),
-                             ("scaling.py", record["scaling_sha256"], own_hash())):
-        if was != found:
-            raise BadInput(name, f"sha256 {was[:16]} as registered", found[:16],
-                           f"git checkout {record['commit'][:12]} and score there")
+    need(record.get("sha256") == seal(record), path, "the record as it was registered", "an edited one",
+         "git checkout the original")
+    for names, was, now in ((record["runs"], record["runs_sha256"], lambda: fingerprint(record["runs"])),
+                            (["scaling.py"], record["scaling_sha256"], own_hash)):
+        try:
+            found = now()
+        except OSError:
+            found = "nothing"
+        need(was == found, " ".join(names), f"sha256 {was[:16]} as registered", found[:16],
+             f"git checkout {record['commit'][:12]} and score there")
     if run:
-        C, known = record["target"]["C"], record["bytes_per_token"]
-        if abs(run.flops / C - 1) > 0.02:
-            raise BadInput(run.source, f"C = {C:.4g} within 2 %", f"{run.flops:.4g}", "score the right run")
-        if run.eval != record["eval"]:
-            raise BadInput(run.source, f"eval {record['eval']}", run.eval, "evaluate the run as registered")
-        if record["unit"] == "nats" and known and abs(run.bytes_per_token / known - 1) > 1e-3:
-            raise BadInput(run.source, f"{known:.4f} bytes per token", f"{run.bytes_per_token:.4f}",
-                           "register in --unit bpb, since nats per token do not compare across tokenizers")
+        C, width = record["target"]["C"], record["bytes_per_token"]
+        need(abs(run.flops / C - 1) < 0.02, run.source, f"C = {C:.4g} within 2 %", f"{run.flops:.4g}",
+             "score the right run")
+        need(run.eval == record["eval"], run.source, f"eval {record['eval']}", run.eval,
+             "evaluate the run as registered")
+        need(record["unit"] == "bpb" or not width or abs(run.bytes_per_token / width - 1) < 1e-3, run.source,
+             f"{width} bytes per token", run.bytes_per_token,
+             "register in --unit bpb, since nats per token do not compare across tokenizers")
         loss = in_unit([run], record["unit"], run.source)[0].loss
     point, intervals = record["forecast"]["loss"], record["forecast"]["intervals"]
     outcome = dict(record=record["sha256"], date=datetime.now(timezone.utc).isoformat(), loss=loss,
@@ -915,21 +906,19 @@ def score(path, loss=None, run=None):
 
 # --------------------------------------------------------------------------------------------------- planning
 
-# What a plan carries over from --config, and its values without one [cited: the V1 recipe, #4697; data small]
-CARRIED = dict(vocab_size=257, seq_len=4096, gated_norm_rank=128, half_rope=False, partial_key_offset=False,
-               combine_sum=0.0, router_z=1e-3, logit_z=1e-4, compute_dtype="float32", remat="block",
-               mixture=(("books", 1.0),), tokenizer="bytes", accumulate=1, seed=0, recipe="v1",
-               optimizer="adamh", schedule="linear", warmup=0.1, clip=1.0, min_lr_ratio=0.0, num_experts=64,
-               head_dim=128)
-
-
-DERIVED = SHAPE_COLUMNS + ("window", "steps", "batch_size", "run_dir")
+# What a plan takes from --config, and its values without one; train.py's defaults are the rest of the recipe.
+# [assumed: data and tokenizer that need no download]
+CARRIED = dict(vocab_size=257, seq_len=4096, head_dim=128, num_experts=64, gated_norm_rank=128,
+               mixture=(("books", 1.0),), tokenizer="bytes", recipe="v1")
+DERIVED = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "experts_per_token", "expert_dim",
+           "shared_dim", "window", "steps", "batch_size", "run_dir")
+RATES = ("adam_lr", "hyper_lr", "beta1", "beta2", "eps")        # follow from the size of a run: never carried
 
 
 def learning_rates(recipe, tokens, batch_tokens, hidden_dim):
-    """dict(adam_lr, hyper_lr, beta1, beta2, eps) by heuristic "v1" [cited: #4225] or "v2" [cited: #5951].
+    """The RATES that train.py will derive, by heuristic "v1" [cited: #4225] or "v2" [cited: #5951].
 
-    hyper_lr is the relative step of AdamH or MuonH. Batches are in tokens (V1's 32 rows: 32 x 4096)."""
+    hyper_lr is the relative step of AdamH or MuonH."""
     if recipe == "v1":
         adam = 1.63 * tokens**-0.2813 * hidden_dim**-0.3678 * math.sqrt(batch_tokens / 4096)
         adam, hyper = min(0.05, adam), min(0.05, 13 / 3 * adam)
@@ -937,16 +926,15 @@ def learning_rates(recipe, tokens, batch_tokens, hidden_dim):
     else:
         adam = 0.06602 * tokens**-0.395 * hidden_dim**-0.150 * math.sqrt(batch_tokens)
         hyper, eps = 13 / 3 * adam, 9.676e-18 * math.sqrt(tokens / batch_tokens)
-    return dict(adam_lr=adam, hyper_lr=hyper, beta1=0.9062, eps=eps,
-                beta2=min(0.9999, max(0.95, 0.999**(batch_tokens / 131_072))))
+    beta2 = min(0.9999, max(0.95, 0.999**(batch_tokens / 131_072)))
+    return dict(zip(RATES, (adam, hyper, 0.9062, beta2, eps)))
 
 
 def optimal_tokens(C, dense=False, law=None):
-    """D*(C) by a law of one's own, else by the tied-exponent law that chose the 129B shape [cited: #4447] or,
+    """D*(C) = a C^b by law (a, b), else by the tied-exponent law that chose the 129B shape [cited: #4447] or,
     if dense, Delphi's [cited: #1337]. Far below 1e18 FLOPs the published ones are extrapolated [assumed]."""
-    if law:
-        return law["coefficient"] * C**law["exponent"]
-    return 0.0267196 * C**0.5800830 if dense else 3.290 * math.sqrt(C)
+    coefficient, exponent = law or ((0.0267196, 0.5800830) if dense else (3.290, 0.5))
+    return coefficient * C**exponent
 
 
 def trained_tokens(keys):
@@ -958,10 +946,10 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
 
     base: config keys to carry over, without rates, which the heuristic derives. Batch: a power of two, at
     least 32 sequences, for about 2^14 steps [cited: #4447]. Raises BadInput for fewer than 10 steps."""
-    base = CARRIED | {k: v for k, v in dict(base).items() if k not in ("adam_lr", "hyper_lr", "beta2", "eps")}
+    base = CARRIED | {key: value for key, value in dict(base).items() if key not in RATES}
     for key in ("head_dim", "num_experts", "seq_len", "vocab_size", "gated_norm_rank"):
-        if type(base[key]) is not int or base[key] < (key != "num_experts"):
-            raise BadInput("--config", f"{key} to be a positive integer", base[key], "correct it")
+        need(type(base[key]) is int and base[key] >= (key != "num_experts"), "--config",
+             f"{key} to be a positive integer", base[key], "correct it")
     kept = {key: base[key] for key in ("seq_len", "gated_norm_rank", "experts_per_token") if key in base}
     unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
@@ -969,37 +957,34 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
     sizes = min(grid, key=lambda s: abs(math.log(C / flops_per_token(s, V) / wanted)))
     D = C / flops_per_token(sizes, V)
     batch = batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * S)))))
-    if (steps := round(D / (batch * S))) < 10:
-        raise BadInput(f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {S} tokens, width "
-                       f"{sizes['hidden_dim']}", "raise the budget, or lower seq_len in --config")
+    steps = round(D / (batch * S))
+    need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {S} tokens, width "
+         f"{sizes['hidden_dim']}", "raise the budget, or lower seq_len in --config")
     return base | sizes | dict(window=S // 2, steps=steps, batch_size=batch)
 
 
 def config_text(keys, C, path):
     """A config file for train.py: plain assignments, each with where it comes from."""
     counts, D = param_counts(keys, keys["vocab_size"]), trained_tokens(keys)
+    flops = flops_per_token(keys, keys["vocab_size"]) * D
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
     keys = keys | {"run_dir": f"out/{Path(path).parent.name}_{Path(path).stem}"}
-    C_now = flops_per_token(keys, keys["vocab_size"]) * D
     lines = [f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.', "",
-             f"python train.py {path}", "", f"{C_now:.4g} training FLOPs, {C:.4g} asked. train.py derives",
+             f"python train.py {path}", "",
+             f"{flops:.4g} training FLOPs, {C:.4g} asked. train.py derives",
              ", ".join(f"{key} {value:.6g}" for key, value in rates.items()) + '."""']
-    for key, value in keys.items():
-        tag = "derived: scaling.py" if key in DERIVED and key not in CARRIED else "carried over"
-        lines.append(f"{f'{key} = {value!r}':40s}# [{tag}]")
+    lines += [f"{f'{key} = {value!r}':40s}# [{'derived: scaling.py' if key in DERIVED else 'carried over'}]"
+              for key, value in keys.items()]
     return "\n".join(lines) + "\n"
 
 
 def read_config(path):
     """The plain assignments of a config file, and those it inherits by `from configs.X import *`."""
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        keys = runpy.run_path(str(path))
+        keys = runpy.run_path(str(path)) if path else {}
     except Exception as error:                              # a config is the user's code: anything may happen
         found = f"{type(error).__name__}: {error}"
         raise BadInput(path, "a config of plain assignments", found, "mend it") from None
-    finally:
-        sys.path.pop(0)
     return {k: v for k, v in keys.items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 
@@ -1012,21 +997,21 @@ def ladder(budgets, out, base=(), per_budget=7, span=4.0, law=None):
         plans = [plan(C, base, best * factor, law=law) for factor in np.geomspace(1 / span, span, per_budget)]
         grid = {keys["hidden_dim"]: keys for keys in plans}
         off = [math.log(trained_tokens(keys) / best) for keys in grid.values()]
-        if len(grid) < 4 or not min(off) < -0.2 < 0.2 < max(off):
-            raise BadInput(f"budget {C:.3g}", "at least 4 widths on both sides of the optimum", sorted(grid),
-                           "lower head_dim in --config (widths are its multiples), or raise the budget")
+        need(len(grid) >= 4 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.3g}",
+             "at least 4 widths on both sides of the optimum", sorted(grid),
+             "lower head_dim in --config (widths are its multiples), or raise the budget")
         low, centre, high = np.exp([min(off), np.mean(off), max(off)])
         print(f"C = {C:.3g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
               + ("" if 0.7 < centre < 1.42 else "   (off-centre: beware of parabolas)"))
         for width, keys in grid.items():
             path = Path(out) / f"c{C:.2g}_d{width}.py".replace("+", "")
             texts[path] = config_text(keys, C, path)
-    for path, text in texts.items():
-        if path.exists() and path.read_bytes() != text.encode():
-            raise BadInput(path, "the config that this command writes", "another", "choose a new --out")
-    for path, text in texts.items():
-        if not path.exists():
-            write_new(path, text)
+    new = {path: text for path, text in texts.items() if not path.exists()}
+    for path in texts.keys() - new:
+        need(path.read_text() == texts[path], path, "the config that this command writes", "another",
+             "choose a new --out")
+    for path, text in new.items():
+        write_new(path, text)
     print(f"{len(texts)} configs in {out}; train those not yet done:  python scaling.py ladder --run {out}")
     return list(texts)
 
@@ -1034,45 +1019,39 @@ def ladder(budgets, out, base=(), per_budget=7, span=4.0, law=None):
 def run_ladder(folder):
     """Train every config of a folder that has no result.json yet, one after the other; stop at a failure."""
     configs = sorted(Path(folder).glob("*.py"))
-    if not configs:
-        raise BadInput(folder, "a folder of configs", "none", "write it: ladder --budgets C ... --out DIR")
+    need(configs, folder, "a folder of configs", "none", "write it: ladder --budgets C ... --out DIR")
     for i, path in enumerate(configs, 1):
         done = (Path(read_config(path).get("run_dir", "")) / "result.json").is_file()
         print(f"[{i}/{len(configs)}] {path}{' done' if done else ''}", flush=True)
         command = [sys.executable, str(Path(__file__).parent / "train.py"), str(path)]
-        if not done and subprocess.run(command).returncode:
-            raise BadInput(path, "train.py to finish", "a failure", "mend it and give this command again")
+        need(done or subprocess.run(command).returncode == 0, path, "train.py to finish", "a failure",
+             "mend it and give this command again")
 
 
 # --------------------------------------------------------------------------------------------------- speed-up
 
-def speedup(base, variant, E, alpha, noise=0.0, level=0.90):
+def speedup(base, variant, E, alpha, noise=0.0):
     """How many times less compute the variant needs for the same loss, and the same in wall-clock time.
 
     base, variant: lists of (C, loss, tokens per second or nan). A point fixes A = (loss - E) C^alpha; the
     compute speed-up is the ratio of the mean A (geometric) to the power 1/alpha, so several C may mix. Its
-    interval is Student-t from the scatter of log A (n points a side leave 2n - 2 degrees of freedom, as E and
-    alpha are given), or normal from a known seed noise of the loss; None with neither."""
-    for C, loss, _ in base + variant:
-        if loss <= E:
-            raise BadInput("--asymptote", "E below every loss", f"E = {E} and loss = {loss}", "lower E")
-    logs = [np.array([math.log((L - E) * C**alpha) for C, L, _ in points]) for points in (base, variant)]
-    shift, spare = (logs[0].mean() - logs[1].mean()) / alpha, len(base) + len(variant) - 2
-    if abs(shift) > 50:
-        raise BadInput("speedup", "a ratio below e^50", f"e^{shift:.0f}", "check alpha and the losses")
-    half = math.nan
+    90 % interval is Student-t from the scatter of log A (n points a side leave 2n - 2 degrees of freedom, as
+    E and alpha are given), or normal from a known seed noise of the loss; None with neither."""
+    base, variant = sides = [np.array(side, float).T for side in (base, variant)]       # rows: C, loss, rate
+    lowest, half = min(base[1].min(), variant[1].min()), math.nan
+    need(lowest > E, "--asymptote", "E below every loss", f"E = {E} and loss = {lowest}", "lower E")
+    logs = [np.log(L - E) + alpha * np.log(C) for C, L, _ in sides]
+    shift, spare = (logs[0].mean() - logs[1].mean()) / alpha, logs[0].size + logs[1].size - 2
     if noise:
-        variance = sum((noise / (L - E) / len(side))**2 for side in (base, variant) for _, L, _ in side)
-        half = norm.ppf((1 + level) / 2) * math.sqrt(variance) / alpha
+        variance = sum(np.sum((noise / (L - E) / L.size)**2) for _, L, _ in sides)
+        half = norm.ppf(0.95) * math.sqrt(variance) / alpha
     elif spare:
-        variance = sum(np.sum((y - y.mean())**2) for y in logs) / spare * (1 / len(base) + 1 / len(variant))
-        half = student.ppf((1 + level) / 2, spare) * math.sqrt(variance) / alpha
-    rates = [np.mean(np.log([rate for _, _, rate in side])) for side in (base, variant)]    # nan if unknown
-    faster = float(rates[1] - rates[0])
+        variance = sum(y.size * y.var() for y in logs) / spare * sum(1 / y.size for y in logs)
+        half = student.ppf(0.95, spare) * math.sqrt(variance) / alpha
+    wall = shift + np.log(variant[2]).mean() - np.log(base[2]).mean()                       # nan if unknown
     ends = lambda x: [math.exp(x - half), math.exp(x + half)] if math.isfinite(x + half) else None
     return dict(compute=math.exp(shift), compute_interval=ends(shift),
-                wall_clock=math.exp(shift + faster) if math.isfinite(faster) else None,
-                wall_clock_interval=ends(shift + faster))
+                wall_clock=math.exp(wall) if math.isfinite(wall) else None, wall_clock_interval=ends(wall))
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -1080,8 +1059,11 @@ def speedup(base, variant, E, alpha, noise=0.0, level=0.90):
 BLUE, RED, GREY = "#1f5fa8", "#d62728", "0.45"          # fitted, came later, context
 
 
-def figure(rows, columns, size, path, draw):
-    """Draw on a grid of axes with draw(axes) and save to path, whose ending chooses the format."""
+@contextlib.contextmanager
+def figure(rows, columns, size, path):
+    """A grid of axes, saved to path (its ending chooses the format) when the block is done."""
+    need(Path(path).suffix in (".png", ".pdf", ".svg"), path, "a picture ending in .png, .pdf or .svg",
+         Path(path).suffix or "none", "rename it")
     import matplotlib                                   # only here: fitting needs no pictures
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1089,33 +1071,26 @@ def figure(rows, columns, size, path, draw):
             "legend.fontsize": 7, "legend.title_fontsize": 7}
     with plt.rc_context(look):
         fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
-        try:
-            draw(axes.flat)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(path, dpi=200)
-        except ValueError as error:
-            raise BadInput(path, "a picture ending such as .png or .pdf", error, "rename it") from None
-        finally:
-            plt.close(fig)
+        yield axes.flat
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=200)
+        plt.close(fig)
     print(f"saved {path}")
 
 
 def draw_fit(r, path):
     """Bowls; envelope; distance from it, with bands; forecast against assumed E. In red what came later."""
     law, axis, forecasts, last = r["envelope"], r["choices"]["axis"], r["forecasts"], r["forecasts"][-1]
+    unit = "nats per token" if r["unit"] == "nats" else "bits per byte"
     C, L = (np.array([v[key] for v in r["vertices"]]) for key in ("budget", "loss"))
-    later = np.array([(q.flops, q.loss) for q in r["_held"]]).reshape(-1, 2)
+    later = columns(r["_held"], "flops", "loss")
     grid = np.geomspace(C.min() / 1.5, 1.5 * max([f["C"] for f in forecasts] + [C.max()]), 80)
     error = lambda c, y: 100 * (np.asarray(y) / loss_at(law, np.asarray(c)) - 1)
-    unit = "nats per token" if r["unit"] == "nats" else "bits per byte"
-
-    def draw(axes):
-        bowl, whole, zoom, asymptote = axes
+    with figure(2, 2, (9, 7), path) as (bowl, whole, zoom, asymptote):
         for v, shade in zip(r["vertices"], np.linspace(0.1, 0.9, len(C))):
-            here = [q for q in r["_runs"] if q.budget == v["budget"]]
-            colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)
-            x = np.array([getattr(q, axis) for q in here])
-            bowl.plot(x, [q.loss for q in here], "o", ms=3, color=colour, label=f"{v['budget']:.2g}")
+            x, y = columns([q for q in r["_runs"] if q.budget == v["budget"]], axis, "loss")
+            colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)         # from blue to green with the budget
+            bowl.plot(x, y, "o", ms=3, color=colour, label=f"{v['budget']:.2g}")
             bowl.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
             if v["_curve"]:
                 z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
@@ -1123,30 +1098,33 @@ def draw_fit(r, path):
         bowl.set(xscale="log", ylabel=f"macro loss ({unit})", title="isoFLOP bowls (stars: vertices)",
                  xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
         bowl.legend(title="budget $C$ (FLOPs)")
+
         name = f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$"
         whole.plot(grid, loss_at(law, grid), color=BLUE, lw=1.3, label="surface" if "beta" in law else name)
         zoom.axhline(0, color=BLUE, lw=1.3)
         if "beta" not in law and (bands := [delta_interval(law, C, L, c) for c in grid])[0]:
             low, high = (error(grid, edge) for edge in np.transpose(bands))
             zoom.fill_between(grid, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % delta/Student-t")
-        label = "forecast, 95 % run bootstrap"
-        for f in forecasts:
-            if ends := f["intervals"]["run_bootstrap"]:
-                bars = np.abs(error([f["C"]] * 2, ends))[:, None]
-                zoom.errorbar(f["C"], 0, bars, fmt="s", ms=4, mfc="w", color=BLUE, capsize=3, label=label)
-                label = None
+        bars = [(f["C"], *np.abs(error(f["C"], ends))) for f in forecasts
+                if (ends := f["intervals"]["run_bootstrap"])]
+        if bars:
+            at, *lengths = np.transpose(bars)
+            zoom.errorbar(at, 0 * at, lengths, fmt="s", ms=4, mfc="w", color=BLUE, capsize=3,
+                          label="forecast, 95 % run bootstrap")
         for ax, height in ((whole, lambda c, y: y), (zoom, error)):
             ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
-            if len(later):
-                ax.plot(*later.T[:1], height(*later.T), "*", ms=9, color=RED, label="came later (not fitted)")
+            if r["_held"]:
+                ax.plot(later[0], height(*later), "*", ms=9, color=RED, label="came later (not fitted)")
             ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
             ax.legend()
         whole.set(ylabel=f"macro loss ({unit})", title="compute-optimal loss")
         zoom.set(ylabel="distance from the forecast (%)", title="the same, as an error")
+
         allowed = [row["E"] for row in r["profile"] if row["allowed"]]
-        near = [min(allowed + [law["E"]]) - 0.3, max(allowed + [law["E"]]) + 0.4]
-        rows = [(row["E"], row["losses"][-1]) for row in r["profile"] if near[0] < row["E"] < near[1]]
-        asymptote.plot(*np.array(rows).reshape(-1, 2).T, color=BLUE, label="forecast given $E$")
+        near = [row for row in r["profile"]
+                if min(allowed + [law["E"]]) - 0.3 < row["E"] < max(allowed + [law["E"]]) + 0.4]
+        asymptote.plot([row["E"] for row in near], [row["losses"][-1] for row in near], color=BLUE,
+                       label="forecast given $E$")
         if allowed:
             asymptote.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
                               label="$E$ that the vertices allow (95 %)")
@@ -1156,12 +1134,11 @@ def draw_fit(r, path):
         asymptote.set(xlabel=f"assumed asymptote $E$ ({unit})", title="what the asymptote decides",
                       ylabel=f"loss at $C$ = {last['C']:.2g} ({unit})")
         asymptote.legend()
-    figure(2, 2, (9, 7), path, draw)
 
 
 def draw_bias(table, path):
     """Error of the extrapolated D* against the width of the sampled bowl, one panel per kind of sampling."""
-    def draw(axes):
+    with figure(1, 3, (9.9, 3.6), path) as axes:
         for ax, sampling in zip(axes, SAMPLING):
             for name, colour, marker in zip(SURFACES, (GREY, BLUE, RED), "^os"):
                 ax.plot(WIDTHS, table[name, sampling], marker + "-", ms=4, lw=1.2, color=colour,
@@ -1172,12 +1149,11 @@ def draw_bias(table, path):
             ax.minorticks_off()
         axes[0].set_ylabel("error of $D^*$ at $10^{24}$ FLOPs (%)")
         axes[0].legend()
-    figure(1, 3, (9.9, 3.6), path, draw)
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
-def story():
+def story(_):
     """The demonstration: Marin's posted forecast, what the asymptote did to it, the bias of parabolas."""
     print("1. Marin's 129B MoE: ladder 1e18..3e20, parabolas in active parameters, E fixed at 1.6 (#4447).\n")
     choices = Choices("parabola", "params", asymptote=1.6)
@@ -1197,16 +1173,66 @@ def story():
     bias("out/bias.png")
 
 
-def point(text, E):
-    """One speed-up point: C,LOSS or C,LOSS,TOKENS_PER_SECOND, or A=VALUE for a law with E and alpha."""
-    try:
-        if text.startswith("A="):
-            return 1.0, E + number(text[2:], "speedup", "A"), math.nan
-        C, loss, *rate = (number(part, "speedup", "each part") for part in text.split(","))
-        return C, loss, *(rate or [math.nan])[:1]
-    except (BadInput, TypeError, ValueError):
-        raise BadInput("speedup", "C,LOSS or C,LOSS,TOKENS_PER_SECOND or A=VALUE", text,
-                       "write e.g. 3.82e17,3.5422,433986") from None
+def fit_of(a, targets):
+    """What the options that `fit` and `register` share ask for."""
+    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
+    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
+            else reference(a.table) if a.table in TABLES else read_csv(a.table))
+    E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
+    choices = Choices(a.method, a.axis, a.window, E, a.space)
+    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
+
+
+def fit_command(a):
+    result = fit_of(a, a.predict)
+    with contextlib.redirect_stdout(sys.stderr if a.json == "-" else sys.stdout):
+        report(result)
+        if a.plot:
+            draw_fit(result, a.plot)
+    if a.json:
+        text = json.dumps(plain(result), indent=1, allow_nan=False) + "\n"
+        sys.stdout.write(text) if a.json == "-" else Path(a.json).write_text(text)
+
+
+def plan_command(a):
+    path = a.out or f"configs/plan_{a.flops:.2g}.py".replace("+", "")
+    text = config_text(plan(a.flops, read_config(a.config), law=a.law), a.flops, path)
+    write_new(path, text)
+    print(text + f"written to {path}")
+
+
+def ladder_command(a):
+    need(a.run or a.budgets and a.out, "ladder", "--budgets C ... --out DIR, or --run DIR", "neither",
+         "give one")
+    if a.run:
+        run_ladder(a.run)
+    else:
+        ladder(a.budgets, a.out, read_config(a.config), law=a.law)
+
+
+def speedup_command(a):
+    result = speedup(a.base, a.variant, a.asymptote, a.alpha, a.noise)
+    print(f"E = {a.asymptote} and alpha = {a.alpha}, for eval {a.eval}")
+    for key in ("compute", "wall_clock"):
+        if result[key]:
+            ends = result[f"{key}_interval"]
+            span = "{:.4f} .. {:.4f}".format(*ends) if ends else "none: give more points or --noise"
+            print(f"{key:10s} speed-up {result[key]:.4f}   90 % interval {span}")
+
+
+def numbers(least, most):
+    """An argparse type: `least` to `most` positive numbers between commas, filled up with nan."""
+    def parse(text):
+        with contextlib.suppress(BadInput):
+            values = [number(part, text, "a part") for part in text.split(",")]
+            if least <= len(values) <= most:
+                return (*values, *[math.nan] * (most - len(values)))
+        raise argparse.ArgumentTypeError(f"expected {least} to {most} positive numbers, found {text}")
+    return parse
+
+
+def positive(text):
+    return numbers(1, 1)(text)[0]
 
 
 class Parser(argparse.ArgumentParser):
@@ -1214,143 +1240,81 @@ class Parser(argparse.ArgumentParser):
         raise BadInput("command line", "the options of --help", message, f"see {self.prog} --help")
 
 
-def positive(text):
-    return number(text, "command line", "the value")
-
-
-def whole(text):
-    return int(number(text, "command line", "the value", 0.99, 1e9))
-
-
 def parser():
     top = Parser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(dest="command", parser_class=Parser)
-    fit = commands.add_parser("fit", help="fit a ladder and forecast")
-    reg = commands.add_parser("register", help="fit, and lock one forecast in a file")
-    for p in (fit, reg):
-        p.add_argument("table", nargs="?", help=f"a CSV, or a public table: {', '.join(TABLES)}")
-        p.add_argument("--runs", nargs="+", metavar="DIR", help="finished runs of train.py instead")
-        p.add_argument("--x", dest="axis", choices=("tokens", "params"), default="tokens")
-        p.add_argument("--method", choices=(*LEAST, "surface"), default="shared")
-        p.add_argument("--window", type=positive, metavar="F", help="only runs this near the vertex")
-        p.add_argument("--asymptote", default="free", help="E: free or a value")
-        p.add_argument("--fit-space", dest="space", choices=("log", "linear"), default="log")
-        p.add_argument("--unit", choices=("nats", "bpb"), default="nats")
-        p.add_argument("--draws", type=whole, default=400, help="bootstrap refits")
-    fit.add_argument("--predict", type=positive, action="append", default=[], metavar="C")
-    fit.add_argument("--json", metavar="FILE|-")
-    fit.add_argument("--plot", metavar="FILE")
-    reg.add_argument("--target", type=positive, required=True, metavar="C")
-    reg.add_argument("--target-params", type=positive, metavar="N", help="default: N* of the fit")
-    reg.add_argument("--target-tokens", type=positive, metavar="D", help="default: D* of the fit")
-    reg.add_argument("--target-config", help="the config that will be run; its text is stored")
-    reg.add_argument("--eval", help="eval definition; default: the runs' own")
-    reg.add_argument("--failure", default="outside the run-bootstrap interval", help="what is a miss")
-    reg.add_argument("--difference", action="append", default=[], help="known difference; repeatable")
-    reg.add_argument("--out", required=True, help="prereg/NAME.json")
-    p = commands.add_parser("bias", help="recompute and draw the bias study")
-    p.add_argument("--plot", default="out/bias.png")
-    p = commands.add_parser("score", help="compare an outcome with a registration")
-    p.add_argument("record")
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--loss", type=positive, help="in the record's unit")
-    which.add_argument("--run", metavar="DIR")
-    one = commands.add_parser("plan", help="the compute-optimal config of a budget")
-    one.add_argument("--flops", type=positive, required=True, metavar="C")
-    one.add_argument("--batch", type=whole, help="sequences, instead of the rule")
-    one.add_argument("--out", help="the config file to write; default configs/plan_C.py")
-    many = commands.add_parser("ladder", help="write, or train, an isoFLOP grid of configs")
-    many.add_argument("--budgets", type=positive, nargs="+", metavar="C")
-    many.add_argument("--out", help="folder for the configs")
-    many.add_argument("--run", metavar="DIR", help="train what is not yet done in this folder")
-    for p in (one, many):
-        p.add_argument("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
-        p.add_argument("--law", metavar="FIT.json", help="D* from a `fit --json`, not the published law")
-    p = commands.add_parser("speedup", help="learning speed-up of a variant at equal loss")
+    top.set_defaults(do=story)
+    commands = top.add_subparsers(parser_class=Parser)
+
+    def command(name, do, purpose, *parents):
+        p = commands.add_parser(name, help=purpose, description=purpose, parents=parents)
+        p.set_defaults(do=do)
+        return p.add_argument
+
+    fitting, planning = Parser(add_help=False), Parser(add_help=False)          # what two commands share
+    add = fitting.add_argument
+    add("table", nargs="?", help=f"a CSV, or a public table: {', '.join(TABLES)}")
+    add("--runs", nargs="+", metavar="DIR", help="finished runs of train.py instead")
+    add("--x", dest="axis", choices=("tokens", "params"), default="tokens", help="the bowls' axis")
+    add("--method", choices=METHODS, default="shared")
+    add("--window", type=positive, metavar="F", help="only runs within this factor of the vertex")
+    add("--asymptote", default="free", help="E: free or a value")
+    add("--fit-space", dest="space", choices=("log", "linear"), default="log")
+    add("--unit", choices=("nats", "bpb"), default="nats")
+    add("--draws", type=int, choices=range(1, 100_001), metavar="N", default=400, help="bootstrap refits")
+    add = planning.add_argument
+    add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
+    add("--law", type=numbers(2, 2), metavar="a,b", help="D* = a C^b, as `fit` prints it")
+
+    add = command("fit", fit_command, "fit a ladder and forecast", fitting)
+    add("--predict", type=positive, action="append", default=[], metavar="C", help="repeatable")
+    add("--json", metavar="FILE|-")
+    add("--plot", metavar="FILE")
+    add = command("bias", lambda a: bias(a.plot), "recompute and draw the bias study")
+    add("--plot", default="out/bias.png")
+    add = command("register", register, "fit, and lock one forecast in a file", fitting)
+    add("--target", type=positive, required=True, metavar="C")
+    add("--target-params", type=positive, metavar="N", help="default: N* of the fit")
+    add("--target-tokens", type=positive, metavar="D", help="default: D* of the fit")
+    add("--target-config", help="the config that will be run; its text is stored")
+    add("--eval", help="eval definition; default: the runs' own")
+    add("--failure", default="outside the run-bootstrap interval", help="what is a miss")
+    add("--difference", action="append", default=[], help="known difference; repeatable")
+    add("--out", required=True, help="prereg/NAME.json")
+    add = command("score", lambda a: score(a.record, a.loss, a.run and read_run_dir(a.run)),
+                  "compare an outcome with a registration")
+    add("record")
+    add("--loss", type=positive, help="in the record's unit")
+    add("--run", metavar="DIR", help="a finished run of train.py instead")
+    add = command("plan", plan_command, "the compute-optimal config of a budget", planning)
+    add("--flops", type=positive, required=True, metavar="C")
+    add("--out", help="the config file to write; default configs/plan_C.py")
+    add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
+    add("--budgets", type=positive, nargs="+", metavar="C")
+    add("--out", help="folder for the configs")
+    add("--run", metavar="DIR", help="train what is not yet done in this folder")
+    add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
     for side in ("--base", "--variant"):
-        p.add_argument(side, nargs="+", required=True, help="C,LOSS[,TOKENS_PER_SECOND] ... or A=VALUE")
-    p.add_argument("--asymptote", type=positive, required=True, help="E of the eval that --eval names")
-    p.add_argument("--alpha", type=positive, required=True)
-    p.add_argument("--eval", required=True, help="what E, alpha and the losses were measured on")
-    p.add_argument("--noise", type=positive, default=0.0, help="standard deviation of the loss between seeds")
+        add(side, type=numbers(2, 3), nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")
+    add("--asymptote", type=positive, required=True, help="E of the eval that --eval names")
+    add("--alpha", type=positive, required=True)
+    add("--eval", required=True, help="what E, alpha and the losses were measured on")
+    add("--noise", type=positive, default=0.0, help="standard deviation of the loss between seeds")
     return top
-
-
-def run(words):
-    """One command. Raises BadInput."""
-    a = parser().parse_args(words)
-    if a.command is None:
-        story()
-    elif a.command in ("fit", "register"):
-        if bool(a.table) == bool(a.runs):
-            raise BadInput("command line", "a table or --runs DIR ...", "both or neither", "give one")
-        sources = a.runs or [a.table]
-        runs = ([read_run_dir(folder) for folder in sources] if a.runs
-                else reference(a.table) if a.table in TABLES else read_csv(a.table))
-        E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
-        result = analyse(runs, Choices(a.method, a.axis, a.window, E, a.space),
-                         a.predict if a.command == "fit" else [a.target], a.unit, " ".join(sources), a.draws)
-        if a.command == "register":
-            if not (definition := a.eval or result["eval"]):
-                raise BadInput("--eval", "the eval definition (set, seq_len, sequences)", "none", "give it")
-            f = result["forecasts"][0]
-            config = Path(a.target_config).read_text(errors="replace") if a.target_config else None
-            target = dict(C=a.target, N=a.target_params or f["params"], D=a.target_tokens or f["tokens"],
-                          config=config)
-            register(result, sources, target, definition, a.failure, a.difference, a.out)
-            return
-        with contextlib.redirect_stdout(sys.stderr if a.json == "-" else sys.stdout):
-            if a.plot:
-                draw_fit(result, a.plot)
-        if a.json != "-":
-            report(result)
-        if a.json:
-            text = json.dumps(plain(result), indent=1, allow_nan=False)
-            print(text) if a.json == "-" else Path(a.json).write_text(text + "\n")
-    elif a.command == "bias":
-        bias(a.plot)
-    elif a.command == "score":
-        score(a.record, a.loss, read_run_dir(a.run) if a.run else None)
-    elif a.command in ("plan", "ladder"):
-        base = read_config(a.config) if a.config else {}
-        law = None
-        if a.law:
-            if not isinstance(law := read_json(a.law).get("D_star"), dict):
-                raise BadInput(a.law, "a D_star law", "none", "write one with: fit ... --json FILE")
-            law = {key: number(law.get(key), a.law, key, *ends)
-                   for key, *ends in (("coefficient", 0, 1e40), ("exponent", -5, 5))}
-        if a.command == "plan":
-            path = a.out or f"configs/plan_{a.flops:.2g}.py".replace("+", "")
-            text = config_text(plan(a.flops, base, batch=a.batch, law=law), a.flops, path)
-            write_new(path, text)
-            print(text + f"written to {path}")
-        elif a.run:
-            run_ladder(a.run)
-        elif a.budgets and a.out:
-            ladder(a.budgets, a.out, base, law=law)
-        else:
-            raise BadInput("ladder", "--budgets C ... --out DIR, or --run DIR", "neither", "give one")
-    else:
-        base, variant = ([point(text, a.asymptote) for text in side] for side in (a.base, a.variant))
-        r = speedup(base, variant, a.asymptote, a.alpha, a.noise)
-        print(f"E = {a.asymptote} and alpha = {a.alpha}, for eval {a.eval}")
-        for key in ("compute", "wall_clock"):
-            if r[key]:
-                ends = r[f"{key}_interval"]
-                span = "{:.4f} .. {:.4f}".format(*ends) if ends else "none: give more points or --noise"
-                print(f"{key:10s} speed-up {r[key]:.4f}   90 % interval {span}")
 
 
 def main(words):
     """Exit status of one command: 0, or 2 after one line on stderr about what the user can mend."""
     try:
-        run(words)
+        a = parser().parse_args(words)
+        a.do(a)
         return 0
     except BadInput as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
+        complaint = error
     except OSError as error:
-        print(f"scaling.py: {error.filename or 'output'}: expected a path to read or write, found "
-              f"{error.strerror}; do check it", file=sys.stderr)
+        complaint = BadInput(error.filename or "output", "a usable path", error.strerror, "check it")
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        complaint = BadInput("input", "numbers of ordinary size", error, "check every column")
+    print(f"scaling.py: {complaint}", file=sys.stderr)
     return 2
 
 

@@ -69,10 +69,10 @@ class TrainConfig:
     balancer: str = "quantile"          # "quantile", or "none"
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
-    beta1: float = 0.9062               # [cited: recipe 2]
+    beta1: float = 0.9062               # of Adam's first moment [cited: marin #4697]
     beta2: float = 0.0                  # of Adam's second moment
     eps: float = 0.0                    # of Adam's denominator
-    momentum: float = 0.95              # of MuonH [cited: recipe 2]
+    momentum: float = 0.95              # of MuonH [cited: marin #5596]
     schedule: str = "linear"            # "linear" (warm up, then decay to the end) or "wsd" (hold between them)
     warmup: float = 0.1                 # share of the steps that warms up
     decay: float = 0.2                  # share of the steps that decays, for "wsd"
@@ -173,7 +173,7 @@ def describe_keys():
         lines += [f"{cls.__name__}: {cls.__doc__}"]
         field = re.compile(r"^    (\w+): (\w+)(?: = (.*?))? +# (.*)$", re.MULTILINE)
         for name, kind, default, text in field.findall(inspect.getsource(cls)):
-            lines.append(f"  --{name}={default or kind.upper():14s} {text}")
+            lines.append(f"  {f'--{name}={default or kind.upper()}':30s} {text}")
         lines.append("")
     return "\n".join(lines)
 
@@ -215,7 +215,7 @@ class Rates(NamedTuple):
 
 
 def heuristic(recipe, tokens, tokens_per_batch, hidden_dim):
-    """Learning rates, beta2 and eps from the size of the run. [cited: recipe 2]
+    """Learning rates, beta2 and eps from the size of the run.
 
     v1: Marin's fit of April 2026 to 186 AdamH runs (R2 = 0.995, #4225), the 129B run's numbers.
     v2: the refit of May 2026 for MuonH (17 cells, R2 = 0.996, #5951).
@@ -263,7 +263,7 @@ def hyperball(direction, rate):
 
     `direction` is any optax transformation; its output u only points. The step is `rate` times the matrix's
     own norm along -u, then the matrix is scaled back to that norm. So the rate is a relative step, the same
-    for every size of matrix, weight decay has nothing to do, and no norm can run away. [cited: recipe 2]"""
+    for every size of matrix, weight decay has nothing to do, and no norm can run away. [cited: marin #4697]"""
     def init(params):
         return HyperballState(jnp.zeros((), jnp.int32), direction.init(params))
 
@@ -280,7 +280,7 @@ def hyperball(direction, rate):
 
 
 # One triple (a, b, c) per iteration of X <- aX + (bA + cAA)X, A = XX': five steps that take every singular value
-# from (0, 1] to near 1. [cited: recipe 2, "quintic"]
+# from (0, 1] to near 1. [cited: levanter's muon, "quintic"]
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
@@ -297,7 +297,7 @@ def orthogonalize(m):
 
 
 # Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
-# their own. [cited: recipe 2; two of Marin's quirks are not kept: the substring that sent one GatedNorm to Adam,
+# their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to Adam,
 # and stacked gains falling into the matrix group]
 GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert"},
           "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
@@ -729,6 +729,8 @@ def train(c, t):
         state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
                         out_shardings=state_shardings(c, t, mesh))()
     start = int(state.step)
+    if start > t.steps:
+        raise ConfigError(f"steps: expected at least {start}, where the run in {run} stands, found {t.steps}")
     append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
     say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
 

@@ -13,10 +13,10 @@ num_layers = 6                      # local local local full local local: a peri
 num_heads = 6
 num_kv_heads = 2                    # the 129B run has four query heads to one; 6 divides by 3
 head_dim = 32
-shared_dim = 192                    # = hidden_dim [cited: recipe 1]
+shared_dim = 192                    # = hidden_dim [cited: marin #4697]
 num_experts = 16
 experts_per_token = 2
-expert_dim = 96                     # = hidden_dim / 2 [cited: recipe 1]
+expert_dim = 96                     # = hidden_dim / 2 [cited: marin #4697]
 gated_norm_rank = 32
 remat = "none"                      # memory is not the limit here
 

@@ -14,12 +14,12 @@ seq_len = 128
 hidden_dim = 128
 num_layers = 4                      # three local layers and a full one
 num_heads = 4
-num_kv_heads = 1                    # four query heads to one key/value head [cited: recipe 1]
+num_kv_heads = 1                    # four query heads to one key/value head [cited: marin #4697]
 head_dim = 32
-shared_dim = 128                    # = hidden_dim [cited: recipe 1]
+shared_dim = 128                    # = hidden_dim [cited: marin #4697]
 num_experts = 8
 experts_per_token = 2
-expert_dim = 64                     # = hidden_dim / 2 [cited: recipe 1]
+expert_dim = 64                     # = hidden_dim / 2 [cited: marin #4697]
 gated_norm_rank = 32
 remat = "none"                      # memory is not the limit here
 

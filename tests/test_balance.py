@@ -61,7 +61,7 @@ def test_the_new_bias_is_the_order_statistics():
     np.testing.assert_allclose(alternate(s, bias, K), beta.mean() - beta, atol=1e-6)
 
 
-# Optimum by brute force over all feasible assignments; all three are unique. [reference 3.4]
+# Optimum by brute force over all feasible assignments; all three are unique.
 VECTORS = {
     "A": (1, 57, [[11, 9, 8], [9, 9, 9], [13, 0, 4], [10, 2, 3], [10, 8, 5], [5, 6, 8]]),
     "B": (2, 60, [[12, 2, 1, 2], [8, 8, 4, 0], [7, 6, 8, 7], [13, 1, 8, 0]]),

@@ -77,6 +77,14 @@ def test_every_window_comes_once_per_epoch_and_epochs_differ():
     assert (np.sort(epochs) == 16 * np.arange(100)).all() and (epochs[0] != epochs[1]).any()
 
 
+def test_every_batch_holds_its_sources_in_their_shares():
+    mixture = fake_mixture([10_000, 20_000, 5_000], (0.55, 0.35, 0.10))
+    for step in range(300):
+        source = batch_at(mixture, step, 16, 8, seed=0).tokens_BS[:, 0] // 1_000_000 - 1
+        share = np.bincount(source, minlength=3) / 16
+        assert np.abs(share - mixture.weights).max() < 2 / 16, step
+
+
 @pytest.mark.parametrize("weights", [[1], [0.7, 0.2, 0.1], [1, 1, 1], [0.95, 0.03, 0.02]])
 def test_mixture_shares_are_exact_within_one_row(weights):
     m = fake_mixture([2000] * len(weights), weights)

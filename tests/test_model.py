@@ -82,7 +82,7 @@ def test_the_67b_run_is_counted_as_published():
 
 
 def recipe_shape(width):
-    """The recipe's shape of a width. [recipe.md 1: depth rule, heads, GQA 4:1, expert and shared widths]"""
+    """The recipe's shape of a width: depth rule, heads, GQA 4:1, expert and shared widths. [marin heuristic.py]"""
     heads = width // 128
     kv_heads = max(m for m in range(1, heads + 1) if heads % m == 0 and m <= max(1, heads / 4))
     return dict(num_layers=round(width / (64 + 4 * math.log2(width) - 9)), num_heads=heads, num_kv_heads=kv_heads,
@@ -90,7 +90,7 @@ def recipe_shape(width):
 
 
 def test_the_49_token_counts_of_the_public_ladder():
-    """Budget / FLOPs per token gives the tokens that each of Marin's runs was trained on. [scaling.md 0.4]"""
+    """Budget / FLOPs per token gives the tokens that each of Marin's runs was trained on. [marin #4447, #6074]"""
     checked = 0
     for posted, experts in ((POSTED_V16, 64), (POSTED_MAY, 256)):
         for budget, runs in posted.items():

@@ -76,6 +76,17 @@ def test_the_129b_shape_and_its_steps():
     assert scaling.shape(5120)["num_kv_heads"] == 10 and scaling.shape(5120)["expert_dim"] == 2560
 
 
+@pytest.mark.parametrize("experts", [0, 1, 64])
+def test_counts_are_those_of_the_model(experts):
+    model = pytest.importorskip("model")
+    for width in (256, 640, 1536):
+        sizes = scaling.shape(width, experts) | {"gated_norm_rank": 32, "seq_len": 512}
+        theirs, mine = model.count(model.ModelConfig(vocab_size=1000, **sizes)), scaling.param_counts(sizes, 1000)
+        assert scaling.flops_per_token(sizes, 1000) == theirs.flops_per_token
+        assert mine == {"total": theirs.total, "active": theirs.active, "core": theirs.core}
+        assert mine["core"] + 1000 * width == theirs.params
+
+
 @needs_delphi
 def test_delphi_flops_and_parameters_are_exact():
     for row in csv.DictReader(DELPHI.open()):
@@ -139,7 +150,7 @@ def test_delphi_shared_bowls_and_backtest(delphi):
     assert round(r["forecasts"][-1]["tokens"] / 1e9) == 731
     parabola = analyse(delphi, Choices("parabola"), source="delphi", draws=1)
     assert parabola["bending"]["verdict"] == "bending suspected" and parabola["bending"]["same_sign"]
-    dropped = {row["dropped"]: row["losses"][-1] for row in parabola["leave_one_out"]}
+    dropped = {row["budget"]: row["losses"][-1] for row in parabola["leave_one_out"]}
     assert (round(dropped[3e18], 3), round(dropped[3e20], 3)) == (2.307, 2.361)
     assert any("3e+18: only 1 run with fewer tokens" in flag for flag in parabola["flags"])
 
@@ -527,6 +538,26 @@ def test_heuristics_give_the_129b_numbers():
         [0.0013392, 0.0058031, 3.3565e-15, 0.95], rel=1e-4)
     june = scaling.learning_rates("v2", 10.07e12, 4096 * 8192, 2560)             # 67B-A2B; its T was rounded
     assert [june["adam_lr"], june["hyper_lr"]] == pytest.approx([0.000861, 0.003733], rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", ["v1", "v2"])
+def test_heuristics_are_those_of_train(recipe):
+    theirs = pytest.importorskip("train").heuristic(recipe, 3e9, 64 * 1024, 768)._asdict()
+    mine = scaling.learning_rates(recipe, 3e9, 64 * 1024, 768)
+    assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_a_plan_is_a_config_of_train(tmp_path, experts):
+    train, model = pytest.importorskip("train"), pytest.importorskip("model")
+    base, out = tmp_path / "base.py", tmp_path / "plan.py"
+    base.write_text("".join(f"{k} = {v!r}\n" for k, v in (SMALL | {"num_experts": experts}).items()))
+    assert scaling.main(["plan", "--flops", "1e14", "--config", str(base), "--out", str(out)]) == 0
+    c, t = train.load_config(str(out))
+    C = model.count(c).flops_per_token * t.steps * t.batch_size * c.seq_len
+    assert abs(C / 1e14 - 1) < 0.02 and t.run_dir == f"out/{tmp_path.name}_plan"
+    derived = out.read_text().split("train.py derives")[1].split('"""')[0]
+    assert f"adam_lr {train.rates(c, t).adam_lr:.6g}," in derived
 
 
 def test_plan_of_1e23_is_the_shape_that_was_planned():

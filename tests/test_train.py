@@ -290,6 +290,8 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(c
     assert (run / "metrics.jsonl").read_text() == before
     with pytest.raises(train.ConfigError, match="holds a run with num_layers=2, found num_layers=3"):
         train.train(*load(config, num_layers=3))
+    with pytest.raises(train.ConfigError, match="steps: expected at least 6, where the run in .* stands, found 5"):
+        train.train(*load(config, steps=5))
 
 
 def test_sampling_continues_the_prompt_and_is_reproducible(config):

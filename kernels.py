@@ -87,7 +87,8 @@ def cross_entropy(x_TD, head_DV, target_T, impl="chunked", chunk=1024):
     pad = -T % chunk
     x_CTD = jnp.pad(x_TD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
     target_CT = jnp.pad(target_T, (0, pad)).reshape(-1, chunk)
-    losses = jax.checkpoint(lambda x, target: _token_losses(x, head_DV, target))
+    wide_DV = head_DV.astype(jnp.float32)                       # so that its gradient adds up in float32
+    losses = jax.checkpoint(lambda x, target: _token_losses(x, wide_DV.astype(x.dtype), target))
     _, (nll, lse) = lax.scan(lambda carry, xs: (carry, losses(*xs)), None, (x_CTD, target_CT))
     return nll.reshape(-1)[:T], lse.reshape(-1)[:T]
 
@@ -111,7 +112,8 @@ def grouped_matmul(x_RD, w_EDF, tile_expert, impl="tiles"):
     impl: "plain" multiplies every row by every expert and selects (E times the work: the definition);
     "tiles" gathers one weight matrix per tile and runs a batched matmul, the fastest exact form measured
     on CPU (148 ms against 160 for a loop over tiles and 79 for one plain matmul of the same FLOPs, forward
-    and backward, T=4096 D=256 E=16 K=4 F=128). jax.lax.ragged_dot is not offered: on CPU it does E times
+    and backward, T=4096 D=256 E=16 K=4 F=128). It holds a copy of a matrix per tile: right for small experts
+    on a CPU, hopeless at the 129B shape. jax.lax.ragged_dot is not offered: on CPU it does E times
     the work in silence."""
     tiles = tile_expert.shape[0]
     if impl == "plain":
@@ -121,7 +123,8 @@ def grouped_matmul(x_RD, w_EDF, tile_expert, impl="tiles"):
         return jnp.einsum("REF,RE->RF", every_REF, chosen_RE.astype(x_RD.dtype))
     if impl == "tiles":
         x_tiles = x_RD.reshape(tiles, -1, x_RD.shape[1])
-        return jnp.einsum("nrD,nDF->nrF", x_tiles, w_EDF[tile_expert]).reshape(x_RD.shape[0], -1)
+        w_tiles = w_EDF.astype(jnp.float32)[tile_expert].astype(w_EDF.dtype)      # so gradients add up in float32
+        return jnp.einsum("nrD,nDF->nrF", x_tiles, w_tiles).reshape(x_RD.shape[0], -1)
     raise ValueError(f"grouped_matmul impl={impl!r}: expected 'plain' or 'tiles'")
 
 

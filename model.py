@@ -6,11 +6,12 @@ device's shares until `wake` gathers them. With axis=None the same code is a pla
 
 B batch  S sequence  T=B*S tokens  D hidden  N query heads  M key/value heads  H head dim  Q=N*H  P=M*H
 E experts  K experts per token  F expert width  Z shared-expert width  U GatedNorm bottleneck  V vocabulary
-L layers.  A weight's name ends in its axes: up_EDF; a stacked layer weight has L in front of them."""
+L layers  G=N/M query heads per key/value head.  A weight's name ends in its axes, but for the L of the stack."""
 
 import math
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -57,8 +58,10 @@ class ModelConfig:
         for key in ("vocab_size", "seq_len", "hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                     "gated_norm_rank"):
             need(getattr(self, key) > 0, key, "a positive number")
+        need(self.rope_theta > 0, "rope_theta", "a positive number")
         for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
+        need(self.seq_len > 1, "seq_len", "at least 2")
         need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
         need(self.head_dim % (4 if self.half_rope else 2) == 0, "head_dim", "an even number (of 4 with half_rope)")
         need(not self.partial_key_offset or self.half_rope, "partial_key_offset",
@@ -97,18 +100,17 @@ def table(c):
                               c.shared_dim, c.gated_norm_rank)
     Q, P = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     rows, cols, each = Spec(None, "data", None), Spec(None, None, "data"), Spec(None, None, "data", None)
-    layers = {
-        "attn_gain_D":    Weight((L, D),       Spec(), "adam", "ones"),
-        "attn_down_DU":   Weight((L, D, U),    rows,   "matrix"),
-        "attn_up_UD":     Weight((L, U, D),    cols,   "matrix"),
+    norm = lambda site: {
+        f"{site}_norm_gain_D":  Weight((L, D),       Spec(), "adam", "ones"),
+        f"{site}_norm_down_DU": Weight((L, D, U),    rows,   "matrix"),
+        f"{site}_norm_up_UD":   Weight((L, U, D),    cols,   "matrix"),
+    }
+    layers = norm("attn") | norm("mlp") | {
         "query_DQ":       Weight((L, D, Q),    rows,   "matrix"),
         "key_DP":         Weight((L, D, P),    rows,   "matrix"),
         "value_DP":       Weight((L, D, P),    rows,   "matrix"),
         "out_QD":         Weight((L, Q, D),    cols,   "matrix"),
         "head_gate_DN":   Weight((L, D, N),    Spec(), "adam", "zeros"),
-        "mlp_gain_D":     Weight((L, D),       Spec(), "adam", "ones"),
-        "mlp_down_DU":    Weight((L, D, U),    rows,   "matrix"),
-        "mlp_up_UD":      Weight((L, U, D),    cols,   "matrix"),
     }
     if Z:
         layers |= {
@@ -124,15 +126,15 @@ def table(c):
             "down_EFD":       Weight((L, E, F, D), Spec(None, None, None, "data"), "expert"),
         }
     return {
-        "embed_VD":       Weight((V, D), Spec(None, "data"), "adam"),
-        "embed_gain_D":   Weight((D,),   Spec(),             "adam", "ones"),
-        "embed_down_DU":  Weight((D, U), Spec("data", None), "matrix"),
-        "embed_up_UD":    Weight((U, D), Spec(None, "data"), "matrix"),
-        "layers":         layers,
-        "final_gain_D":   Weight((D,),   Spec(),             "adam", "ones"),
-        "final_down_DU":  Weight((D, U), Spec("data", None), "matrix"),
-        "final_up_UD":    Weight((U, D), Spec(None, "data"), "matrix"),
-        "head_DV":        Weight((D, V), Spec("data", None), "head"),
+        "embed_VD":           Weight((V, D), Spec(None, "data"), "adam"),
+        "embed_norm_gain_D":  Weight((D,),   Spec(),             "adam", "ones"),
+        "embed_norm_down_DU": Weight((D, U), Spec("data", None), "matrix"),
+        "embed_norm_up_UD":   Weight((U, D), Spec(None, "data"), "matrix"),
+        "layers":             layers,
+        "final_norm_gain_D":  Weight((D,),   Spec(),             "adam", "ones"),
+        "final_norm_down_DU": Weight((D, U), Spec("data", None), "matrix"),
+        "final_norm_up_UD":   Weight((U, D), Spec(None, "data"), "matrix"),
+        "head_DV":            Weight((D, V), Spec("data", None), "head"),
     }
 
 
@@ -173,7 +175,9 @@ def count(c):
     active = total - routed + (routed * c.experts_per_token // c.num_experts if c.num_experts else 0)
     D, S, N, H, M = c.hidden_dim, c.seq_len, c.num_heads, c.head_dim, c.num_kv_heads
     layer = (6 * D * c.expert_dim * c.experts_per_token + 6 * D * c.shared_dim + 2 * D * H * (N + 2 * M)
-             + 2 * N * H * D + (2 * D * c.num_experts if c.num_experts > 1 else 0) + 4 * S * N * H + 3 * S * N)
+             + 2 * N * H * D + 4 * S * N * H + 3 * S * N)
+    if c.num_experts > 1:                                       # a single expert needs no router
+        layer += 2 * D * c.num_experts
     forward, head = c.num_layers * layer, 2 * D * c.vocab_size
     return Counts(total, active, active - 2 * c.vocab_size * D,
                   3 * (forward + (0 if c.num_experts else head)), 3 * (forward + head))
@@ -189,18 +193,30 @@ def init(c, key):
     return walk(one, c)
 
 
-def wake(weights, names, c, axis):
-    """FSDP: cast this device's shares of the named weights and all-gather them whole over `axis`.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(w, axis, split, dtype):
+    """All-gather of a weight's shares in the compute type; its gradient is summed over devices in float32.
 
-    The transpose of all_gather is psum_scatter, so autodiff hands each device the summed gradient of its own
-    share and nothing else. A stacked weight arrives here with L already taken off by the scan."""
+    Plain autodiff would reduce-scatter in the compute type, and bfloat16 sums stop growing at 256 equal terms."""
+    return lax.all_gather(w.astype(dtype), axis, axis=split, tiled=True)
+
+
+gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None),
+              lambda axis, split, dtype, _, g: (
+                  lax.psum_scatter(g.astype(jnp.float32), axis, scatter_dimension=split, tiled=True),))
+
+
+def wake(weights, names, c, axis):
+    """FSDP: this device's shares of the named weights, cast to the compute type and gathered whole over `axis`.
+
+    Backward, each device receives the summed gradient of its own share and nothing else. The small weights that
+    every device holds whole stay in float32. A stacked weight comes with L already taken off by the scan."""
     def one(name):
         w, spec = weights[name], names[name].spec
         if "data" not in spec:
             return w
-        w = w.astype(c.compute_dtype)
         split = spec.index("data") - (len(spec) - w.ndim)
-        return w if axis is None else lax.all_gather(w, axis, axis=split, tiled=True)
+        return w.astype(c.compute_dtype) if axis is None else gather(w, axis, split, c.compute_dtype)
     return {name: one(name) for name in weights if not isinstance(weights[name], dict)}
 
 
@@ -225,11 +241,10 @@ def loss(params, bias_LE, batch, norm, c, axis=None):
     return objective, {"nll": nll, "nll_T": nll_T, **routed}
 
 
-def logits(params, bias_LE, tokens_BS, segment_BS, c):
-    """Logits [B,S,V] in float32, for sampling and tests: one device, nothing sharded."""
+def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None)):
+    """Float32 logits [T,V] of every position, or of position `at`: for sampling and tests, on one device."""
     x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c)
-    head_DV = params["head_DV"].astype(c.compute_dtype)
-    return jnp.dot(x_TD, head_DV, preferred_element_type=jnp.float32).reshape(*tokens_BS.shape, -1)
+    return jnp.dot(x_TD[at], params["head_DV"].astype(c.compute_dtype), preferred_element_type=jnp.float32)
 
 
 def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
@@ -239,8 +254,9 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     Layers are stacked and scanned, PERIOD at a time, so that local and full attention are different static
     programs and neither pays for the other; a remainder (6 layers = 4 + 2) is unrolled at the end."""
     top = wake({k: params[k] for k in params if k != "head_DV"}, table(c), c, axis)
-    x_TD = jnp.take(top["embed_VD"], tokens_BS.reshape(-1), axis=0)
-    x_TD = gated_norm(x_TD, top["embed_gain_D"], top["embed_down_DU"], top["embed_up_UD"])
+    # looked up in float32: the gradient of a lookup is a sum over every place where a token stands
+    x_TD = jnp.take(top["embed_VD"].astype(jnp.float32), tokens_BS.reshape(-1), axis=0).astype(c.compute_dtype)
+    x_TD = gated_norm(x_TD, top["embed_norm_gain_D"], top["embed_norm_down_DU"], top["embed_norm_up_UD"])
     rotation = rope_angles(c)
 
     def layer(x_TD, p, bias_E, i):
@@ -264,7 +280,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     for i in range(whole * PERIOD, c.num_layers):
         x_TD, record = layer(x_TD, *jax.tree.map(lambda w: w[i], stacked), i)
         records.append(jax.tree.map(lambda r: r[None], record))
-    x_TD = gated_norm(x_TD, top["final_gain_D"], top["final_down_DU"], top["final_up_UD"])
+    x_TD = gated_norm(x_TD, top["final_norm_gain_D"], top["final_norm_down_DU"], top["final_norm_up_UD"])
     return x_TD, jax.tree.map(lambda *r: jnp.concatenate(r), *records)
 
 
@@ -272,10 +288,10 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
     """One layer: attention, then shared expert and routed experts side by side on the same normed input."""
     p = wake(p, table(c)["layers"], c, axis)
     with jax.named_scope("attention"):
-        a_TD = gated_norm(x_TD, p["attn_gain_D"], p["attn_down_DU"], p["attn_up_UD"])
+        a_TD = gated_norm(x_TD, p["attn_norm_gain_D"], p["attn_norm_down_DU"], p["attn_norm_up_UD"])
         x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, full, c.partial_key_offset and (full or last))
     with jax.named_scope("mlp"):
-        m_TD = gated_norm(x_TD, p["mlp_gain_D"], p["mlp_down_DU"], p["mlp_up_UD"])
+        m_TD = gated_norm(x_TD, p["mlp_norm_gain_D"], p["mlp_norm_down_DU"], p["mlp_norm_up_UD"])
         record = {}
         if c.shared_dim:
             h_TZ = jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])
@@ -336,10 +352,10 @@ def rope_angles(c):
 
 def rope(x_BSNH, rotation):
     """Rotate dimension i with dimension i + rotated/2; dimensions past `rotated` are left alone (half-RoPE)."""
-    cos, sin = (r[None, :x_BSNH.shape[1], None, :].astype(x_BSNH.dtype) for r in rotation)
+    cos, sin = (r[None, :x_BSNH.shape[1], None, :] for r in rotation)                   # float32, and so are a, b
     half = cos.shape[-1]
-    a, b, rest = x_BSNH[..., :half], x_BSNH[..., half:2 * half], x_BSNH[..., 2 * half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    a, b, rest = jnp.split(x_BSNH.astype(jnp.float32), (half, 2 * half), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BSNH.dtype)
 
 
 def key_offset(k_BSMH, segment_BS):

@@ -32,7 +32,8 @@ def route(x_TD, router_DE, bias_E, K, combine_sum=0.0):
 
     combine_sum = 0 uses sigmoid(logit) as it is (recipe V1); a positive value rescales the K weights of a
     token to that sum (2.5 in V2). Everything in float32: bfloat16 logits would tie."""
-    logits_TE = x_TD.astype(jnp.float32) @ router_DE.astype(jnp.float32)
+    # HIGHEST: the default float32 product of a TPU or a GPU multiplies in bfloat16 or TF32
+    logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
     expert_TK, margin_TE = balance.select(logits_TE, bias_E, K)
     # picked by compare-and-sum: the gradient of an index would be a scatter
     chosen_TKE = expert_TK[:, :, None] == jnp.arange(logits_TE.shape[1])
@@ -105,16 +106,18 @@ spread.defvjp(lambda x_TD, d: (spread(x_TD, d), d), _spread_backward)
 
 @jax.custom_vjp
 def combine(y_RD, gate_TK, d):
-    """Sum every token's K expert outputs, weighted: [R,D], [T,K] -> [T,D]."""
-    return sum(gate_TK[:, j, None] * y_RD[d.row_TK[:, j]] for j in range(d.row_TK.shape[1]))
+    """Sum every token's K expert outputs, weighted, in float32: [R,D], [T,K] -> [T,D]."""
+    y_TD = sum(gate_TK[:, j, None] * y_RD[d.row_TK[:, j]] for j in range(d.row_TK.shape[1]))
+    return y_TD.astype(y_RD.dtype)
 
 
 def _combine_backward(residuals, g_TD):
     y_RD, gate_TK, d = residuals
     gate_R = _rows(gate_TK.reshape(-1), d.choice_R)
     dy_RD = gate_R[:, None] * _rows(g_TD, d.token_R)
+    g_TD = g_TD.astype(jnp.float32)
     dgate_TK = jnp.stack([jnp.sum(g_TD * y_RD[d.row_TK[:, j]], axis=-1) for j in range(d.row_TK.shape[1])], axis=1)
-    return dy_RD.astype(y_RD.dtype), dgate_TK.astype(gate_TK.dtype), None
+    return dy_RD.astype(y_RD.dtype), dgate_TK, None
 
 
 combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_TK, d)), _combine_backward)
@@ -136,7 +139,7 @@ def moe(x_TD, p, bias_E, K, combine_sum=0.0, impl="tiles"):
                 * kernels.grouped_matmul(x_RD, p["up_EDF"], d.tile_expert, impl))
         y_RD = kernels.grouped_matmul(h_RF, p["down_EFD"], d.tile_expert, impl)
     with jax.named_scope("combine"):
-        return combine(y_RD, r.gate_TK.astype(y_RD.dtype), d), r, d.load_E
+        return combine(y_RD, r.gate_TK, d), r, d.load_E
 
 
 def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0):

@@ -441,6 +441,7 @@ def envelope(C, L, asymptote=None, space="log", where="envelope"):
     c, L, free = np.log(np.asarray(C) / REFERENCE), np.asarray(L, float), asymptote is None
     need(len(c) >= 3 + free, where, f"at least {3 + free} budgets with E {'free' if free else 'fixed'}",
          len(c), "add budgets" + (", or fix E by --asymptote" if free else ""))
+    need(L.min() > 0, where, "vertices of positive loss", L.min(), "check the losses")
     need(free or 0 <= asymptote < L.min(), "--asymptote", f"0 to below the lowest loss {L.min():.4f}",
          asymptote, "lower it")
     E = np.linspace(0, 0.95 * L.min(), 400) if free else np.array([asymptote])
@@ -702,8 +703,8 @@ def report(r):
     """The printed page of an analysis."""
     law, choice = r["envelope"], r["choices"]
     print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; "
-          f"{METHODS[choice['method']]} in {choice['axis']}, {r['unit']}\n{CONVENTION};"
-          " k from {:.2f} to {:.2f}\n\n".format(*r["k_range"]) +
+          f"{METHODS[choice['method']]} in {choice['axis']}, {r['unit']}\n{CONVENTION}; "
+          f"k from {r['k_range'][0]:.2f} to {r['k_range'][1]:.2f}\n\n"
           "     C  runs       D*         N*   D*/N*    loss*  curvature")
     for v in r["vertices"]:
         print(f"{v['budget']:8.3g} {v['runs']:3d} {v['tokens']:10.4e} {v['params']:10.4e} "
@@ -973,7 +974,7 @@ def config_text(keys, C, path):
              f"python train.py {path}", "",
              f"{flops:.4g} training FLOPs, {C:.4g} asked. train.py derives",
              ", ".join(f"{key} {value:.6g}" for key, value in rates.items()) + '."""']
-    lines += [f"{f'{key} = {value!r}':40s}# [{'derived: scaling.py' if key in DERIVED else 'carried over'}]"
+    lines += [f"{f'{key} = {value!r}':39s} # [{'derived: scaling.py' if key in DERIVED else 'carried over'}]"
               for key, value in keys.items()]
     return "\n".join(lines) + "\n"
 
@@ -1105,18 +1106,19 @@ def draw_fit(r, path):
         if "beta" not in law and (bands := [delta_interval(law, C, L, c) for c in grid])[0]:
             low, high = (error(grid, edge) for edge in np.transpose(bands))
             zoom.fill_between(grid, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % delta/Student-t")
-        bars = [(f["C"], *np.abs(error(f["C"], ends))) for f in forecasts
-                if (ends := f["intervals"]["run_bootstrap"])]
+        bars = [(f["C"], *error(f["C"], f["intervals"]["run_bootstrap"])) for f in forecasts
+                if f["intervals"]["run_bootstrap"]]
         if bars:
-            at, *lengths = np.transpose(bars)
-            zoom.errorbar(at, 0 * at, lengths, fmt="s", ms=4, mfc="w", color=BLUE, capsize=3,
+            at, low, high = np.transpose(bars)
+            zoom.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
                           label="forecast, 95 % run bootstrap")
         for ax, height in ((whole, lambda c, y: y), (zoom, error)):
             ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
             if r["_held"]:
                 ax.plot(later[0], height(*later), "*", ms=9, color=RED, label="came later (not fitted)")
             ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
-            ax.legend()
+        whole.legend()
+        zoom.legend(loc="lower left")
         whole.set(ylabel=f"macro loss ({unit})", title="compute-optimal loss")
         zoom.set(ylabel="distance from the forecast (%)", title="the same, as an error")
 
@@ -1191,12 +1193,13 @@ def fit_command(a):
             draw_fit(result, a.plot)
     if a.json:
         text = json.dumps(plain(result), indent=1, allow_nan=False) + "\n"
+        Path(a.json).parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.write(text) if a.json == "-" else Path(a.json).write_text(text)
 
 
 def plan_command(a):
     path = a.out or f"configs/plan_{a.flops:.2g}.py".replace("+", "")
-    text = config_text(plan(a.flops, read_config(a.config), law=a.law), a.flops, path)
+    text = config_text(plan(a.flops, read_config(a.config), batch=a.batch, law=a.law), a.flops, path)
     write_new(path, text)
     print(text + f"written to {path}")
 
@@ -1220,19 +1223,19 @@ def speedup_command(a):
             print(f"{key:10s} speed-up {result[key]:.4f}   90 % interval {span}")
 
 
-def numbers(least, most):
-    """An argparse type: `least` to `most` positive numbers between commas, filled up with nan."""
-    def parse(text):
-        with contextlib.suppress(BadInput):
-            values = [number(part, text, "a part") for part in text.split(",")]
-            if least <= len(values) <= most:
-                return (*values, *[math.nan] * (most - len(values)))
-        raise argparse.ArgumentTypeError(f"expected {least} to {most} positive numbers, found {text}")
-    return parse
-
-
 def positive(text):
-    return numbers(1, 1)(text)[0]
+    return number(text, "command line", "the value")
+
+
+def count(text):
+    return int(number(text, "command line", "the value", 0.99, 1e9))
+
+
+def point(text):
+    """(C, loss, tokens per second or nan) of a speed-up's C,LOSS or C,LOSS,TOKENS_PER_SECOND."""
+    C, loss, *rate = [positive(part) for part in text.split(",")]
+    (rate,) = rate or [math.nan]
+    return C, loss, rate
 
 
 class Parser(argparse.ArgumentParser):
@@ -1260,10 +1263,10 @@ def parser():
     add("--asymptote", default="free", help="E: free or a value")
     add("--fit-space", dest="space", choices=("log", "linear"), default="log")
     add("--unit", choices=("nats", "bpb"), default="nats")
-    add("--draws", type=int, choices=range(1, 100_001), metavar="N", default=400, help="bootstrap refits")
+    add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
     add = planning.add_argument
     add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
-    add("--law", type=numbers(2, 2), metavar="a,b", help="D* = a C^b, as `fit` prints it")
+    add("--law", type=positive, nargs=2, metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
 
     add = command("fit", fit_command, "fit a ladder and forecast", fitting)
     add("--predict", type=positive, action="append", default=[], metavar="C", help="repeatable")
@@ -1287,6 +1290,7 @@ def parser():
     add("--run", metavar="DIR", help="a finished run of train.py instead")
     add = command("plan", plan_command, "the compute-optimal config of a budget", planning)
     add("--flops", type=positive, required=True, metavar="C")
+    add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--out", help="the config file to write; default configs/plan_C.py")
     add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
     add("--budgets", type=positive, nargs="+", metavar="C")
@@ -1294,7 +1298,7 @@ def parser():
     add("--run", metavar="DIR", help="train what is not yet done in this folder")
     add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
     for side in ("--base", "--variant"):
-        add(side, type=numbers(2, 3), nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")
+        add(side, type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")
     add("--asymptote", type=positive, required=True, help="E of the eval that --eval names")
     add("--alpha", type=positive, required=True)
     add("--eval", required=True, help="what E, alpha and the losses were measured on")

@@ -14,6 +14,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -64,8 +65,8 @@ class TrainConfig:
     seed: int = 0                       # of the weights, the data order and the sample
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
-    recipe: str = "v1"                  # heuristic for rates, betas, eps: "v1" (AdamH fit) or "v2" (MuonH fit)
-    optimizer: str = "adamh"            # "adamh", or "muonh" (matrices by MuonH, the head by AdamH)
+    recipe: str = "v1"                  # fit that gives rates, beta2 and eps: "v1" for AdamH, "v2" for MuonH
+    optimizer: str = "adamh"            # "adamh", or "muonh" (matrices by MuonH, the head by AdamH); see recipe
     balancer: str = "quantile"          # "quantile", or "none"
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
@@ -102,8 +103,10 @@ class TrainConfig:
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
         for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
-        for key in ("warmup", "decay", "min_lr_ratio", "beta1", "beta2", "momentum"):
+        for key in ("warmup", "decay", "min_lr_ratio"):
             need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
+        for key in ("beta1", "beta2", "momentum"):
+            need(0 <= getattr(self, key) < 1, key, "a number from 0 to below 1")
         need(self.schedule == "linear" or self.warmup + self.decay <= 1, "decay",
              f"at most 1 - warmup = {1 - self.warmup:g}")
         need(self.batch_size % self.accumulate == 0, "accumulate", f"a divisor of batch_size={self.batch_size}")
@@ -243,7 +246,7 @@ def rates(c, t):
 def lr_share(t, step):
     """The learning rate of a step over its peak: up over `warmup`, then down to min_lr_ratio at the end."""
     warm = max(1, round(t.warmup * t.steps))
-    held = warm if t.schedule == "linear" else t.steps - round(t.decay * t.steps)
+    held = warm if t.schedule == "linear" else max(warm, t.steps - round(t.decay * t.steps))
     corners, heights = [0, warm, held, t.steps], [0, 1, 1, t.min_lr_ratio]
     return jnp.interp(step + 1, jnp.array(corners, jnp.float32), jnp.array(heights, jnp.float32))
 
@@ -297,8 +300,8 @@ def orthogonalize(m):
 
 
 # Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
-# their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to Adam,
-# and stacked gains falling into the matrix group]
+# their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to
+# Adam, and stacked gains falling into the matrix group]
 GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert"},
           "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
 
@@ -328,8 +331,9 @@ class State(NamedTuple):
 
 def make_state(c, t, key):
     params = model.init(c, key)
+    experts = max(1, c.num_experts)             # a dense model keeps one idle column: orbax refuses empty arrays
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
-                 jnp.zeros((c.num_layers, c.num_experts), jnp.float32))
+                 jnp.zeros((c.num_layers, experts), jnp.float32))
 
 
 def state_shardings(c, t, mesh):
@@ -441,8 +445,7 @@ def make_sampler(c, t, tokenizer):
     @jax.jit
     def next_token(params, bias_LE, window_S, length, key):
         segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
-        x_TD, _ = model.forward(params, bias_LE, window_S[None], segment_S[None], c)
-        logits_V = (x_TD[length - 1] @ params["head_DV"].astype(x_TD.dtype)).astype(jnp.float32)
+        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1)
         logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
         hot = jax.random.categorical(key, logits_V / max(t.temperature, 1e-6))
         return jnp.argmax(logits_V) if t.temperature == 0 else hot
@@ -477,15 +480,22 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         self.ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=t.keep, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(Path(t.run_dir, "checkpoints").resolve(), options=options)
+        try:
+            self.manager = ocp.CheckpointManager(Path(t.run_dir, "checkpoints").resolve(), options=options)
+        except OSError as error:
+            raise ConfigError(f"run_dir: expected a directory that can be written, found {t.run_dir} "
+                              f"({error.strerror})") from None
+
+    def newest(self):
+        return self.manager.latest_step()
 
     def save(self, state):
-        if self.manager.latest_step() != int(state.step):
+        if self.newest() != int(state.step):
             self.manager.save(int(state.step), args=self.ocp.args.StandardSave(leaves_by_name(state)))
 
     def restore(self, c, t, mesh):
         """The newest state, or None if there is no checkpoint."""
-        step = self.manager.latest_step()
+        step = self.newest()
         if step is None:
             return None
         abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
@@ -523,17 +533,23 @@ def write_whole(path, text):
     Path(path).with_suffix(".tmp").replace(path)
 
 
+@functools.cache
 def git_commit():
     try:
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
                                capture_output=True, text=True, timeout=10)
         return found.stdout.strip() or "unknown"
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-def open_run(c, t, mixture):
-    """Make the run directory, or make sure that the run in it is this one."""
+FIXED = ("optimizer", "batch_size", "seed")     # with model and data: what one run cannot change on its way
+
+
+def check_run(c, t, mixture, step):
+    """The content of config.json, after making sure that the run in run_dir, if there is one, is this one.
+
+    step: of its newest checkpoint, or None. Reads only; raises ConfigError naming the key that differs."""
     run = Path(t.run_dir)
     now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
            "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
@@ -541,28 +557,32 @@ def open_run(c, t, mixture):
     if (run / "config.json").exists():
         try:
             old = json.loads((run / "config.json").read_text())
-            changed = [k for k in now["model"] if old["model"].get(k) != now["model"][k]]
+            pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items()]
+            pairs += [(k, old["train"].get(k), now["train"][k]) for k in FIXED]
+            pairs += [("data", old["data"], now["data"])]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
                               f"choose another --run_dir") from None
+        for key, then, wanted in pairs:
+            if then != wanted:
+                raise ConfigError(f"{run}: holds a run with {key}={then!r}, found {key}={wanted!r}; a run cannot "
+                                  f"change this on its way: choose another --run_dir, or delete this one")
+    elif step is not None:
+        raise ConfigError(f"{run}: expected config.json beside checkpoints, found none; choose another --run_dir")
+    if step is not None and step > t.steps:
+        raise ConfigError(f"steps: expected at least {step}, where the run in {run} stands, found {t.steps}")
+    return now
+
+
+def write_run(run, now):
+    """Write config.json; what changed since the last start becomes an event and a printed line."""
+    if (run / "config.json").exists():
+        old = json.loads((run / "config.json").read_text())["train"]
+        changed = {k: [old.get(k), v] for k, v in now["train"].items() if old.get(k) != v}
         if changed:
-            k = changed[0]
-            raise ConfigError(f"{run}: holds a run with {k}={old['model'].get(k)!r}, found {k}="
-                              f"{now['model'][k]!r}; a model cannot change during a run: choose another "
-                              f"--run_dir, or delete this one")
-        if old.get("data") != now["data"]:
-            raise ConfigError(f"{run}: holds a run on data {str(old.get('data'))[:12]}, found {now['data'][:12]}; "
-                              f"the batches would not be the same: choose another --run_dir or restore the data")
-        differs = {k: [old["train"].get(k), v] for k, v in now["train"].items() if old["train"].get(k) != v}
-        if differs:
-            append(run / "events.jsonl", {"event": "config_changed", "keys": differs, "time": time.time()})
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "config.json", json.dumps(now, indent=1))
-    except OSError as error:
-        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} "
-                          f"({error.strerror})") from None
-    return run
+            append(run / "events.jsonl", {"event": "config_changed", "keys": changed, "time": time.time()})
+            say("changed   " + ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
+    write_whole(run / "config.json", json.dumps(now, indent=1))
 
 
 # --------------------------------------------------------------------------------------------------------- log
@@ -588,9 +608,9 @@ class Log:
         rows = jax.device_get(self.pending)
         seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
         for i, loss in enumerate(float(r["loss"]) for r in rows):
-            if not math.isfinite(loss):
-                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}; nothing was saved since the "
-                             f"last line. Lower the rates, or look at the batches of these steps")
+            if not math.isfinite(loss + float(rows[i]["gnorm"])):
+                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}, the gradient norm "
+                             f"{float(rows[i]['gnorm'])}; not saved. Lower the rates, or look at the batch")
             self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
         last, speed = rows[-1], self.tokens / seconds
         row = {"step": step, "loss": loss, "ema": self.ema, "lr": self.rates.hyper_lr * float(last["lr_share"]),
@@ -601,7 +621,7 @@ class Log:
             row |= self.routing(rows)
         append(self.file, row)
         mfu = f"{100 * self.count.mfu_flops * speed / self.peak:.1f}%" if self.peak else "-"
-        balanced = f"maxvio {row['maxvio']:.2f} drop 0.0% | " if self.c.num_experts else ""    # it is dropless
+        balanced = f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}% | " if self.c.num_experts else ""
         eta = int(seconds * (self.t.steps - step))
         say(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | "
             f"loss {loss:.3f} ema {self.ema:.3f} | lr {row['lr']:.1e} | gnorm {row['gnorm']:.2f} | "
@@ -613,8 +633,10 @@ class Log:
         load = np.stack([r["load_LE"] for r in rows])                   # [steps since the last line, L, E]
         violation = np.asarray(balance.max_violation(load))
         drops = {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}
+        sent = self.tokens * self.c.experts_per_token * self.c.num_layers * len(rows)
         return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                "would_drop": drops, "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
+                "drop": 1.0 - float(load.sum()) / sent, "would_drop": drops,
+                "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
                 "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
 
     def memory(self):
@@ -640,6 +662,8 @@ def report(run):
     events = read_rows(run / "events.jsonl")
     evals = {e["step"]: e["domains"] for e in events if e["event"] == "eval"}
     m, t, step = config["model"], config["train"], [row["step"] for row in rows]
+    if not rows:
+        return                                                          # metrics.jsonl was taken away
     (run / "plots").mkdir(exist_ok=True)
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
@@ -703,9 +727,12 @@ def say(line):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, SIGTERM and ctrl-C do not kill: they append to the list that this yields."""
+    """Inside, a first SIGTERM or ctrl-C is appended to the list that this yields, and a second one kills."""
     caught = []
-    catch = lambda number, frame: caught.append(number)
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
     old = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
@@ -716,58 +743,37 @@ def stop_signals():
 
 def train(c, t):
     """Run or resume a run to its end. Returns what result.json says, or None if a signal stopped it."""
-    from tqdm import tqdm
     began = time.time()
     mesh = make_mesh(c, t)                                                                  # where
     mixture = open_data(c, t)                                                               # on what
-    run = open_run(c, t, mixture)
-    introduce(c, t, mesh, mixture)
+    with contextlib.closing(Checkpoints(t)) as checkpoints:                                 # from which point
+        run, now = Path(t.run_dir), check_run(c, t, mixture, checkpoints.newest())
+        write_run(run, now)
+        introduce(c, t, mesh, mixture)
+        state = checkpoints.restore(c, t, mesh)
+        if state is None:
+            state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
+                            out_shardings=state_shardings(c, t, mesh))()
+        start = int(state.step)
+        append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
+        say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
+        log, score = Log(run, c, t, mesh, start), make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
-    checkpoints = Checkpoints(t)                                                            # from which point
-    state = checkpoints.restore(c, t, mesh)
-    if state is None:
-        state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
-                        out_shardings=state_shardings(c, t, mesh))()
-    start = int(state.step)
-    if start > t.steps:
-        raise ConfigError(f"steps: expected at least {start}, where the run in {run} stands, found {t.steps}")
-    append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
-    say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
+        def hold_out(state, step, limit=None):
+            domains = evaluate(state, score, mixture, c, t, mesh, limit)
+            append(run / "events.jsonl", {"event": "eval", "step": step, "domains": domains, "time": time.time()})
+            say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
+                f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
+            return domains
 
-    log = Log(run, c, t, mesh, start)
-    train_step, score = make_train_step(c, t, mesh), make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
+        state, signal_number = loop(c, t, mesh, mixture, state, checkpoints, log, hold_out)
+    if signal_number:
+        append(run / "events.jsonl", {"event": "stopped", "signal": signal_number, "step": int(state.step),
+                                      "time": time.time()})
+        say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on.")
+        return None
 
-    def hold_out(step, limit=None):
-        domains = evaluate(state, score, mixture, c, t, mesh, limit)
-        append(run / "events.jsonl", {"event": "eval", "step": step, "domains": domains, "time": time.time()})
-        say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
-            f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
-        return domains
-
-    with stop_signals() as stop, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
-        for i in range(start, t.steps):                                     # one pure function, again and again
-            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed)
-            state, metrics = train_step(state, put(rows, mesh, t.accumulate))
-            step = i + 1
-            save = step % t.save_every == 0 or step == t.steps or len(stop) > 0
-            log.step(step, metrics, save or step % t.log_every == 0, say)   # first: it refuses what is not finite
-            bar.update()
-            if save:
-                checkpoints.save(state)
-            if stop:
-                break
-            if step % t.eval_every == 0 and step < t.steps:
-                paused = time.perf_counter()
-                hold_out(step, t.eval_tokens)
-                log.since += time.perf_counter() - paused                   # an evaluation is no step time
-        checkpoints.close()
-        if int(state.step) < t.steps:
-            append(run / "events.jsonl",
-                   {"event": "stopped", "signal": stop[0], "step": step, "time": time.time()})
-            say(f"stopped by signal {stop[0]} after step {step}; saved. The same command goes on from here.")
-            return None
-
-    result = conclude(c, t, run, mixture, hold_out(t.steps))                                # what came of it
+    result = conclude(c, t, run, mixture, hold_out(state, t.steps))                         # what came of it
     if t.sample_tokens:
         sample = make_sampler(c, t, mixture.tokenizer)
         text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
@@ -778,6 +784,29 @@ def train(c, t):
     say(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training; everything is in {run}: "
         f"see {run}/report.html")
     return result
+
+
+def loop(c, t, mesh, mixture, state, checkpoints, log, hold_out):
+    """One pure function, again and again. Returns the last state and the signal that ended it early, or None."""
+    from tqdm import tqdm
+    train_step, start = make_train_step(c, t, mesh), int(state.step)
+    with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
+        for i in range(start, t.steps):
+            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed)
+            state, metrics = train_step(state, put(rows, mesh, t.accumulate))
+            step, stopping = i + 1, len(caught) > 0
+            save = stopping or step % t.save_every == 0 or step == t.steps
+            log.step(step, metrics, save or step % t.log_every == 0, say)       # refuses what is not finite
+            bar.update()
+            if save:
+                checkpoints.save(state)
+            if stopping and step < t.steps:
+                return state, caught[0]
+            if step % t.eval_every == 0 and step < t.steps:
+                paused = time.perf_counter()
+                hold_out(state, step, t.eval_tokens)
+                log.since += time.perf_counter() - paused                       # an evaluation is no step time
+    return state, None
 
 
 def open_data(c, t):
@@ -820,11 +849,14 @@ def conclude(c, t, run, mixture, domains):
 
 def sample_from(c, t):
     """--sample: restore the newest checkpoint of the run and continue t.prompt."""
-    mesh = make_mesh(c, t)
-    state = Checkpoints(t).restore(c, t, mesh) if Path(t.run_dir, "checkpoints").is_dir() else None
+    if not Path(t.run_dir, "checkpoints").is_dir():
+        raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
+    mesh, mixture = make_mesh(c, t), open_data(c, t)
+    with contextlib.closing(Checkpoints(t)) as checkpoints:
+        check_run(c, t, mixture, checkpoints.newest())
+        state = checkpoints.restore(c, t, mesh)
     if state is None:
         raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
-    mixture = open_data(c, t)
     print(make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
 
 
@@ -843,6 +875,9 @@ def main(arguments):
     except Halted as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("train.py: interrupted; what was saved is there, and the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def write_dataset(repo):
 def train(repo, steps):
     start = time.time()
     subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py", "--dataset=books_char",
-                    "--out_dir=out-books-char", f"--max_iters={steps}", f"--lr_decay_iters={steps}", *LAPTOP],
+                    "--out_dir=out-books-char", f"--max_iters={steps}", f"--lr_decay_iters={steps}",
+                    f"--eval_interval={steps // 8}", "--always_save_checkpoint=True", *LAPTOP],
                    cwd=repo, check=True, stdout=subprocess.DEVNULL)
     return time.time() - start
 
@@ -81,4 +82,4 @@ if __name__ == "__main__":
         bpb, best = bits_per_byte(options.repo.resolve(), held_out)
         print(f"nanoGPT, {steps} steps, {seconds:.0f} s: held-out Shakespeare {bpb:.4f} bits per byte "
               f"(its own estimate {best:.4f} nats a character)", flush=True)
-        steps = int(steps * options.seconds / seconds)
+        steps = int(steps * options.seconds / seconds) // 8 * 8         # the last step is an evaluation, and saved

@@ -79,8 +79,9 @@ def test_too_many_assignments_for_the_sort_key_are_refused():
         jax.eval_shape(lambda e: moe.dispatch(e, 1 << 12), jax.ShapeDtypeStruct((1 << 18, 2), jnp.int32))
 
 
-def test_backward_has_no_floating_point_scatter():
+def test_tokens_move_by_gathers_in_both_directions():
+    """No scatter in the gradient of the tokens and the router; that of the experts sums tiles, in kernels.py."""
     p, x_TD = weights(8), normal(40, D)
-    f = jax.grad(lambda x: jnp.sum(moe.moe(x, p, jnp.zeros(8), 2)[0]))
-    text = str(jax.make_jaxpr(f)(x_TD))
+    f = jax.grad(lambda x, router: jnp.sum(moe.moe(x, {**p, "router_DE": router}, jnp.zeros(8), 2)[0]), (0, 1))
+    text = str(jax.make_jaxpr(f)(x_TD, p["router_DE"]))
     assert "scatter" not in text, "a gather in moe.py lost its hand-written transpose"

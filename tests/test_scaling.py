@@ -81,7 +81,8 @@ def test_counts_are_those_of_the_model(experts):
     model = pytest.importorskip("model")
     for width in (256, 640, 1536):
         sizes = scaling.shape(width, experts) | {"gated_norm_rank": 32, "seq_len": 512}
-        theirs, mine = model.count(model.ModelConfig(vocab_size=1000, **sizes)), scaling.param_counts(sizes, 1000)
+        theirs = model.count(model.ModelConfig(vocab_size=1000, **sizes))
+        mine = scaling.param_counts(sizes, 1000)
         assert scaling.flops_per_token(sizes, 1000) == theirs.flops_per_token
         assert mine == {"total": theirs.total, "active": theirs.active, "core": theirs.core}
         assert mine["core"] + 1000 * width == theirs.params
@@ -413,7 +414,7 @@ def test_bad_headers_files_and_options(tmp_path, capsys):
                            (["ladder", "--run", tmp_path / "no"], "a folder of configs")):
         refused(words, message, capsys)
     speedup = "speedup --alpha .1 --eval x --asymptote 2.5 --base 1e18,3 --variant".split()
-    refused(speedup + ["oops"], "found oops", capsys)
+    refused(speedup + ["oops"], "invalid point value: 'oops'", capsys)
     refused(speedup + ["1e18,2"], "E below every loss", capsys)
 
 

@@ -1,0 +1,192 @@
+"""An independent twin of the transformer: the recipe once more, in float64 numpy, one token at a time.
+
+model.py is batched, scanned, chunked and sorted; the twin is none of these. It was written from the recipe
+(shared/reference/recipe.md section 1) and takes from model.py only the names of the weights, so a slip in one
+is not a slip in both. The recipe's constants (1.3, 1e4, 1e-5, 1e-6, every 4th layer) are spelled out here."""
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import balance
+import model
+from test_model import TINY, norm_of
+
+TOLERANCE = 2e-5    # largest difference over largest value; float32 against float64 leaves 3e-6 [measured]
+FIVE = dataclasses.replace(TINY, num_layers=5)      # 0 1 2 local, 3 full, 4 local and last
+V2 = dataclasses.replace(FIVE, half_rope=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)
+CONFIGS = {"v1": FIVE, "v2": V2, "window of 3": dataclasses.replace(FIVE, window=3),
+           "dense": dataclasses.replace(FIVE, num_experts=0, experts_per_token=0, expert_dim=0)}
+
+# ----------------------------------------------------------------- the twin: x, a, q, k, v are one token's vector
+
+sigmoid = lambda x: 1 / (1 + np.exp(-x))
+silu = lambda x: x * sigmoid(x)
+swiglu = lambda x, gate, up, down: (silu(x @ gate) * (x @ up)) @ down
+rms = lambda x, eps: x / np.sqrt(np.mean(x * x) + eps)
+logsumexp = lambda x: np.log(np.sum(np.exp(x), axis=-1))
+
+
+def gated_norm(x, w, site):
+    n = rms(x, 1e-5) * w[f"{site}_norm_gain_D"]
+    return n * sigmoid(silu(n @ w[f"{site}_norm_down_DU"]) @ w[f"{site}_norm_up_UD"])
+
+
+def rope(x, position, half_rope):
+    rotated = len(x) // 2 if half_rope else len(x)
+    out = x.copy()
+    for i in range(rotated // 2):
+        j, angle = i + rotated // 2, position * 1e4 ** (-2 * i / rotated)
+        out[i] = x[i] * np.cos(angle) - x[j] * np.sin(angle)
+        out[j] = x[i] * np.sin(angle) + x[j] * np.cos(angle)
+    return out
+
+
+def attention(a, p, segment, i, c):
+    """What the attention of layer i adds to each token of a row; a[t] is token t, normed and gated."""
+    S, N, M, H = len(a), c.num_heads, c.num_kv_heads, c.head_dim
+    full, last = i % 4 == 3, i == c.num_layers - 1
+    window = c.seq_len if full else c.window or c.seq_len // 2
+    query = [(a[t] @ p["query_DQ"]).reshape(N, H) for t in range(S)]
+    key = [(a[t] @ p["key_DP"]).reshape(M, H) for t in range(S)]
+    value = [(a[t] @ p["value_DP"]).reshape(M, H) for t in range(S)]
+    if c.partial_key_offset and (full or last):
+        own = [k.copy() for k in key]
+        for t in range(S):
+            starts = t == 0 or segment[t - 1] != segment[t]
+            key[t][:, H // 2:] = 0 if starts else own[t - 1][:, H // 2:]
+    query = [[1.3 * rope(rms(q, 1e-6), t, c.half_rope) for q in query[t]] for t in range(S)]
+    key = [[rope(rms(k, 1e-6), t, c.half_rope) for k in key[t]] for t in range(S)]
+    added = []
+    for t in range(S):
+        heads = []
+        for n in range(N):
+            m = n // (N // M)                           # consecutive query heads share a key/value head
+            seen = [j for j in range(t + 1) if t - j < window and segment[j] == segment[t]]
+            chance = np.exp([query[t][n] @ key[j][m] / np.sqrt(H) for j in seen])
+            y = sum(e * value[j][m] for e, j in zip(chance / np.sum(chance), seen))
+            v = value[t][m]
+            y = y - (y @ v) / (v @ v + 1e-6) * v        # exclusive self-attention
+            heads.append(2 * sigmoid(a[t] @ p["head_gate_DN"][:, n]) * y)
+        added.append(np.concatenate(heads) @ p["out_QD"])
+    return added
+
+
+def experts(x, p, score_E, bias_E, c):
+    """What the routed experts add to one token: the bias chooses, and is not heard in the weights."""
+    chosen = np.argsort(-(score_E + bias_E))[:c.experts_per_token]
+    weight = sigmoid(score_E[chosen])
+    if c.combine_sum:
+        weight = weight * c.combine_sum / np.sum(weight)
+    return sum(w * swiglu(x, p["gate_EDF"][e], p["up_EDF"][e], p["down_EFD"][e])
+               for w, e in zip(weight, chosen))
+
+
+@functools.lru_cache
+def twin(c):
+    """Everything the twin says about `problem(c)`."""
+    *weights, batch = problem(c)
+    w, bias_LE = jax.tree.map(np.float64, weights)
+    B, S = batch["tokens"].shape
+    L, E, K = c.num_layers, c.num_experts, c.experts_per_token
+    logit_BSV, score_LBSE = np.zeros((B, S, c.vocab_size)), np.zeros((L, B, S, E))
+    for b in range(B):
+        x = [gated_norm(w["embed_VD"][token], w, "embed") for token in batch["tokens"][b]]
+        for i in range(L):
+            p = {name: stack[i] for name, stack in w["layers"].items()}
+            added = attention([gated_norm(x[t], p, "attn") for t in range(S)], p, batch["segments"][b], i, c)
+            for t in range(S):
+                x[t] = x[t] + added[t]
+                n = gated_norm(x[t], p, "mlp")
+                x[t] = x[t] + swiglu(n, p["shared_gate_DZ"], p["shared_up_DZ"], p["shared_down_ZD"])
+                if E:
+                    score_LBSE[i, b, t] = n @ p["router_DE"]
+                    x[t] = x[t] + experts(n, p, score_LBSE[i, b, t], bias_LE[i], c)
+        logit_BSV[b] = [gated_norm(x[t], w, "final") @ w["head_DV"] for t in range(S)]
+
+    z_BS, weight = logsumexp(logit_BSV), batch["weights"]
+    nll_BS = z_BS - np.take_along_axis(logit_BSV, batch["targets"][:, :, None], axis=2)[:, :, 0]
+    said = {"logits": logit_BSV, "loss": np.sum(weight * (nll_BS + c.logit_z * z_BS**2)) / np.sum(weight)}
+    if E:
+        real = batch["segments"] != 0
+        said["loss"] += c.router_z * np.mean([np.mean(logsumexp(s)[real] ** 2) for s in score_LBSE])
+        biased = score_LBSE + bias_LE[:, None, None, :]
+        cutoff = np.sort(biased, axis=-1)[..., [E - K - 1]]             # the (K+1)-th largest
+        margin, q = score_LBSE - cutoff, int(np.sum(real)) * K // E
+        beta = np.array([[np.sort(m[real][:, e])[-q] for e in range(E)] for m in margin])
+        said |= {"z": logsumexp(score_LBSE) ** 2, "margin": margin,
+                 "load": np.sum(biased > cutoff, axis=(1, 2)),          # padding is routed too
+                 "next bias": -(beta - beta.mean(axis=1, keepdims=True))}
+    return said
+
+
+# ----------------------------------------------------------------------------------------------- the comparison
+
+def problem(c):
+    """Weights that leave no term idle, a bias, and a batch with padding and a document past the window of 12."""
+    rng = np.random.default_rng(0)
+    w = model.walk(lambda path, w: rng.normal(w.init == "ones", 0.3, w.shape).astype(np.float32), c)
+    bias_LE = rng.normal(0, 0.3, (c.num_layers, c.num_experts)).astype(np.float32)
+    tokens = rng.integers(0, c.vocab_size, (2, c.seq_len + 1))
+    rows = [7, 10, 4, 3], [2, 20, 0, 2]                                 # 43 real tokens: 43 * 2 / 8 is not whole
+    segments = np.stack([np.repeat([1, 2, 3, 0], row) for row in rows])
+    joined = segments == np.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    return w, bias_LE, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments,
+                        "weights": (joined & (segments != 0)).astype(np.float32)}
+
+
+next_bias = jax.jit(balance.next_bias, static_argnums=3)
+
+
+def errors(c, given=None):
+    """Per quantity, model.py's largest distance from the twin of c, over the largest value. given: the config
+    that model.py gets, if not c."""
+    def run(w, bias_LE, batch):             # a fresh function: jit must not remember an unpatched model
+        forward, kept = model.forward, []
+        spy = lambda *args: kept.extend(forward(*args)) or kept         # one forward pass for loss and logits
+        with mock.patch.object(model, "forward", spy):
+            return model.loss(w, bias_LE, batch, norm_of(batch), given or c)[0], *kept
+    w, bias_LE, batch = jax.tree.map(jnp.asarray, problem(c))
+    objective, x_TD, record = jax.jit(run)(w, bias_LE, batch)
+    got, want = {"logits": x_TD @ w["head_DV"], "loss": objective}, twin(c)
+    if c.num_experts:
+        new = next_bias(record["margin_LTE"], batch["segments"].reshape(-1) != 0, bias_LE, c.experts_per_token)
+        got |= {"z": record["z_LT"], "margin": record["margin_LTE"], "load": record["load_LE"], "next bias": new}
+    return {k: np.max(np.abs(np.reshape(got[k], want[k].shape) - want[k])) / np.max(np.abs(want[k]))
+            for k in got | want}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_is_its_twin(name):
+    found = errors(CONFIGS[name])
+    assert found.pop("load", 0) == 0, "some token chose other experts"
+    assert all(error < TOLERANCE for error in found.values()), found
+
+
+ONE = dataclasses.replace(V2, num_layers=1, router_z=1e-3, remat="none")    # every term, and compiled in a second
+MUTANTS = {     # another config for model.py; or where to patch it, and what to put in the place of f
+    "qk_scale": dict(qk_scale=1.0), "theta": dict(rope_theta=5e3), "combine_sum": dict(combine_sum=2.4),
+    "window": dict(window=11), "router z": dict(router_z=0.0), "logit z": dict(logit_z=0.0),
+    "XSA off": (jnp, "einsum", lambda f: lambda s, *x, **k: f(s, *x, **k) * (s != "TMG,TMH->TMGH")),
+    "head gate without its 2": (model, "attend", lambda f: lambda *a: f(*a) / 2),
+    "GatedNorm without its gate": (model, "gated_norm", lambda f: lambda x, gain, *_: model.rms(x, 1e-5) * gain),
+    "key offset off": (model, "key_offset", lambda f: lambda k, segment_BS: k),
+    "key offset across documents": (model, "key_offset", lambda f: lambda k, seg_BS: f(k, 0 * seg_BS)),
+    "no QK-norm": (model, "rms", lambda f: lambda x, eps: x if eps == 1e-6 else f(x, eps)),
+    "the bias does not choose": (model.moe, "moe", lambda f: lambda x, p, bias_E, *a: f(x, p, 0 * bias_E, *a))}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_twin_has_teeth(name, monkeypatch):
+    given, mutant = ONE, MUTANTS[name]
+    if isinstance(mutant, dict):
+        given = dataclasses.replace(ONE, **mutant)
+    else:
+        where, what, change = mutant
+        monkeypatch.setattr(where, what, change(getattr(where, what)))
+    found = errors(ONE, given)
+    assert any(error > 10 * TOLERANCE for error in found.values()), found

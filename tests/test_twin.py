@@ -1,7 +1,7 @@
 """An independent twin of the transformer: the recipe once more, in float64 numpy, one token at a time.
 
 model.py is batched, scanned, chunked and sorted; the twin is none of these. It was written from the recipe
-(shared/reference/recipe.md section 1) and takes from model.py only the names of the weights, so a slip in one
+(marin #4697 and its README) and takes from model.py only the names of the weights, so a slip in one
 is not a slip in both. The recipe's constants (1.3, 1e4, 1e-5, 1e-6, every 4th layer) are spelled out here."""
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ import balance
 import model
 from test_model import TINY, norm_of
 
-TOLERANCE = 2e-5    # largest difference over largest value; float32 against float64 leaves 3e-6 [measured]
+TOLERANCE = 5e-5    # largest difference over largest value; float32 against float64 leaves 1e-5 [measured]
 FIVE = dataclasses.replace(TINY, num_layers=5)      # 0 1 2 local, 3 full, 4 local and last
 V2 = dataclasses.replace(FIVE, half_rope=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)
 CONFIGS = {"v1": FIVE, "v2": V2, "window of 3": dataclasses.replace(FIVE, window=3),
            "dense": dataclasses.replace(FIVE, num_experts=0, experts_per_token=0, expert_dim=0)}
 
-# ----------------------------------------------------------------- the twin: x, a, q, k, v are one token's vector
+# ------------------------------------------------------------- the twin: x, a, q, k, v are one token's vector
 
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 silu = lambda x: x * sigmoid(x)
@@ -124,15 +124,15 @@ def twin(c):
     return said
 
 
-# ----------------------------------------------------------------------------------------------- the comparison
+# ------------------------------------------------------------------------------------------ the comparison
 
 def problem(c):
-    """Weights that leave no term idle, a bias, and a batch with padding and a document past the window of 12."""
+    """Weights that leave no term idle, a bias, a batch with padding and a document past the window of 12."""
     rng = np.random.default_rng(0)
     w = model.walk(lambda path, w: rng.normal(w.init == "ones", 0.3, w.shape).astype(np.float32), c)
     bias_LE = rng.normal(0, 0.3, (c.num_layers, c.num_experts)).astype(np.float32)
     tokens = rng.integers(0, c.vocab_size, (2, c.seq_len + 1))
-    rows = [7, 10, 4, 3], [2, 20, 0, 2]                                 # 43 real tokens: 43 * 2 / 8 is not whole
+    rows = [7, 10, 4, 3], [2, 20, 0, 2]                     # 43 real tokens: 43 * 2 / 8 is not whole
     segments = np.stack([np.repeat([1, 2, 3, 0], row) for row in rows])
     joined = segments == np.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return w, bias_LE, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments,
@@ -154,8 +154,9 @@ def errors(c, given=None):
     objective, x_TD, record = jax.jit(run)(w, bias_LE, batch)
     got, want = {"logits": x_TD @ w["head_DV"], "loss": objective}, twin(c)
     if c.num_experts:
-        new = next_bias(record["margin_LTE"], batch["segments"].reshape(-1) != 0, bias_LE, c.experts_per_token)
-        got |= {"z": record["z_LT"], "margin": record["margin_LTE"], "load": record["load_LE"], "next bias": new}
+        margin_LTE, real_T = record["margin_LTE"], batch["segments"].reshape(-1) != 0
+        got |= {"z": record["z_LT"], "margin": margin_LTE, "load": record["load_LE"],
+                "next bias": next_bias(margin_LTE, real_T, bias_LE, c.experts_per_token)}
     return {k: np.max(np.abs(np.reshape(got[k], want[k].shape) - want[k])) / np.max(np.abs(want[k]))
             for k in got | want}
 
@@ -167,17 +168,17 @@ def test_the_model_is_its_twin(name):
     assert all(error < TOLERANCE for error in found.values()), found
 
 
-ONE = dataclasses.replace(V2, num_layers=1, router_z=1e-3, remat="none")    # every term, and compiled in a second
+ONE = dataclasses.replace(V2, num_layers=1, router_z=1e-3, remat="none")    # every term, quick to compile
 MUTANTS = {     # another config for model.py; or where to patch it, and what to put in the place of f
     "qk_scale": dict(qk_scale=1.0), "theta": dict(rope_theta=5e3), "combine_sum": dict(combine_sum=2.4),
     "window": dict(window=11), "router z": dict(router_z=0.0), "logit z": dict(logit_z=0.0),
     "XSA off": (jnp, "einsum", lambda f: lambda s, *x, **k: f(s, *x, **k) * (s != "TMG,TMH->TMGH")),
     "head gate without its 2": (model, "attend", lambda f: lambda *a: f(*a) / 2),
-    "GatedNorm without its gate": (model, "gated_norm", lambda f: lambda x, gain, *_: model.rms(x, 1e-5) * gain),
+    "GatedNorm without gate": (model, "gated_norm", lambda f: lambda x, gain, *_: model.rms(x, 1e-5) * gain),
     "key offset off": (model, "key_offset", lambda f: lambda k, segment_BS: k),
     "key offset across documents": (model, "key_offset", lambda f: lambda k, seg_BS: f(k, 0 * seg_BS)),
     "no QK-norm": (model, "rms", lambda f: lambda x, eps: x if eps == 1e-6 else f(x, eps)),
-    "the bias does not choose": (model.moe, "moe", lambda f: lambda x, p, bias_E, *a: f(x, p, 0 * bias_E, *a))}
+    "the bias does not choose": (model.moe, "moe", lambda f: lambda x, p, b_E, *a: f(x, p, 0 * b_E, *a))}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -189,4 +190,4 @@ def test_the_twin_has_teeth(name, monkeypatch):
         where, what, change = mutant
         monkeypatch.setattr(where, what, change(getattr(where, what)))
     found = errors(ONE, given)
-    assert any(error > 10 * TOLERANCE for error in found.values()), found
+    assert any(error > 5 * TOLERANCE for error in found.values()), found

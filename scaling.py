@@ -186,7 +186,8 @@ def derived(row, C, where):
     """dict(params, tokens) of a table's row by its shape; keys that it leaves blank follow the recipe."""
     given = {key: int(row[key]) for key in SHAPE_COLUMNS if key in row}
     need({"hidden_dim", "num_experts"} <= given.keys(), where,
-         "params and tokens, or hidden_dim and num_experts to derive them from", "neither", "fill them in")
+         "params and tokens, or hidden_dim and num_experts to derive them from",
+         f"only {', '.join(row)}", "fill the cells")
     sizes = shape(given["hidden_dim"], given["num_experts"], given.get("head_dim", 128), where) | given
     vocab = int(row.get("vocab_size", VOCAB))
     return dict(params=param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"],
@@ -204,15 +205,15 @@ def read_json(path):
 
 
 def read_run_dir(folder):
-    """The Run of a finished train.py run directory (its result.json and config.json)."""
+    """The Run of a finished train.py run directory; what else result.json holds, such as the loss of each
+    held-out domain, the speed and the commit, is kept in `extra`."""
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
-    known = {key: number(result.get(key), path, key, *NUMBERS[key])
+    known = {key: number(result.pop(key, None), path, key, *NUMBERS[key])
              for key in ("flops", "params", "tokens", "loss", "bytes_per_token", "bpb")}
-    return Run(**known, seed=str(result.get("seed", "")), source=str(folder), extra={"run_dir": str(folder)},
-               eval=str(result.get("eval", "")),
-               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "")
+    return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
+               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "", extra=result)
 
 
 def checked(runs, source):
@@ -483,15 +484,19 @@ def power_law(C, y):
 
 def delta_interval(law, C, L, target):
     """Delta-method Student-t interval for the loss of a new run at `target`; None without spare budgets."""
-    c, at, spare = np.log(np.asarray(C) / REFERENCE), math.log(target / REFERENCE), len(C) - 2 - law["free"]
+    spare = len(C) - 2 - law["free"]
     if spare < 1:
         return None
-    height = lambda c: loss_at(law, np.exp(c) * REFERENCE) - law["E"]
-    d_parameters = lambda c: np.stack([np.ones_like(c), height(c), -c * height(c)])         # E, log A, alpha
-    gradient = lambda c: d_parameters(c)[0 if law["free"] else 1:]
-    weight = height if law["space"] == "log" else np.ones_like     # log(L - E) has residuals of L / height
-    J, g = (gradient(c) / weight(c)).T, gradient(np.array(at))
-    variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + weight(np.array(at))**2)
+
+    def slopes(C):
+        """dL / d(E, log A, alpha), a row per C, and how many nats one unit of the fit's residual is there."""
+        c, height = np.log(C / REFERENCE), loss_at(law, C) - law["E"]
+        rows = np.stack([np.ones_like(c), height, -c * height], -1)[..., 0 if law["free"] else 1:]
+        return rows, height if law["space"] == "log" else np.ones_like(c)       # of log(L - E), or of L
+
+    (J, nats), (g, nats_there) = slopes(np.asarray(C)), slopes(np.asarray(target))
+    J = J / nats[:, None]
+    variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + nats_there**2)
     half = student.ppf((1 + LEVEL) / 2, spare) * math.sqrt(variance)
     return [float(loss_at(law, target) - half), float(loss_at(law, target) + half)]
 
@@ -629,6 +634,8 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
     targets = list(targets) or sorted({r.budget for r in held}) or [10 * max(C)]
     boot, failed = run_bootstrap(ladder, fit, choices, targets, draws)
     N_star, D_star = (power_law(C, [v[key] for v in vertices]) for key in ("params", "tokens"))
+    if is_surface:                                  # its optima lie on an exact line: that is no certainty
+        N_star["interval"] = D_star["interval"] = None
     curve = [] if is_surface else profile(C, L, targets, choices.space, law["E"])
     allowed = [row for row in curve if row["allowed"]]
     widths = {r.bytes_per_token for r in ladder}
@@ -717,8 +724,8 @@ def report(r):
         print("\nL(C) = {E:.4f} + {A:.2f} C^-{alpha:.5f}".format(**law) + ", E free" * law["free"])
     for name, p in (("N", r["N_star"]), ("D", r["D_star"])):
         if p:
-            print("{}* = {:.4g} C^{:.4f}, exponent within {:.3f} .. {:.3f}".format(
-                name, p["coefficient"], p["exponent"], *p["interval"]))
+            print(f"{name}* = {p['coefficient']:.4g} C^{p['exponent']:.4f}" + (
+                ", exponent within {:.3f} .. {:.3f}".format(*p["interval"]) if p["interval"] else ""))
 
     for i, f in enumerate(r["forecasts"]):
         print(f"\nforecast at C = {f['C']:.4g}: {f['loss']:.4f}" +
@@ -900,7 +907,8 @@ def score(path, loss=None, run=None):
                    inside={name: ends[0] <= loss <= ends[1] for name, ends in intervals.items() if ends})
     with Path(path).with_suffix(".outcomes.jsonl").open("a") as file:
         file.write(json.dumps(outcome) + "\n")
-    print(f"forecast {point:.4f}, came {loss:.4f}: {outcome['error_percent']:+.2f} %")
+    print(f"forecast {point:.4f}, came {loss:.4f} ({record['unit']}, {record['eval']}): "
+          f"{outcome['error_percent']:+.2f} %")
     for name, inside in outcome["inside"].items():
         print("  {} {} {:.4f} .. {:.4f}".format("inside " if inside else "OUTSIDE", name, *intervals[name]))
 
@@ -969,7 +977,7 @@ def config_text(keys, C, path):
     counts, D = param_counts(keys, keys["vocab_size"]), trained_tokens(keys)
     flops = flops_per_token(keys, keys["vocab_size"]) * D
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
-    keys = keys | {"run_dir": f"out/{Path(path).parent.name}_{Path(path).stem}"}
+    keys = keys | {"run_dir": f"out/{Path(path).absolute().parent.name}_{Path(path).stem}"}
     lines = [f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.', "",
              f"python train.py {path}", "",
              f"{flops:.4g} training FLOPs, {C:.4g} asked. train.py derives",
@@ -989,30 +997,30 @@ def read_config(path):
     return {k: v for k, v in keys.items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 
-def ladder(budgets, out, base=(), per_budget=7, span=4.0, law=None):
-    """Write an isoFLOP grid of configs to the folder `out`, return the paths: widths whose tokens lie
-    evenly (in log) within a factor `span` of D*. Identical configs are kept, different ones refused."""
+def ladder(budgets, out, base=(), batch=None, law=None, per_budget=7, span=4.0):
+    """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to per_budget widths whose
+    tokens lie evenly (in log) within a factor `span` of D*. Equal configs are kept, different ones refused."""
     texts = {}
     for C in budgets:
         best = optimal_tokens(C, not (CARRIED | dict(base))["num_experts"], law)
-        plans = [plan(C, base, best * factor, law=law) for factor in np.geomspace(1 / span, span, per_budget)]
+        plans = [plan(C, base, best * f, batch, law) for f in np.geomspace(1 / span, span, per_budget)]
         grid = {keys["hidden_dim"]: keys for keys in plans}
-        off = [math.log(trained_tokens(keys) / best) for keys in grid.values()]
-        need(len(grid) >= 4 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.3g}",
-             "at least 4 widths on both sides of the optimum", sorted(grid),
+        off = np.log([trained_tokens(keys) / best for keys in grid.values()])
+        need(len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
+             "at least 5 widths, on both sides of the optimum", sorted(grid),
              "lower head_dim in --config (widths are its multiples), or raise the budget")
         low, centre, high = np.exp([min(off), np.mean(off), max(off)])
-        print(f"C = {C:.3g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
+        print(f"C = {C:.4g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
               + ("" if 0.7 < centre < 1.42 else "   (off-centre: beware of parabolas)"))
         for width, keys in grid.items():
-            path = Path(out) / f"c{C:.2g}_d{width}.py".replace("+", "")
+            path = Path(out) / f"c{C:.6g}_d{width}.py".replace("+", "")
             texts[path] = config_text(keys, C, path)
-    new = {path: text for path, text in texts.items() if not path.exists()}
-    for path in texts.keys() - new:
-        need(path.read_text() == texts[path], path, "the config that this command writes", "another",
-             "choose a new --out")
-    for path, text in new.items():
-        write_new(path, text)
+    for path, text in texts.items():
+        need(not path.exists() or path.read_text() == text, path, "the config that this command writes",
+             "another", "choose a new --out")
+    for path in texts:
+        if not path.exists():
+            write_new(path, texts[path])
     print(f"{len(texts)} configs in {out}; train those not yet done:  python scaling.py ladder --run {out}")
     return list(texts)
 
@@ -1198,8 +1206,8 @@ def fit_command(a):
 
 
 def plan_command(a):
-    path = a.out or f"configs/plan_{a.flops:.2g}.py".replace("+", "")
-    text = config_text(plan(a.flops, read_config(a.config), batch=a.batch, law=a.law), a.flops, path)
+    path = a.out or f"configs/plan_{a.flops:.6g}.py".replace("+", "")
+    text = config_text(plan(a.flops, read_config(a.config), None, a.batch, a.law), a.flops, path)
     write_new(path, text)
     print(text + f"written to {path}")
 
@@ -1210,7 +1218,7 @@ def ladder_command(a):
     if a.run:
         run_ladder(a.run)
     else:
-        ladder(a.budgets, a.out, read_config(a.config), law=a.law)
+        ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law)
 
 
 def speedup_command(a):
@@ -1266,10 +1274,11 @@ def parser():
     add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
     add = planning.add_argument
     add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
+    add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--law", type=positive, nargs=2, metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
 
     add = command("fit", fit_command, "fit a ladder and forecast", fitting)
-    add("--predict", type=positive, action="append", default=[], metavar="C", help="repeatable")
+    add("--predict", type=positive, nargs="+", action="extend", default=[], metavar="C", help="repeatable")
     add("--json", metavar="FILE|-")
     add("--plot", metavar="FILE")
     add = command("bias", lambda a: bias(a.plot), "recompute and draw the bias study")
@@ -1290,7 +1299,6 @@ def parser():
     add("--run", metavar="DIR", help="a finished run of train.py instead")
     add = command("plan", plan_command, "the compute-optimal config of a budget", planning)
     add("--flops", type=positive, required=True, metavar="C")
-    add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--out", help="the config file to write; default configs/plan_C.py")
     add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
     add("--budgets", type=positive, nargs="+", metavar="C")
@@ -1314,6 +1322,8 @@ def main(words):
         return 0
     except BadInput as error:
         complaint = error
+    except ModuleNotFoundError as error:
+        complaint = BadInput("python", "the packages of requirements.txt", error, "pip install -r it")
     except OSError as error:
         complaint = BadInput(error.filename or "output", "a usable path", error.strerror, "check it")
     except (ArithmeticError, np.linalg.LinAlgError) as error:

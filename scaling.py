@@ -545,13 +545,11 @@ def refits(runs, choices, targets, keep):
 
 def backtest(runs, choices, truth):
     """Fit the budgets up to each one, forecast the later vertices (`truth`): dict(up_to, E, errors in %)."""
-    first = [*by_budget(runs)][:4 - (choices.asymptote is not None)][-1]       # fewer budgets decide no E
-    tests = []
+    tests, can_decide_E = [], [*by_budget(runs)][3 if choices.asymptote is None else 2:]
     for row in refits(runs, choices, [v["budget"] for v in truth], lambda r, last: r.budget <= last):
-        C = row["budget"]
-        errors = [100 * (v["loss"] / y - 1) for v, y in zip(truth, row["losses"]) if v["budget"] > C]
-        if C >= first and errors:
-            tests.append(dict(up_to=C, E=row["E"], errors_percent=errors))
+        errors = [100 * (v["loss"] / y - 1) for v, y in zip(truth, row["losses"]) if v["budget"] > row["budget"]]
+        if errors and row["budget"] in can_decide_E:
+            tests.append(dict(up_to=row["budget"], E=row["E"], errors_percent=errors))
     return tests
 
 
@@ -675,7 +673,8 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
         backtest=tests, bending=bending(tests, vertices, law), flags=flags,
         leave_one_out=refits(ladder, choices, targets, lambda r, dropped: r.budget != dropped),
         rms_residual=math.sqrt(np.mean((columns(ladder, "loss")[0] - fit["fitted"])**2)),
-        table=[asdict(r) for r in runs], _runs=ladder, _held=held)
+        table=[asdict(r) for r in runs], _runs=ladder, _held=held,
+        _left_out=[r for r in runs if r.kind == "excluded"])
 
 
 def doubts(choices, law, vertices, tenable, lowest):
@@ -704,6 +703,12 @@ def plain(value):
         return [plain(v) for v in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def near_tenable(r, margin):
+    """The rows of the profile up to `margin` beyond the asymptotes that the vertices allow and the one chosen."""
+    E = [row["E"] for row in r["profile"] if row["allowed"]] + [r["envelope"]["E"]]
+    return [row for row in r["profile"] if min(E) - margin < row["E"] < max(E) + margin]
 
 
 def report(r):
@@ -739,10 +744,9 @@ def report(r):
         for o in f["outcomes"]:
             print(f"  came out at {o['loss']:.4f}: {o['error_percent']:+.2f} %")
 
-    near = [row["E"] for row in r["profile"] if row["allowed"]] + [law["E"]]
     print("\nforecasts against the assumed asymptote (* where the vertices allow it)" if r["profile"] else "")
-    for row in r["profile"]:
-        if min(near) - 0.2 < row["E"] < max(near) + 0.2 and abs((row["E"] + 0.05) % 0.1 - 0.05) < 1e-9:
+    for row in near_tenable(r, 0.2):
+        if round(1000 * row["E"]) % 100 == 0:                       # the pictures draw the steps between
             print(f"{'*' if row['allowed'] else ' '} E = {row['E']:.2f}   "
                   + "  ".join(f"{y:.4f}" for y in row["losses"]))
     for row in r["backtest"]:
@@ -750,6 +754,16 @@ def report(r):
               + " ".join(f"{e:+.2f}" for e in row["errors_percent"]) + " %")
     print(f"verdict: {r['bending']['verdict']} (quadratic term p = {r['bending']['quadratic_p']:.3f})")
     print("".join(f"flag: {flag}\n" for flag in r["flags"]), end="")
+
+
+def fit_of(a, targets):
+    """What the options that `fit` and `register` share ask for."""
+    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
+    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
+            else reference(a.table) if a.table in TABLES else read_csv(a.table))
+    E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
+    choices = Choices(a.method, a.axis, a.window, E, a.space)
+    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
 
 
 # ------------------------------------------------------------------------------------------------------- bias
@@ -829,10 +843,6 @@ def fingerprint(sources):
     return digest.hexdigest()
 
 
-def own_hash():
-    return fingerprint([__file__])
-
-
 def seal(record):
     """sha256 of a record without its own seal."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
@@ -868,8 +878,8 @@ def register(a):
         form="E + A N^-alpha + B D^-beta" if "beta" in law else "E + A C^-alpha",
         asymptote_policy="free" if choices["asymptote"] is None else "fixed",
         bytes_per_token=result["bytes_per_token"], flops_convention=CONVENTION, runs=sources,
-        runs_sha256=fingerprint(sources), scaling_sha256=own_hash(), commit=git.stdout.strip() or "none",
-        date=datetime.now(timezone.utc).isoformat(),
+        runs_sha256=fingerprint(sources), scaling_sha256=fingerprint([__file__]),
+        commit=git.stdout.strip() or "none", date=datetime.now(timezone.utc).isoformat(),
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
     write_new(a.out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
     print(f"registered {a.out}: {forecast['loss']:.4f} at C = {a.target:.4g}; commit it before the run")
@@ -883,13 +893,11 @@ def score(path, loss=None, run=None):
     record = read_json(path)
     need(record.get("sha256") == seal(record), path, "the record as it was registered", "an edited one",
          "git checkout the original")
-    for names, was, now in ((record["runs"], record["runs_sha256"], lambda: fingerprint(record["runs"])),
-                            (["scaling.py"], record["scaling_sha256"], own_hash)):
-        try:
-            found = now()
-        except OSError:
-            found = "nothing"
-        need(was == found, " ".join(names), f"sha256 {was[:16]} as registered", found[:16],
+    for name, files in (("runs", record["runs"]), ("scaling", [__file__])):
+        was, found = record[f"{name}_sha256"], "nothing"
+        with contextlib.suppress(OSError):
+            found = fingerprint(files)
+        need(was == found, " ".join(files), f"sha256 {was[:16]} as registered", found[:16],
              f"git checkout {record['commit'][:12]} and score there")
     if run:
         C, width = record["target"]["C"], record["bytes_per_token"]
@@ -1087,63 +1095,75 @@ def figure(rows, columns, size, path):
     print(f"saved {path}")
 
 
+def scientific(C):
+    """3e+18 as a figure writes it."""
+    digits, power = f"{C:.2e}".split("e")
+    return rf"${float(digits):g}\times10^{{{int(power)}}}$".replace(r"1\times", "")
+
+
 def draw_fit(r, path):
     """Bowls; envelope; distance from it, with bands; forecast against assumed E. In red what came later."""
     law, axis, forecasts, last = r["envelope"], r["choices"]["axis"], r["forecasts"], r["forecasts"][-1]
-    unit = "nats per token" if r["unit"] == "nats" else "bits per byte"
+    loss = f"macro loss ({'nats per token' if r['unit'] == 'nats' else 'bits per byte'})"
     C, L = (np.array([v[key] for v in r["vertices"]]) for key in ("budget", "loss"))
     later = columns(r["_held"], "flops", "loss")
     grid = np.geomspace(C.min() / 1.5, 1.5 * max([f["C"] for f in forecasts] + [C.max()]), 80)
-    error = lambda c, y: 100 * (np.asarray(y) / loss_at(law, np.asarray(c)) - 1)
     with figure(2, 2, (9, 7), path) as (bowl, whole, zoom, asymptote):
         for v, shade in zip(r["vertices"], np.linspace(0.1, 0.9, len(C))):
             x, y = columns([q for q in r["_runs"] if q.budget == v["budget"]], axis, "loss")
             colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)         # from blue to green with the budget
-            bowl.plot(x, y, "o", ms=3, color=colour, label=f"{v['budget']:.2g}")
+            bowl.plot(x, y, "o", ms=3, color=colour)
+            bowl.annotate(scientific(v["budget"]), max(zip(x, y)), (5, 0), textcoords="offset points",
+                          va="center", fontsize=7, color=colour)
             bowl.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
             if v["_curve"]:
                 z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
                 bowl.plot(10**z, v["_curve"](z), lw=1, color=colour)
-        bowl.set(xscale="log", ylabel=f"macro loss ({unit})", title="isoFLOP bowls (stars: vertices)",
+        if r["_left_out"]:
+            bowl.plot(*columns(r["_left_out"], axis, "loss"), "o", ms=3, mfc="none", color="0.7",
+                      label="excluded from the fit")
+            bowl.legend()
+        bowl.set(xscale="log", ylabel=loss, title="isoFLOP bowls, $C$ in FLOPs (stars: vertices)",
                  xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
-        bowl.legend(title="budget $C$ (FLOPs)")
+        bowl.margins(x=0.16)
+        bowl.set_visible(bool(np.isfinite([v[axis] for v in r["vertices"]]).any()))
 
-        name = f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$"
-        whole.plot(grid, loss_at(law, grid), color=BLUE, lw=1.3, label="surface" if "beta" in law else name)
-        zoom.axhline(0, color=BLUE, lw=1.3)
-        if "beta" not in law and (bands := [delta_interval(law, C, L, c) for c in grid])[0]:
-            low, high = (error(grid, edge) for edge in np.transpose(bands))
-            zoom.fill_between(grid, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % delta/Student-t")
-        bars = [(f["C"], *error(f["C"], f["intervals"]["run_bootstrap"])) for f in forecasts
-                if f["intervals"]["run_bootstrap"]]
-        if bars:
-            at, low, high = np.transpose(bars)
-            zoom.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
-                          label="forecast, 95 % run bootstrap")
-        for ax, height in ((whole, lambda c, y: y), (zoom, error)):
+        bands = [] if "beta" in law else [band for c in grid if (band := delta_interval(law, C, L, c))]
+        bars = [(f["C"], *f["intervals"]["run_bootstrap"]) for f in forecasts if f["intervals"]["run_bootstrap"]]
+        percent = lambda c, y: 100 * (y / loss_at(law, c) - 1)
+        for ax, height in ((whole, lambda c, y: y), (zoom, percent)):
+            ax.plot(grid, height(grid, loss_at(law, grid)), color=BLUE, lw=1.3, label="surface" if "beta" in law
+                    else f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$")
+            if bands:
+                ax.fill_between(grid, *(height(grid, edge) for edge in np.transpose(bands)), color=BLUE,
+                                alpha=0.15, lw=0, label="95 % delta/Student-t")
+            if bars:
+                at, *ends = np.transpose(bars)
+                low, high = (height(at, edge) for edge in ends)
+                ax.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
+                            label="forecast, 95 % run bootstrap")
             ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
             if r["_held"]:
                 ax.plot(later[0], height(*later), "*", ms=9, color=RED, label="came later (not fitted)")
             ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
         whole.legend()
-        zoom.legend(loc="lower left")
-        whole.set(ylabel=f"macro loss ({unit})", title="compute-optimal loss")
+        whole.set(ylabel=loss, title="compute-optimal loss")
         zoom.set(ylabel="distance from the forecast (%)", title="the same, as an error")
 
-        allowed = [row["E"] for row in r["profile"] if row["allowed"]]
-        near = [row for row in r["profile"]
-                if min(allowed + [law["E"]]) - 0.3 < row["E"] < max(allowed + [law["E"]]) + 0.4]
+        near = near_tenable(r, 0.3)
         asymptote.plot([row["E"] for row in near], [row["losses"][-1] for row in near], color=BLUE,
                        label="forecast given $E$")
-        if allowed:
+        if allowed := [row["E"] for row in near if row["allowed"]]:
             asymptote.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
                               label="$E$ that the vertices allow (95 %)")
         asymptote.plot(law["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
-        for o in last["outcomes"][:1]:
-            asymptote.axhline(o["loss"], color=RED, lw=1.2, label=f"{o['loss']:.4f} came (not fitted)")
-        asymptote.set(xlabel=f"assumed asymptote $E$ ({unit})", title="what the asymptote decides",
-                      ylabel=f"loss at $C$ = {last['C']:.2g} ({unit})")
+        for outcome in last["outcomes"][:1]:
+            asymptote.axhline(outcome["loss"], color=RED, lw=1.2, label=f"{outcome['loss']:.4f} came (not fitted)")
+        asymptote.set(xlabel="assumed asymptote $E$" + loss.removeprefix("macro loss"),
+                      ylabel=f"{loss.partition(' (')[0]} at $C$ = {scientific(last['C'])} FLOPs",
+                      title="what the asymptote decides")
         asymptote.legend()
+        asymptote.set_visible(bool(near))               # a surface has no profile
 
 
 def draw_bias(table, path):
@@ -1181,16 +1201,6 @@ def story(_):
         print(f"   {label:28s} E = {law['E']:.4f}   {y:.4f}   ({100 * (came / y - 1):+.2f} %)")
     print("\n3. Why the usual bowl is biased.\n")
     bias("out/bias.png")
-
-
-def fit_of(a, targets):
-    """What the options that `fit` and `register` share ask for."""
-    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
-    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
-            else reference(a.table) if a.table in TABLES else read_csv(a.table))
-    E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
-    choices = Choices(a.method, a.axis, a.window, E, a.space)
-    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
 
 
 def fit_command(a):

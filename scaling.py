@@ -470,14 +470,15 @@ def loss_at(law, C):
     return law["E"] + law["A"] * N**-law["alpha"] + law["B"] * D**-law["beta"]
 
 
-def power_law(C, y):
-    """y = coefficient C^exponent by a line in log-log, with a Student-t interval; None for unknown y."""
+def power_law(C, y, exact=False):
+    """y = coefficient C^exponent by a line in log-log, with a Student-t interval (unless y is exact, where it
+    would mean nothing); None for unknown y."""
     if not np.all(np.isfinite(y)) or len(C) < 3:
         return None
     line = linregress(np.log(C), np.log(y))
     half = student.ppf((1 + LEVEL) / 2, len(C) - 2) * line.stderr
     return dict(coefficient=float(np.exp(line.intercept)), exponent=float(line.slope),
-                interval=[float(line.slope - half), float(line.slope + half)])
+                interval=None if exact else [float(line.slope - half), float(line.slope + half)])
 
 
 # ------------------------------------------------------------------------------------------------ uncertainty
@@ -631,9 +632,7 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
     C, L = [v["budget"] for v in vertices], [v["loss"] for v in vertices]
     targets = list(targets) or sorted({r.budget for r in held}) or [10 * max(C)]
     boot, failed = run_bootstrap(ladder, fit, choices, targets, draws)
-    N_star, D_star = (power_law(C, [v[key] for v in vertices]) for key in ("params", "tokens"))
-    if is_surface:                                  # its optima lie on an exact line: that is no certainty
-        N_star["interval"] = D_star["interval"] = None
+    N_star, D_star = (power_law(C, [v[key] for v in vertices], exact=is_surface) for key in ("params", "tokens"))
     curve = [] if is_surface else profile(C, L, targets, choices.space, law["E"])
     allowed = [row for row in curve if row["allowed"]]
     widths = {r.bytes_per_token for r in ladder}
@@ -865,6 +864,8 @@ def register(a):
     law, choices, forecast = result["envelope"], result["choices"], result["forecasts"][0] | {"outcomes": []}
     definition = a.eval or result["eval"]
     need(definition, "--eval", "the eval definition (set, seq_len, sequences)", "none", "give it")
+    need(definition == result["eval"] or not result["eval"], "--eval", f"that of the runs, {result['eval']}",
+         a.eval, "leave it out")
     need(not any(flag.startswith(MUST_NOT) for flag in result["flags"]), result["source"],
          "a fit that may forecast", result["flags"], "take another --method")
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
@@ -883,6 +884,8 @@ def register(a):
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
     write_new(a.out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
     print(f"registered {a.out}: {forecast['loss']:.4f} at C = {a.target:.4g}; commit it before the run")
+    if "dirty" in record["commit"]:
+        print("this checkout has uncommitted changes: commit them too, or the record cannot be scored later")
 
 
 def score(path, loss=None, run=None):

@@ -122,7 +122,7 @@ def reference(name):
             kind = "held_out" if C > 5e20 else "excluded" if width in (640, 896) else "isoflop"
             sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})   # rule: 49
             runs.append(Run(C, sweep_params(sizes), C / flops_per_token(sizes, VOCAB), loss, C, kind,
-                            source=name, extra={"hidden_dim": width, "posted": C < 5e19}))   # its tokens were
+                            source=name, extra={"hidden_dim": width}))
     return runs
 
 
@@ -830,15 +830,12 @@ def bias(plot):
 # ----------------------------------------------------------------------------------------------- registration
 
 def fingerprint(sources):
-    """sha256 over what a fit read: tables (in a file, or typed above) or run directories of train.py."""
+    """sha256 over the files that a fit read: tables (the public ones stand in this file), run directories."""
     digest = hashlib.sha256()
     for source in sources:
-        path = Path(source)
-        if source in TABLES:
-            digest.update(repr(reference(source)).encode())
-        else:
-            for file in [path / "config.json", path / "result.json"] if path.is_dir() else [path]:
-                digest.update(file.read_bytes())
+        path = Path(__file__ if source in TABLES else source)
+        for file in [path / "config.json", path / "result.json"] if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -930,8 +927,8 @@ def score(path, loss=None, run=None):
 # [assumed: data and tokenizer that need no download]
 CARRIED = dict(vocab_size=257, seq_len=4096, head_dim=128, num_experts=64, gated_norm_rank=128,
                mixture=(("books", 1.0),), tokenizer="bytes", recipe="v1")
-DERIVED = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "experts_per_token", "expert_dim",
-           "shared_dim", "window", "steps", "batch_size", "run_dir")
+DERIVED = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "expert_dim", "shared_dim", "window", "steps",
+           "batch_size", "run_dir")
 RATES = ("adam_lr", "hyper_lr", "beta1", "beta2", "eps")        # follow from the size of a run: never carried
 
 
@@ -971,6 +968,8 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
         need(type(base[key]) is int and base[key] >= (key != "num_experts"), "--config",
              f"{key} to be a positive integer", base[key], "correct it")
     kept = {key: base[key] for key in ("seq_len", "gated_norm_rank", "experts_per_token") if key in base}
+    if not base["num_experts"]:
+        kept["experts_per_token"] = 0                   # a dense rung inherits its config from one with experts
     unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
     grid = [shape(width, base["num_experts"], unit) | kept for width in range(unit, 129 * unit, unit)]
@@ -1104,69 +1103,89 @@ def scientific(C):
     return rf"${float(digits):g}\times10^{{{int(power)}}}$".replace(r"1\times", "")
 
 
-def draw_fit(r, path):
-    """Bowls; envelope; distance from it, with bands; forecast against assumed E. In red what came later."""
-    law, axis, forecasts, last = r["envelope"], r["choices"]["axis"], r["forecasts"], r["forecasts"][-1]
-    loss = f"macro loss ({'nats per token' if r['unit'] == 'nats' else 'bits per byte'})"
+def unit_name(r):
+    return "nats per token" if r["unit"] == "nats" else "bits per byte"
+
+
+def draw_bowls(ax, r):
+    """Every run of the ladder, the curve through each budget, its vertex, and what was excluded."""
+    axis, shades = r["choices"]["axis"], np.linspace(0.1, 0.9, len(r["vertices"]))
+    for i, (v, shade) in enumerate(zip(r["vertices"], shades)):
+        x, y = columns([q for q in r["_runs"] if q.budget == v["budget"]], axis, "loss")
+        colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)             # from blue to green with the budget
+        ax.plot(x, y, "o", ms=3, color=colour)
+        ax.annotate(scientific(v["budget"]), max(zip(x, y)), (5, 4 if i % 2 else -4), va="center", fontsize=7,
+                    color=colour, textcoords="offset points")       # up and down, so that neighbours part
+        ax.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
+        if v["_curve"]:
+            z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
+            ax.plot(10**z, v["_curve"](z), lw=1, color=colour)
+    if r["_left_out"]:
+        ax.plot(*columns(r["_left_out"], axis, "loss"), "o", ms=3, mfc="none", color="0.7",
+                label="excluded from the fit")
+        ax.legend()
+    ax.set(xscale="log", ylabel=f"macro loss ({unit_name(r)})",
+           title="isoFLOP bowls, $C$ in FLOPs (stars: vertices)",
+           xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
+    ax.margins(x=0.16)
+    ax.set_visible(bool(np.isfinite([v[axis] for v in r["vertices"]]).any()))
+
+
+def draw_envelope(ax, r, as_error=False):
+    """The law through the vertices, its bands, the forecasts, and in red what came later; as losses, or in %
+    of the forecast, where the bands can be seen."""
+    law, forecasts = r["envelope"], r["forecasts"]
     C, L = (np.array([v[key] for v in r["vertices"]]) for key in ("budget", "loss"))
-    later = columns(r["_held"], "flops", "loss")
     grid = np.geomspace(C.min() / 1.5, 1.5 * max([f["C"] for f in forecasts] + [C.max()]), 80)
+    height = lambda c, y: 100 * (y / loss_at(law, c) - 1) if as_error else y
+    is_surface = "beta" in law
+    ax.plot(grid, height(grid, loss_at(law, grid)), color=BLUE, lw=1.3, label="surface" if is_surface else
+            f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$")
+    if not is_surface and delta_interval(law, C, L, grid[0]):
+        bands = np.transpose([delta_interval(law, C, L, c) for c in grid])
+        ax.fill_between(grid, *(height(grid, edge) for edge in bands), color=BLUE, alpha=0.15, lw=0,
+                        label="95 % delta/Student-t")
+    if forecasts[0]["intervals"]["run_bootstrap"]:
+        at, *ends = np.transpose([(f["C"], *f["intervals"]["run_bootstrap"]) for f in forecasts])
+        low, high = (height(at, edge) for edge in ends)
+        ax.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
+                    label="forecast, 95 % run bootstrap")
+    ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
+    if r["_held"]:
+        later, losses = columns(r["_held"], "flops", "loss")
+        ax.plot(later, height(later, losses), "*", ms=9, color=RED, label="came later (not fitted)")
+    ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
+    if as_error:
+        ax.set(ylabel="distance from the forecast (%)", title="the same, as an error")
+    else:
+        ax.set(ylabel=f"macro loss ({unit_name(r)})", title="compute-optimal loss")
+        ax.legend()
+
+
+def draw_asymptote(ax, r):
+    """The last forecast as a function of the assumed E."""
+    last, near = r["forecasts"][-1], near_tenable(r, 0.3)
+    ax.plot([row["E"] for row in near], [row["losses"][-1] for row in near], color=BLUE,
+            label="forecast given $E$")
+    if allowed := [row["E"] for row in near if row["allowed"]]:
+        ax.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
+                   label="$E$ that the vertices allow (95 %)")
+    ax.plot(r["envelope"]["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
+    for outcome in last["outcomes"][:1]:
+        ax.axhline(outcome["loss"], color=RED, lw=1.2, label=f"{outcome['loss']:.4f} came (not fitted)")
+    ax.set(xlabel=f"assumed asymptote $E$ ({unit_name(r)})", title="what the asymptote decides",
+           ylabel=f"macro loss at $C$ = {scientific(last['C'])} FLOPs")
+    ax.legend()
+    ax.set_visible(bool(near))                          # a surface has no profile
+
+
+def draw_fit(r, path):
+    """Bowls; envelope; distance from it, with bands; forecast against assumed E."""
     with figure(2, 2, (9, 7), path) as (bowl, whole, zoom, asymptote):
-        for v, shade in zip(r["vertices"], np.linspace(0.1, 0.9, len(C))):
-            x, y = columns([q for q in r["_runs"] if q.budget == v["budget"]], axis, "loss")
-            colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)         # from blue to green with the budget
-            bowl.plot(x, y, "o", ms=3, color=colour)
-            bowl.annotate(scientific(v["budget"]), max(zip(x, y)), (5, 0), textcoords="offset points",
-                          va="center", fontsize=7, color=colour)
-            bowl.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
-            if v["_curve"]:
-                z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
-                bowl.plot(10**z, v["_curve"](z), lw=1, color=colour)
-        if r["_left_out"]:
-            bowl.plot(*columns(r["_left_out"], axis, "loss"), "o", ms=3, mfc="none", color="0.7",
-                      label="excluded from the fit")
-            bowl.legend()
-        bowl.set(xscale="log", ylabel=loss, title="isoFLOP bowls, $C$ in FLOPs (stars: vertices)",
-                 xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
-        bowl.margins(x=0.16)
-        bowl.set_visible(bool(np.isfinite([v[axis] for v in r["vertices"]]).any()))
-
-        bands = [] if "beta" in law else [band for c in grid if (band := delta_interval(law, C, L, c))]
-        bars = [(f["C"], *f["intervals"]["run_bootstrap"]) for f in forecasts if f["intervals"]["run_bootstrap"]]
-        percent = lambda c, y: 100 * (y / loss_at(law, c) - 1)
-        for ax, height in ((whole, lambda c, y: y), (zoom, percent)):
-            ax.plot(grid, height(grid, loss_at(law, grid)), color=BLUE, lw=1.3, label="surface" if "beta" in law
-                    else f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$")
-            if bands:
-                ax.fill_between(grid, *(height(grid, edge) for edge in np.transpose(bands)), color=BLUE,
-                                alpha=0.15, lw=0, label="95 % delta/Student-t")
-            if bars:
-                at, *ends = np.transpose(bars)
-                low, high = (height(at, edge) for edge in ends)
-                ax.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
-                            label="forecast, 95 % run bootstrap")
-            ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
-            if r["_held"]:
-                ax.plot(later[0], height(*later), "*", ms=9, color=RED, label="came later (not fitted)")
-            ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
-        whole.legend()
-        whole.set(ylabel=loss, title="compute-optimal loss")
-        zoom.set(ylabel="distance from the forecast (%)", title="the same, as an error")
-
-        near = near_tenable(r, 0.3)
-        asymptote.plot([row["E"] for row in near], [row["losses"][-1] for row in near], color=BLUE,
-                       label="forecast given $E$")
-        if allowed := [row["E"] for row in near if row["allowed"]]:
-            asymptote.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
-                              label="$E$ that the vertices allow (95 %)")
-        asymptote.plot(law["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
-        for outcome in last["outcomes"][:1]:
-            asymptote.axhline(outcome["loss"], color=RED, lw=1.2, label=f"{outcome['loss']:.4f} came (not fitted)")
-        asymptote.set(xlabel="assumed asymptote $E$" + loss.removeprefix("macro loss"),
-                      ylabel=f"{loss.partition(' (')[0]} at $C$ = {scientific(last['C'])} FLOPs",
-                      title="what the asymptote decides")
-        asymptote.legend()
-        asymptote.set_visible(bool(near))               # a surface has no profile
+        draw_bowls(bowl, r)
+        draw_envelope(whole, r)
+        draw_envelope(zoom, r, as_error=True)
+        draw_asymptote(asymptote, r)
 
 
 def draw_bias(table, path):

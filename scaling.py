@@ -146,7 +146,7 @@ SHAPE_COLUMNS = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_
 NUMBERS = (dict.fromkeys(("flops", "budget_flops", "params", "tokens"), (1, 1e40))
            | dict(loss=(1e-3, 100), bpb=(0, 100), bytes_per_token=(0, 1e3), vocab_size=(0.99, 1e9))
            | dict.fromkeys(SHAPE_COLUMNS, (0.99, 1e6)) | dict.fromkeys(MAY_BE_ZERO, (-1, 1e6)))
-WORDS = ("kind", "seed", "eval", "tokenizer")
+MEASURED, WORDS = ("params", "tokens", "loss", "bytes_per_token", "bpb"), ("kind", "seed", "eval", "tokenizer")
 
 
 def read_csv(path):
@@ -169,18 +169,16 @@ def read_csv(path):
     for line, cells in lines[1:]:
         row, where = dict(zip(head, cells)), f"{path} line {line}"
         need(len(cells) == len(head), where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
-        kind = row.get("kind") or "isoflop"
-        need(kind in ("isoflop", "held_out", "excluded"), where, "kind isoflop, held_out or excluded", kind,
-             "correct the cell")
+        need(row.get("kind", "") in ("", "isoflop", "held_out", "excluded"), where,
+             "kind isoflop, held_out or excluded", row.get("kind"), "correct the cell")
         value = {key: number(row[key], where, key, *ends) for key, ends in NUMBERS.items()
                  if row.get(key) or key in (C_column, "loss")}
         if not {"params", "tokens"} <= value.keys():
             value = derived(value, value[C_column], where) | value
-        runs.append(Run(
-            value[C_column], value["params"], value["tokens"], value["loss"], value.get("budget_flops", 0.0),
-            kind, *(row.get(key, "") for key in ("seed", "eval", "tokenizer")),
-            value.get("bytes_per_token", 0.0), value.get("bpb", 0.0), str(path),
-            {key: cell for key, cell in row.items() if key not in NUMBERS and key not in WORDS}))
+        runs.append(Run(value[C_column], budget=value.get("budget_flops", 0.0), source=str(path),
+                        **{key: value[key] for key in MEASURED if key in value},
+                        **{key: row[key] for key in WORDS if row.get(key)},
+                        extra={key: row[key] for key in head if key not in NUMBERS and key not in WORDS}))
     return runs
 
 
@@ -212,8 +210,7 @@ def read_run_dir(folder):
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
-    known = {key: number(result.pop(key, None), path, key, *NUMBERS[key])
-             for key in ("flops", "params", "tokens", "loss", "bytes_per_token", "bpb")}
+    known = {key: number(result.pop(key, None), path, key, *NUMBERS[key]) for key in ("flops", *MEASURED)}
     return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
                tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "", extra=result)
 

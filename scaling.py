@@ -212,7 +212,8 @@ def read_run_dir(folder):
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
     known = {key: number(result.pop(key, None), path, key, *NUMBERS[key]) for key in ("flops", *MEASURED)}
     return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
-               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "", extra=result)
+               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "",
+               extra=result | {"run_dir": str(folder)})
 
 
 def checked(runs, source):
@@ -757,11 +758,12 @@ def report(r):
 def fit_of(a, targets):
     """What the options that `fit` and `register` share ask for."""
     need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
-    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
+    source = f"--runs ({len(a.runs)} directories)" if a.runs else a.table
+    runs = ([replace(read_run_dir(folder), source=source) for folder in a.runs] if a.runs
             else reference(a.table) if a.table in TABLES else read_csv(a.table))
     E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
     choices = Choices(a.method, a.axis, a.window, E, a.space)
-    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
+    return analyse(runs, choices, targets, a.unit, source, a.draws)
 
 
 # ------------------------------------------------------------------------------------------------------- bias

@@ -2,11 +2,13 @@
 
 Run:  python moe.py                one layer against its twin, then against every harder routing; time
 Read: route -> dispatch -> gather and scatter-free gradients -> moe.         Truth: dense_moe.
-Token-choice and dropless: every token reaches its K experts, whatever the loads are.
+Token-choice and dropless: every token reaches its K experts, whatever the loads are. A capacity, by name,
+bounds the rows of every expert instead, and drops what stands behind it.
 
 T tokens  D hidden  E experts  K experts per token  F expert width
 A = T*K assignments (token t's j-th choice is number t*K+j)   R rows of the expert-sorted, tile-padded buffer"""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -41,40 +43,43 @@ def route(x_TD, router_DE, bias_E, K, combine_sum=0.0):
 
 
 class Dispatch(NamedTuple):
-    row_TK: jax.Array           # the row of the sorted buffer that holds each assignment
+    row_TK: jax.Array           # the row of the sorted buffer that holds each assignment; R if it was dropped
     token_R: jax.Array          # the token that stands in each row; T in rows of padding
     choice_R: jax.Array         # the assignment in each row; A in rows of padding
-    tile_expert: jax.Array      # [R/tile] the expert that owns each tile of rows
-    load_E: jax.Array           # int32, assignments per expert
+    tile_expert: jax.Array      # [R/tile] the expert that owns each tile of rows; E for tiles that nobody needs
+    load_E: jax.Array           # int32, assignments per expert, before any drop
 
 
-def dispatch(expert_TK, E, tile=kernels.BEST["cpu"].row_tile):
+def dispatch(expert_TK, E, tile=kernels.BEST["cpu"].row_tile, capacity=0.0):
     """Sort assignments by expert and pad every expert to whole tiles. All integers, no gradient.
 
     One sort of packed keys, expert * A + assignment: stable, and cheaper than an argsort. Loads are counted
     by comparison (a histogram is a scatter). Every expert owns at least one tile, so a weight-gradient
-    kernel that writes per tile leaves no expert unwritten. R = A rounded up to a tile, plus E tiles, is
-    enough for any loads, and static."""
+    kernel that writes per tile leaves no expert unwritten. R is static: A rounded up to a tile, plus E tiles,
+    is enough for any loads. capacity c > 0 keeps at most c * A/E assignments of each expert, rounded up to a
+    tile, those of the first tokens: R = E times that, and what is dropped adds nothing to its token."""
     T, K = expert_TK.shape
     A, flat_A = T * K, expert_TK.reshape(-1)
     if E * A >= 2**31:
         raise ValueError(f"dispatch: {E} experts x {A} assignments overflow the int32 sort key; use more devices")
-    R = (-(-A // tile) + E) * tile
+    room = -(-math.ceil(capacity * A / E) // tile) * tile if capacity else A     # the most rows an expert can have
+    R = E * room if capacity else (-(-A // tile) + E) * tile
     order_A = lax.sort(flat_A * A + jnp.arange(A, dtype=jnp.int32)) % A     # sorted position -> assignment
     load_E = jnp.sum(flat_A[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
 
-    tiles_E = jnp.maximum(1, -(-load_E // tile))
+    kept_E = jnp.minimum(load_E, room)
+    tiles_E = jnp.maximum(1, -(-kept_E // tile))
     first_E = jnp.cumsum(load_E) - load_E                       # first sorted position of each expert
     start_E = (jnp.cumsum(tiles_E) - tiles_E) * tile            # first row of each expert
-    tile_expert = jnp.sum(jnp.arange(R // tile)[:, None] >= jnp.cumsum(tiles_E)[None, :], axis=1)
-    tile_expert = jnp.minimum(tile_expert, E - 1).astype(jnp.int32)         # unused tiles at the end: zero rows
+    tile_expert = jnp.sum(jnp.arange(R // tile)[:, None] >= jnp.cumsum(tiles_E), axis=1, dtype=jnp.int32)
 
-    expert_R = jnp.repeat(tile_expert, tile)
+    expert_R = jnp.repeat(jnp.minimum(tile_expert, E - 1), tile)
     place_R = jnp.arange(R) - start_E[expert_R]                 # how many of this expert's rows stand before
-    filled_R = place_R < load_E[expert_R]
+    filled_R = place_R < kept_E[expert_R]
     choice_R = jnp.where(filled_R, order_A[jnp.where(filled_R, first_E[expert_R] + place_R, 0)], A)
     sorted_expert_A = flat_A[order_A]
-    row_of_sorted_A = start_E[sorted_expert_A] + jnp.arange(A) - first_E[sorted_expert_A]
+    place_A = jnp.arange(A) - first_E[sorted_expert_A]
+    row_of_sorted_A = jnp.where(place_A < room, start_E[sorted_expert_A] + place_A, R)
     _, row_A = lax.sort((order_A, row_of_sorted_A), num_keys=1)             # inverse permutation, by sorting back
     return Dispatch(row_A.reshape(T, K), choice_R // K, choice_R, tile_expert, load_E)
 
@@ -95,7 +100,8 @@ def spread(x_TD, d):
 
 
 def _spread_backward(d, g_RD):
-    return sum(g_RD[d.row_TK[:, j]] for j in range(d.row_TK.shape[1])), None
+    g_TD = sum(_rows(g_RD, d.row_TK[:, j]).astype(jnp.float32) for j in range(d.row_TK.shape[1]))
+    return g_TD.astype(g_RD.dtype), None
 
 
 spread.defvjp(lambda x_TD, d: (spread(x_TD, d), d), _spread_backward)
@@ -104,17 +110,16 @@ spread.defvjp(lambda x_TD, d: (spread(x_TD, d), d), _spread_backward)
 @jax.custom_vjp
 def combine(y_RD, gate_TK, d):
     """Sum every token's K expert outputs, weighted, in float32: [R,D], [T,K] -> [T,D]."""
-    y_TD = sum(gate_TK[:, j, None] * y_RD[d.row_TK[:, j]] for j in range(d.row_TK.shape[1]))
+    y_TD = sum(gate_TK[:, j, None] * _rows(y_RD, d.row_TK[:, j]) for j in range(d.row_TK.shape[1]))
     return y_TD.astype(y_RD.dtype)
 
 
 def _combine_backward(residuals, g_TD):
     y_RD, gate_TK, d = residuals
-    gate_R = _rows(gate_TK.reshape(-1), d.choice_R)
-    dy_RD = gate_R[:, None] * _rows(g_TD, d.token_R)
-    g_TD = g_TD.astype(jnp.float32)
-    dgate_TK = jnp.stack([jnp.sum(g_TD * y_RD[d.row_TK[:, j]], axis=-1) for j in range(d.row_TK.shape[1])], axis=1)
-    return dy_RD.astype(y_RD.dtype), dgate_TK, None
+    g_RD = _rows(g_TD, d.token_R).astype(jnp.float32)
+    dy_RD = _rows(gate_TK.reshape(-1), d.choice_R)[:, None] * g_RD
+    dgate_R = jnp.sum(g_RD * y_RD, axis=-1)                     # whatever stands in rows of padding is not picked
+    return dy_RD.astype(y_RD.dtype), _rows(dgate_R, d.row_TK), None
 
 
 combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_TK, d)), _combine_backward)
@@ -122,20 +127,19 @@ combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_
 
 # ------------------------------------------------------------------------------------------------ the layer
 
-def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None):
+def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None, capacity=0.0):
     """The routed experts of one layer: [T,D] -> ([T,D], routing, load_E).
 
-    platform: what the program is compiled for; impl: a grouped_matmul by name, None for the platform's best.
-    p: router_DE, gate_EDF, up_EDF, down_EFD (SwiGLU experts). The shared expert is the model's business."""
+    p: router_DE, gate_EDF, up_EDF, down_EFD (SwiGLU experts). The shared expert is the model's business.
+    platform: what the program is compiled for; impl: a kernels.experts by name, None for the platform's best;
+    capacity: see dispatch, 0 is dropless."""
     E = p["router_DE"].shape[1]
     with jax.named_scope("route"):
         r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
-        d = dispatch(r.expert_TK, E, kernels.best(platform).row_tile)
+        d = dispatch(r.expert_TK, E, kernels.best(platform).row_tile, capacity)
     with jax.named_scope("experts"):
-        x_RD = spread(x_TD, d)
-        h_RF = (jax.nn.silu(kernels.grouped_matmul(x_RD, p["gate_EDF"], d.tile_expert, impl, platform))
-                * kernels.grouped_matmul(x_RD, p["up_EDF"], d.tile_expert, impl, platform))
-        y_RD = kernels.grouped_matmul(h_RF, p["down_EFD"], d.tile_expert, impl, platform)
+        y_RD = kernels.experts(spread(x_TD, d), p["gate_EDF"], p["up_EDF"], p["down_EFD"], d.tile_expert,
+                               impl, platform)
     with jax.named_scope("combine"):
         return combine(y_RD, r.gate_TK, d), r, d.load_E
 

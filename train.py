@@ -81,6 +81,9 @@ class TrainConfig:
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
     compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
+    replicas: int = 1                   # mesh axis "replica": copies of the weights, such as one per slice
+    expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts; the rest is "data"
+    topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step always is one
@@ -96,7 +99,7 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
         for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "keep"):
+                    "keep", "replicas", "expert_parallel"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
                            "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():

@@ -229,16 +229,16 @@ def wake(weights, names, c, axis):
 
 # ---------------------------------------------------------------------------------------------- loss, forward
 
-def loss(params, bias_LE, batch, norm, c, axis=None):
+def loss(params, bias_LE, batch, norm, c, axis=None, platform="cpu"):
     """What is minimised, over this device's rows: mean next-token loss + z-losses.
 
     batch: dict of tokens, targets, segments [B,S] int32 and weights [B,S] float32 (0 where there is nothing to
     predict: padding, and the step across a document border). norm: the weight sum and the count of real tokens
     of the WHOLE batch over all devices and microbatches, so that shares add up to the mean however it is cut.
     Returns (scalar, stats); stats["nll"] is the summed weighted loss in nats, without z-losses."""
-    x_TD, routed = forward(params, bias_LE, batch["tokens"], batch["segments"], c, axis)
+    x_TD, routed = forward(params, bias_LE, batch["tokens"], batch["segments"], c, axis, platform)
     awake = wake({"head_DV": params["head_DV"]}, table(c), c, axis)
-    nll_T, lse_T = kernels.cross_entropy(x_TD, awake["head_DV"], batch["targets"].reshape(-1))
+    nll_T, lse_T = kernels.cross_entropy(x_TD, awake["head_DV"], batch["targets"].reshape(-1), platform=platform)
     weight_T = batch["weights"].reshape(-1)
     nll = jnp.sum(weight_T * nll_T)
     objective = (nll + c.logit_z * jnp.sum(weight_T * lse_T**2)) / norm["weight"]
@@ -248,13 +248,13 @@ def loss(params, bias_LE, batch, norm, c, axis=None):
     return objective, {"nll": nll, "nll_T": nll_T, **routed}
 
 
-def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None)):
+def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None), platform="cpu"):
     """Float32 logits [T,V] of every position, or of position `at`: for sampling and tests, on one device."""
-    x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c)
+    x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c, platform=platform)
     return jnp.dot(x_TD[at], params["head_DV"].astype(c.compute_dtype), preferred_element_type=jnp.float32)
 
 
-def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
+def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None, platform="cpu"):
     """Tokens to the last hidden state, normalised and ready for the head: [B,S] -> ([T,D], routing record).
 
     The record holds, for every layer, margin_LTE and load_LE (what balancing reads) and z_LT; empty if dense.
@@ -267,7 +267,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     rotation = rope_angles(c)
 
     def layer(x_TD, p, bias_E, i):
-        run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis,
+        run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform,
                                             full=i % PERIOD == PERIOD - 1, last=i == c.num_layers - 1)
         return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, p, bias_E)
 
@@ -291,12 +291,13 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     return x_TD, jax.tree.map(lambda *r: jnp.concatenate(r), *records)
 
 
-def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
+def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
     """One layer: attention, then shared expert and routed experts side by side on the same normed input."""
     p = wake(p, table(c)["layers"], c, axis)
     with jax.named_scope("attention"):
         a_TD = gated_norm(x_TD, p["attn_norm_gain_D"], p["attn_norm_down_DU"], p["attn_norm_up_UD"])
-        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, full, c.partial_key_offset and (full or last))
+        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, platform, full,
+                             c.partial_key_offset and (full or last))
     with jax.named_scope("mlp"):
         m_TD = gated_norm(x_TD, p["mlp_norm_gain_D"], p["mlp_norm_down_DU"], p["mlp_norm_up_UD"])
         record = {}
@@ -304,13 +305,13 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
             h_TZ = jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])
             x_TD = x_TD + h_TZ @ p["shared_down_ZD"]
         if c.num_experts:
-            y_TD, r, load_E = moe.moe(m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
+            y_TD, r, load_E = moe.moe(m_TD, p, bias_E, c.experts_per_token, c.combine_sum, platform)
             x_TD = x_TD + y_TD
             record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T}
     return x_TD, record
 
 
-def attend(a_TD, p, segment_BS, rotation, c, full, offset):
+def attend(a_TD, p, segment_BS, rotation, c, platform, full, offset):
     """Grouped-query attention with QK-norm, RoPE, exclusive self-attention and a gate per head."""
     B, S = segment_BS.shape
     N, M, H = c.num_heads, c.num_kv_heads, c.head_dim
@@ -321,7 +322,8 @@ def attend(a_TD, p, segment_BS, rotation, c, full, offset):
         k_BSMH = key_offset(k_BSMH, segment_BS)
     q_BSNH = rope(rms(q_BSNH, 1e-6), rotation) * c.qk_scale
     k_BSMH = rope(rms(k_BSMH, 1e-6), rotation)
-    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window)
+    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window,
+                               platform=platform)
 
     # Exclusive self-attention: remove from each head's output its part along the token's own value vector;
     # what a token is, the residual stream already carries. In float32, and as einsums: the same lines with

@@ -16,9 +16,6 @@ from jax import lax
 import balance
 import kernels
 
-TILE = 64       # rows per tile. Small tiles waste fewer padding rows (E*TILE at most), large ones make better
-                # matmuls; 64 beat 128 at 4,096 assignments on a 2-core CPU (9.1 against 14.1 ms [measured])
-
 
 class Routing(NamedTuple):
     expert_TK: jax.Array        # int32, K distinct experts, best first
@@ -47,11 +44,11 @@ class Dispatch(NamedTuple):
     row_TK: jax.Array           # the row of the sorted buffer that holds each assignment
     token_R: jax.Array          # the token that stands in each row; T in rows of padding
     choice_R: jax.Array         # the assignment in each row; A in rows of padding
-    tile_expert: jax.Array      # [R/TILE] the expert that owns each tile of rows
+    tile_expert: jax.Array      # [R/tile] the expert that owns each tile of rows
     load_E: jax.Array           # int32, assignments per expert
 
 
-def dispatch(expert_TK, E):
+def dispatch(expert_TK, E, tile=kernels.BEST["cpu"].row_tile):
     """Sort assignments by expert and pad every expert to whole tiles. All integers, no gradient.
 
     One sort of packed keys, expert * A + assignment: stable, and cheaper than an argsort. Loads are counted
@@ -62,17 +59,17 @@ def dispatch(expert_TK, E):
     A, flat_A = T * K, expert_TK.reshape(-1)
     if E * A >= 2**31:
         raise ValueError(f"dispatch: {E} experts x {A} assignments overflow the int32 sort key; use more devices")
-    R = (-(-A // TILE) + E) * TILE
+    R = (-(-A // tile) + E) * tile
     order_A = lax.sort(flat_A * A + jnp.arange(A, dtype=jnp.int32)) % A     # sorted position -> assignment
     load_E = jnp.sum(flat_A[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
 
-    tiles_E = jnp.maximum(1, -(-load_E // TILE))
+    tiles_E = jnp.maximum(1, -(-load_E // tile))
     first_E = jnp.cumsum(load_E) - load_E                       # first sorted position of each expert
-    start_E = (jnp.cumsum(tiles_E) - tiles_E) * TILE            # first row of each expert
-    tile_expert = jnp.sum(jnp.arange(R // TILE)[:, None] >= jnp.cumsum(tiles_E)[None, :], axis=1)
+    start_E = (jnp.cumsum(tiles_E) - tiles_E) * tile            # first row of each expert
+    tile_expert = jnp.sum(jnp.arange(R // tile)[:, None] >= jnp.cumsum(tiles_E)[None, :], axis=1)
     tile_expert = jnp.minimum(tile_expert, E - 1).astype(jnp.int32)         # unused tiles at the end: zero rows
 
-    expert_R = jnp.repeat(tile_expert, TILE)
+    expert_R = jnp.repeat(tile_expert, tile)
     place_R = jnp.arange(R) - start_E[expert_R]                 # how many of this expert's rows stand before
     filled_R = place_R < load_E[expert_R]
     choice_R = jnp.where(filled_R, order_A[jnp.where(filled_R, first_E[expert_R] + place_R, 0)], A)
@@ -125,19 +122,20 @@ combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_
 
 # ------------------------------------------------------------------------------------------------ the layer
 
-def moe(x_TD, p, bias_E, K, combine_sum=0.0, impl="tiles"):
+def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None):
     """The routed experts of one layer: [T,D] -> ([T,D], routing, load_E).
 
+    platform: what the program is compiled for; impl: a grouped_matmul by name, None for the platform's best.
     p: router_DE, gate_EDF, up_EDF, down_EFD (SwiGLU experts). The shared expert is the model's business."""
     E = p["router_DE"].shape[1]
     with jax.named_scope("route"):
         r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
-        d = dispatch(r.expert_TK, E)
+        d = dispatch(r.expert_TK, E, kernels.best(platform).row_tile)
     with jax.named_scope("experts"):
         x_RD = spread(x_TD, d)
-        h_RF = (jax.nn.silu(kernels.grouped_matmul(x_RD, p["gate_EDF"], d.tile_expert, impl))
-                * kernels.grouped_matmul(x_RD, p["up_EDF"], d.tile_expert, impl))
-        y_RD = kernels.grouped_matmul(h_RF, p["down_EFD"], d.tile_expert, impl)
+        h_RF = (jax.nn.silu(kernels.grouped_matmul(x_RD, p["gate_EDF"], d.tile_expert, impl, platform))
+                * kernels.grouped_matmul(x_RD, p["up_EDF"], d.tile_expert, impl, platform))
+        y_RD = kernels.grouped_matmul(h_RF, p["down_EFD"], d.tile_expert, impl, platform)
     with jax.named_scope("combine"):
         return combine(y_RD, r.gate_TK, d), r, d.load_E
 

@@ -360,6 +360,7 @@ def make_train_step(c, t, mesh):
     whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
     specs = model.walk(lambda path, w: w.spec, c)
     optimizer = make_optimizer(c, t)
+    platform = mesh.devices.flat[0].platform         # of the devices compiled for, not of jax.default_backend()
 
     def gradients(params, bias_LE, batch):
         norm = lax.psum({"weight": jnp.sum(batch["weights"]),
@@ -367,7 +368,7 @@ def make_train_step(c, t, mesh):
 
         def microbatch(total, rows):
             loss = jax.value_and_grad(model.loss, has_aux=True)
-            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data")
+            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data", platform)
             stats.pop("nll_T")
             return jax.tree.map(jnp.add, total, grads), stats
 
@@ -415,7 +416,8 @@ def make_eval_step(c, mesh, bytes_V):
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
-        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data")
+        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data",
+                              mesh.devices.flat[0].platform)
         scored = rows["weights"]
         return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), "data")
 
@@ -445,16 +447,18 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
 def make_sampler(c, t, tokenizer):
     """A function (params, bias_LE, prompt, n, seed) -> text. Fixed window, no cache: every token runs the last
     seq_len tokens again, on one device. Slow and short: serving is not this project's business."""
+    one = jax.devices()[0]
+
     @jax.jit
     def next_token(params, bias_LE, window_S, length, key):
         segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
-        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1)
+        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1,
+                                platform=one.platform)
         logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
         hot = jax.random.categorical(key, logits_V / max(t.temperature, 1e-6))
         return jnp.argmax(logits_V) if t.temperature == 0 else hot
 
     def sample(params, bias_LE, prompt, n, seed=0):
-        one = jax.devices()[0]
         params, bias_LE = jax.device_put((params, bias_LE), one)
         tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
         for i in range(n):

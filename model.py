@@ -50,7 +50,7 @@ class ModelConfig:
     combine_sum: float = 0.0            # V2: rescale a token's K combine weights to this sum (2.5); 0 leaves them
     compute_dtype: str = "float32"      # "float32" or "bfloat16"; weights, norms, router and loss stay float32
     remat: str = "block"                # "block" recomputes each layer in the backward pass; "none" stores it
-    capacity_factor: float = 0.0        # rows of an expert shard over their mean; what overflows drops. 0: none drops
+    capacity_factor: float = 0.0        # rows of an expert shard's buffer over its mean load; 0: nothing drops
     exchange: str = "ring"              # how tokens reach other chips' experts: "ring" or "ragged"; see moe.py
 
     def __post_init__(self):
@@ -61,7 +61,8 @@ class ModelConfig:
                     "gated_norm_rank"):
             need(getattr(self, key) > 0, key, "a positive number")
         need(self.rope_theta > 0, "rope_theta", "a positive number")
-        for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum", "capacity_factor"):
+        for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum",
+                    "capacity_factor"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         need(self.seq_len > 1, "seq_len", "at least 2")
         need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
@@ -305,9 +306,15 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
             h_TZ = jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])
             x_TD = x_TD + h_TZ @ p["shared_down_ZD"]
         if c.num_experts:
-            y_TD, r, load_E = moe.moe(m_TD, p, bias_E, c.experts_per_token, c.combine_sum, platform)
+            routing = (m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
+            if axis is None:
+                y_TD, r, load_E = moe.moe(*routing, platform)
+                dropped = jnp.int32(0)
+            else:
+                y_TD, r, load_E, dropped = moe.parallel_moe(*routing, "expert", c.exchange, c.capacity_factor,
+                                                            platform)
             x_TD = x_TD + y_TD
-            record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T}
+            record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T, "dropped_L": dropped}
     return x_TD, record
 
 

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as Spec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
 import data
@@ -82,7 +83,7 @@ class TrainConfig:
     compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
     replicas: int = 1                   # mesh axis "replica": copies of the weights, such as one per slice
-    expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts; the rest is "data"
+    expert_parallel: int = 1            # mesh axis "expert": devices that share one layer's experts
     topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
@@ -190,25 +191,56 @@ PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lit
               "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}     # dense bfloat16 [cited: data sheets]
 
 
-def make_mesh(c, t):
-    """All devices on one axis, "data": rows of the batch and shares of the weights are split over it."""
+MESH = ("replica", "data", "expert")    # tokens are split over all three; model.table says what splits weights
+
+
+def misfit(c, t, n):
+    """Why n devices cannot share this model and this batch, in one line; None if they can."""
+    if n % (t.replicas * t.expert_parallel):
+        return (f"devices: expected a multiple of replicas x expert_parallel = {t.replicas * t.expert_parallel}, "
+                f"found {n}")
     rows = t.batch_size // t.accumulate
+    if rows % n:
+        return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
+    size = {"data": n // t.replicas // t.expert_parallel, "expert": t.expert_parallel}
+    def check(path, w):
+        for axis, length in zip(w.spec, w.shape):
+            if axis and length % size[axis]:
+                return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length} over "
+                        f"{size[axis]} of {axis!r}; use other sizes, replicas or expert_parallel")
+    return next(iter(jax.tree.leaves(model.walk(check, c))), None)
+
+
+def make_mesh(c, t, devices=None):
+    """The devices as replica x data x expert: copies (one per slice, say), FSDP shares, experts.
+
+    "expert" comes last, so neighbours share experts, and mesh_utils lays the axes along a TPU's torus."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fitting = lambda most: max(n for n in range(1, most + 1) if rows % n == 0 and c.hidden_dim % n == 0)
-    try:        # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
-        jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
-    except RuntimeError:
-        pass    # a backend already runs (tests): take the devices that it has
-    if t.compiled_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
-    have = jax.devices()
-    n = t.devices or (fitting(len(have)) if have[0].platform == "cpu" else len(have))
-    if n > len(have):
-        raise ConfigError(f"devices: expected at most {len(have)} ({have[0].device_kind}), found {n}")
-    for key, size in {"batch_size / accumulate": rows, "hidden_dim": c.hidden_dim}.items():
-        if size % n:
-            raise ConfigError(f"{key}: expected a multiple of the {n} devices, found {size}")
-    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=have[:n])
+    fitting = lambda most: max((n for n in range(1, most + 1) if not misfit(c, t, n)), default=most)
+    if devices is None:
+        try:    # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
+            jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
+        except RuntimeError:
+            pass    # a backend already runs (tests): take the devices that it has
+        if t.compiled_dir:
+            jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
+        devices = jax.devices()
+        n = t.devices or (fitting(len(devices)) if devices[0].platform == "cpu" else len(devices))
+        if n > len(devices):
+            raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), found {n}")
+        devices = devices[:n]
+    if reason := misfit(c, t, len(devices)):
+        raise ConfigError(reason)
+    shape = (t.replicas, len(devices) // t.replicas // t.expert_parallel, t.expert_parallel)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1 and t.replicas % slices:
+        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {t.replicas}")
+    if slices > 1:                              # the replicas are dealt to the slices: only their sums leave one
+        inside = (t.replicas // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH, axis_types=(AxisType.Auto,) * 3)
 
 
 # --------------------------------------------------------------------------------------------------- optimizer
@@ -353,7 +385,7 @@ def state_shardings(c, t, mesh):
 
 
 def make_train_step(c, t, mesh):
-    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over "data".
+    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over the mesh.
 
     Forward, backward and balancing run inside one shard_map, where every collective is a line of code: the
     all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
@@ -364,7 +396,7 @@ def make_train_step(c, t, mesh):
 
     def gradients(params, bias_LE, batch):
         norm = lax.psum({"weight": jnp.sum(batch["weights"]),
-                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, "data")
+                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
 
         def microbatch(total, rows):
             loss = jax.value_and_grad(model.loss, has_aux=True)
@@ -374,20 +406,22 @@ def make_train_step(c, t, mesh):
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, stats = lax.scan(microbatch, zeros, batch)
-        # a share of a split weight was summed over devices by wake's transpose; a copied weight is summed here
-        grads = jax.tree.map(lambda g, spec: g if "data" in spec else lax.psum(g, "data"), grads, specs)
-        out = {"loss": lax.psum(jnp.sum(stats["nll"]), "data") / norm["weight"], "tokens": norm["tokens"]}
+        # over the axes that split a weight, wake's and the exchange's transposes have summed; over those that copy
+        # it, it is summed here, in float32 and once a step
+        grads = jax.tree.map(lambda g, spec: lax.psum(g, tuple(a for a in MESH if a not in spec)), grads, specs)
+        out = {"loss": lax.psum(jnp.sum(stats["nll"]), MESH) / norm["weight"], "tokens": norm["tokens"]}
         if c.num_experts:
-            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), "data")
+            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), MESH)
+            out["dropped_L"] = lax.psum(jnp.sum(stats["dropped_L"], axis=0), MESH)
             valid_T = batch["segments"].reshape(-1) != 0
-            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), "data") / (
+            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), MESH) / (
                 c.num_layers * norm["tokens"])
             if t.balancer == "quantile":
                 margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
-                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, "data")
+                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH)
         return grads, bias_LE, out
 
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                             out_specs=(specs, Spec(), Spec()), check_vma=False)
 
     def train_step(state, batch):
@@ -405,24 +439,27 @@ def put(batch, mesh, accumulate=1):
     """A numpy data.Batch as a dict of device arrays [A,B/A,S], each device holding its own rows."""
     arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
               "weights": batch.weights_BS.astype(np.float32)}
-    sharding = NamedSharding(mesh, Spec(None, "data"))
+    sharding = NamedSharding(mesh, Spec(None, MESH))
     return {k: jax.device_put(v.reshape(accumulate, -1, v.shape[-1]), sharding) for k, v in arrays.items()}
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
 
 def make_eval_step(c, mesh, bytes_V):
-    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read."""
+    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read.
+
+    Nothing is dropped, whatever training does: a held-out loss must not depend on who shares a batch with whom."""
+    c = dataclasses.replace(c, capacity_factor=0.0, exchange="ring")
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
         _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data",
                               mesh.devices.flat[0].platform)
         scored = rows["weights"]
-        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), "data")
+        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), MESH)
 
     specs = model.walk(lambda path, w: w.spec, c)
-    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                                  out_specs=Spec(), check_vma=False))
 
 
@@ -642,7 +679,7 @@ class Log:
         drops = {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}
         sent = self.tokens * self.c.experts_per_token * self.c.num_layers * len(rows)
         return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                "drop": 1.0 - float(load.sum()) / sent, "would_drop": drops,
+                "drop": float(np.sum([r["dropped_L"] for r in rows])) / sent, "would_drop": drops,
                 "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
                 "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
 

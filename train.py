@@ -322,15 +322,36 @@ NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
 
-def orthogonalize(m):
-    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16."""
+def orthogonalize(m, mesh=None, spec=None):
+    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16.
+
+    On a mesh the matrices of a stack, which lie in shares as `spec` says, are dealt out whole, so that their
+    products need no sums over devices (that would be gigabytes per step), and brought back: two all-to-alls."""
     x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
+    if mesh is not None:
+        x, placed = deal(x, mesh)
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT                                      # the shorter side is squared
     for a, b, c in NEWTON_SCHULZ:
         A = x @ x.mT
         x = a * x + (b * A + c * A @ A) @ x
-    return (x if wide else x.mT).astype(m.dtype)
+    x = x if wide else x.mT
+    if mesh is not None:
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        x = x[:m.shape[0]]
+    return x.astype(m.dtype)
+
+
+def deal(x, mesh):
+    """How to lay a stack so that "data" splits whole matrices: by expert if they divide, else by layer, padded
+    with zero matrices to a multiple. A matrix that stands alone is copied."""
+    if x.ndim == 2:
+        return x, Spec()
+    if x.ndim == 4 and x.shape[1] % (mesh.shape["expert"] * mesh.shape["data"]) == 0:
+        return x, Spec(None, ("expert", "data"))
+    padding = [(0, -x.shape[0] % mesh.shape["data"])] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
 # Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
@@ -340,12 +361,16 @@ GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert"
           "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
 
 
-def make_optimizer(c, t):
+def make_optimizer(c, t, mesh=None):
     """The optax transformation of the whole tree: clip, direction and step, group by group."""
+    specs = specs_by_name(c)
+    @jax.named_scope("orthogonalize")
+    def orthogonal(ms, _):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, m: orthogonalize(m, mesh, specs[model.path_name(path)]), ms)
     r = rates(c, t)
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
-    muon = optax.chain(optax.trace(t.momentum, nesterov=True),
-                       optax.stateless(lambda ms, _: jax.tree.map(orthogonalize, ms)))
+    muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
     ball = lambda direction: hyperball(direction, lambda step: r.hyper_lr * lr_share(t, step))
     rules = {"adam": optax.chain(adam, optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))),
              "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
@@ -370,12 +395,17 @@ def make_state(c, t, key):
                  jnp.zeros((c.num_layers, experts), jnp.float32))
 
 
+def specs_by_name(c):
+    """{"layers/query_DQ": its PartitionSpec, ...}"""
+    named = jax.tree.leaves(model.walk(lambda path, w: [path, w.spec], c), is_leaf=lambda x: isinstance(x, list))
+    return dict(named)
+
+
 def state_shardings(c, t, mesh):
     """The sharding of every leaf of the state: an optimizer moment lies as its weight lies; all else is copied."""
     specs = model.walk(lambda path, w: w.spec, c)
     abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-    by_name = {model.path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(
-        specs, is_leaf=lambda x: isinstance(x, Spec))}
+    by_name = specs_by_name(c)
     # optax nests the weights' tree, group by group: the path of a moment ends in the path of its weight
     opt = jax.tree_util.tree_map_with_path(
         lambda path, _: by_name.get(model.path_name(path).partition("/")[2], Spec()), abstract.opt)
@@ -390,7 +420,7 @@ def make_train_step(c, t, mesh):
     all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
     whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
     specs = model.walk(lambda path, w: w.spec, c)
-    optimizer = make_optimizer(c, t)
+    optimizer = make_optimizer(c, t, mesh)
     platform = mesh.devices.flat[0].platform         # of the devices compiled for, not of jax.default_backend()
 
     def gradients(params, bias_LE, batch):
@@ -844,6 +874,8 @@ def plan(c, t):
     chip, n, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
     if reason := misfit(c, t, chips):
         raise ConfigError(reason)
+    if chips > 1 and not chip.link:
+        raise ConfigError(f"topology: expected one {name} at most, found {chips}: no network between GPUs is modelled")
     size = dict(zip(MESH, (t.replicas, chips // t.replicas // t.expert_parallel, t.expert_parallel)))
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))

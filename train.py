@@ -875,7 +875,7 @@ def plan(c, t):
     if reason := misfit(c, t, chips):
         raise ConfigError(reason)
     if chips > 1 and not chip.link:
-        raise ConfigError(f"topology: expected one {name} at most, found {chips}: no network between GPUs is modelled")
+        raise ConfigError(f"topology: expected one {name} at most, found {chips}: GPU networks are not modelled")
     size = dict(zip(MESH, (t.replicas, chips // t.replicas // t.expert_parallel, t.expert_parallel)))
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
@@ -905,6 +905,7 @@ def plan(c, t):
 def show_plan(c, t, compile_too=False):
     """--plan: print `plan`, in seconds, on any machine; --compile: then `compile_plan`. Returns the exit code."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"                  # libtpu must not look for a TPU, nor jax start one
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"          # nor lock the TPU that two compilations do not share
     jax.config.update("jax_platforms", "cpu")
     p, (slices, name, shape) = plan(c, t), hardware(t)
     chip, size, total = CHIPS[name], p["mesh"], p["flops_per_token"] * p["tokens"]

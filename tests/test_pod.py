@@ -235,7 +235,7 @@ def test_collectives_are_found_in_a_compiled_program():
 def test_misplaced_collectives_are_named():
     x = train.Collective("all-gather", "data", 12, 2e9, "jit(train_step)/shard_map/while")
     assert not train.misplaced(None, [x])
-    for wrong in (x._replace(axis="replica"), x._replace(op="all-reduce"),
+    for wrong in (x._replace(axis="replica"), x._replace(op="all-to-all"),
                   x._replace(times=1, scope="jit(train_step)/mul")):
         assert train.misplaced(None, [wrong]) == [wrong]
         assert not train.misplaced(None, [wrong._replace(received=1000.0)])

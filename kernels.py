@@ -28,13 +28,12 @@ class Impl(NamedTuple):
     grouped_matmul: str
     experts: str
     count: str
-    row_tile: int       # rows of one expert that a kernel takes at a time; moe.dispatch pads to it. Small tiles
-                        # waste fewer rows (E/2 tiles on average), large ones make better matmuls
+    row_tile: int       # the most rows of one expert that a kernel takes at a time; see row_tile
 
 
 BEST = {
-    "cpu": Impl("chunked", "chunked", "tiles", "loop", "plain", 128),
-    "tpu": Impl("splash", "chunked", "pallas_tpu", "pallas_tpu", "pallas_tpu", 512),
+    "cpu": Impl("chunked", "chunked", "tiles", "loop", "plain", 256),
+    "tpu": Impl("splash", "vocabulary", "pallas_tpu", "pallas_tpu", "pallas_tpu", 256),
     "gpu": Impl("chunked", "chunked", "pallas_gpu", "pallas_gpu", "plain", 128),
 }
 
@@ -46,6 +45,17 @@ def best(platform):
     if platform not in BEST:
         raise ValueError(f"platform={platform!r}: expected one of {', '.join(map(repr, BEST))}")
     return BEST[platform]
+
+
+def row_tile(platform, rows, E):
+    """Rows of a tile, to whole numbers of which moe.dispatch pads each of E experts that share `rows` rows.
+
+    Small tiles waste fewer rows (half a tile an expert, on average), large ones make better matmuls. On a 2-core
+    CPU a quarter of the mean load is best: 256 of 64, 128, 256 for 1,024 rows an expert, 64 of 32 to 256 for 256
+    rows [measured]. TPU: 256, 3 % of padding and not the 6 % of 512 at the 129B shape; GPU: what one warpgroup
+    accumulates."""
+    most = best(platform).row_tile
+    return most if platform != "cpu" else max(32, min(most, 2 ** ((rows // (4 * E)).bit_length() - 1)))
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -144,20 +154,23 @@ def _divisor(size, unit, most, what):
 
 # -------------------------------------------------------------------------------- linear + softmax + entropy
 
-def cross_entropy(x_TD, head_DV, target_T, impl=None, platform="cpu", chunk=1024):
+def cross_entropy(x_TD, head_DV, target_T, impl=None, platform="cpu", chunk=None):
     """Next-token loss straight from the last hidden state: (nll_T, lse_T), both float32, in nats.
 
     nll is -log softmax(x @ head)[target]; lse, the log of the normaliser, is what a z-loss squares.
     The logits are computed in the input's type and accumulated and normalised in float32. impl:
     "plain"       holds [T,V] logits: 7.8 GiB in float32 for 16,384 tokens of V=128,256
-    "chunked"     `chunk` tokens at a time; the backward pass computes their logits again, 2*D*V FLOPs a token
-    "vocabulary"  `chunk` words at a time for all tokens, from a saved lse; the same extra pass. It adds up the
-                  tokens' gradient, [T,D], where "chunked" adds up the head's, [D,V], both in float32
+    "chunked"     `chunk` (1,024) tokens at a time; the backward pass computes their logits again: 2*D*V FLOPs
+                  more a token
+    "vocabulary"  `chunk` (4,096) words at a time for all tokens, with the same extra pass, from the saved lse. It
+                  adds up the tokens' gradient, [T,D], where "chunked" adds up the head's, [D,V], in float32:
+                  .39 GiB of temporaries against 2.47 and 7.83 for "plain" on a TPU at these sizes [measured: AOT]
     `chunk` need not divide T or V."""
     impl = impl or best(platform).cross_entropy
     (T, D), V = x_TD.shape, head_DV.shape[1]
     if impl not in ("plain", "chunked", "vocabulary"):
         raise ValueError(f"cross_entropy impl={impl!r}: expected 'plain', 'chunked' or 'vocabulary'")
+    chunk = chunk or {"plain": 0, "chunked": 1024, "vocabulary": 4096}[impl]
     if impl == "plain" or impl == "chunked" and T <= chunk or impl == "vocabulary" and V <= chunk:
         return _token_losses(x_TD, head_DV, target_T)
     if impl == "vocabulary":
@@ -301,18 +314,19 @@ def _tiles_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
 # tile_expert is prefetched to scalar memory, so that the block of weights to load is known before the tile is
 # reached. A v4 chip is two cores behind one program ("megacore"): a grid axis marked parallel is split over them.
 
-def _axis_block(size, dtype, what):
-    """Blocks of 1,024 numbers of bfloat16, 512 of float32: (512, 1024, 1024) fills the 16 MiB of fast memory that
-    a kernel gets, and 128-wide blocks load 5 times the bytes [measured: AOT]. A short axis is one block."""
-    most = 2048 // jnp.dtype(dtype).itemsize
+def _axis_block(size, most, dtype, what):
+    """A block along an axis: up to `most` numbers of bfloat16, half as many of float32. With 256 rows, 1280 each
+    way, and 1280 by 640 for the weight gradient, kernels fill the 16 MiB of fast memory of a v4 core; blocks of
+    128 would load 5 times the bytes [measured: AOT]. A short axis is one block."""
+    most = most * 2 // jnp.dtype(dtype).itemsize
     return size if size <= most else _divisor(size, 128, most, f"grouped_matmul impl='pallas_tpu': {what}")
 
 
 def _tpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
     (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
     O, dtype = (D if sideways else F), x_RC.dtype
-    c, o, r = _axis_block(C, dtype, "width of the input"), _axis_block(O, dtype, "width of the output"), R // tiles
-    steps = C // c
+    c, o = _axis_block(C, 1280, dtype, "width of the input"), _axis_block(O, 1280, dtype, "width of the output")
+    r, steps = R // tiles, C // c
 
     def kernel(tile_expert, x, w, y, total):
         @pl.when(pl.program_id(2) == 0)
@@ -347,7 +361,7 @@ def _tpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
 
 def _tpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
     R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape
-    d, f, r = _axis_block(D, x_RD.dtype, "D"), _axis_block(F, x_RD.dtype, "F"), R // tiles
+    d, f, r = _axis_block(D, 1280, x_RD.dtype, "D"), _axis_block(F, 640, x_RD.dtype, "F"), R // tiles
 
     def kernel(tile_expert, x, g, dw, total):
         i = pl.program_id(2)
@@ -394,7 +408,7 @@ def _gpu_kernel(body, out_shape, interpret, *arguments):
     if interpret:
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams      # no public name in 0.10.2
     return plgpu.kernel(
-        body, out_type=out_shape, grid=(2 if interpret else 132,), grid_names=("sm",),      # an H100 or H200 has 132
+        body, out_type=out_shape, grid=(2 if interpret else 132,), grid_names=("sm",),      # as an H200 has
         num_threads=3, thread_name="wg", interpret=InterpretGPUParams() if interpret else None,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*arguments)
@@ -422,14 +436,14 @@ def _gpu_tile(depth, left_spec, right_spec, multiply, out, place):
         return total
 
     return plgpu.emit_pipeline_warp_specialized(
-        step, grid=(depth,), in_specs=[left_spec, right_spec], memory_registers=40, wg_axis="wg", num_compute_wgs=2,
-        max_concurrent_steps=4, compute_context=compute)
+        step, grid=(depth,), in_specs=[left_spec, right_spec], memory_registers=40, wg_axis="wg",
+        num_compute_wgs=2, max_concurrent_steps=4, compute_context=compute)
 
 
-def _gpu_check(tile, dtype, interpret, **sizes):
+def _gpu_check(tile, dtype, **sizes):
     if tile != WARPGROUP or dtype != jnp.bfloat16:
-        raise ValueError(f"grouped_matmul impl='pallas_gpu': expected bfloat16 rows in tiles of {WARPGROUP}, found "
-                         f"{dtype} in tiles of {tile}")
+        raise ValueError(f"grouped_matmul impl='pallas_gpu': expected bfloat16 rows in tiles of {WARPGROUP}, "
+                         f"found {dtype} in tiles of {tile}")
     for name, size in sizes.items():
         _divisor(size, 256, size, f"grouped_matmul impl='pallas_gpu': {name}")
 
@@ -438,7 +452,7 @@ def _gpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
     from jax.experimental.pallas import mosaic_gpu as plgpu
     (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
     r, O = R // tiles, (D if sideways else F)
-    _gpu_check(r, x_RC.dtype, interpret, D=D, F=F)
+    _gpu_check(r, x_RC.dtype, D=D, F=F)
 
     def multiply(total, x, w, half):
         plgpu.wgmma(total, x, plgpu.transpose_ref(w.at[half], (1, 0)) if sideways else w.at[:, half])
@@ -466,7 +480,7 @@ def _gpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
     from jax.experimental.pallas import mosaic_gpu as plgpu
     R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape
     r = R // tiles
-    _gpu_check(r, x_RD.dtype, interpret, D=D, F=F)
+    _gpu_check(r, x_RD.dtype, D=D, F=F)
     tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
     start_E = jnp.cumsum(tiles_E) - tiles_E
 
@@ -599,7 +613,7 @@ def count_reaching(key_LTE, candidate_LCE, impl=None, platform="cpu"):
     signed = lambda x: lax.bitcast_convert_type(x ^ jnp.uint32(1 << 31), jnp.int32)
     once = pl.BlockSpec((None, C, E), lambda l, i: (l, 0, 0))
     return pl.pallas_call(
-        kernel, out_shape=jax.ShapeDtypeStruct((L, C, E), jnp.int32), grid=(L, T // t), interpret=platform == "cpu",
+        kernel, out_shape=jax.ShapeDtypeStruct((L, C, E), jnp.int32), interpret=platform == "cpu", grid=(L, T // t),
         in_specs=[pl.BlockSpec((None, t, E), lambda l, i: (l, i, 0)), once], out_specs=once,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=2 * L * T * C * E, transcendentals=0,

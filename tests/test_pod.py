@@ -100,7 +100,7 @@ def test_ragged_plans_fit_together(capacity):
                 assert (back.start[sender * e + j], back.size[sender * e + j]) == (a, n)
                 assert back.to[sender * e + j] == theirs.start[chunk]
         assert (landed >= 0).sum() == min(capacity, load_SE[:, me * e:(me + 1) * e].sum())
-        assert landed[-1] == -1 and set(tile_expert.tolist()) == set(range(e))
+        assert landed[-1] == -1 and set(range(e)) <= set(tile_expert.tolist())
         assert back.arriving.tolist() == there.size.tolist()
 
 

@@ -19,26 +19,35 @@ CHIPS = {"v4": ("v4:2x2x1", {"chip_config_name": "megacore", "chips_per_host_bou
 T, D, F, E, K, V, S, N, M, H, ROWS = 16_384, 5120, 2560, 16, 4, 128_256, 4096, 40, 10, 128, 65_536
 
 
-def programs(kernels, moe):
+def programs(mesh):
     """name -> (function, shapes of its arguments, useful FLOPs): forward and backward of every kernel."""
     import jax
     import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    import kernels
+    import moe
     half, whole = (lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)), jnp.int32
     index = lambda *shape: jax.ShapeDtypeStruct(shape, whole)
 
     def backward(f, wrt):
         return lambda *args: jax.value_and_grad(lambda *args: jnp.sum(f(*args).astype(jnp.float32)), wrt)(*args)
 
-    def layer(capacity):
+    def layer(exchange):
+        """The whole layer on 4 chips, 16 experts each: tokens and experts are split over the axis "expert"."""
         def f(x, router, gate, up, down):
             p = {"router_DE": router, "gate_EDF": gate, "up_EDF": up, "down_EFD": down}
-            return moe.moe(x, p, jnp.zeros(E), K, platform="tpu", capacity=capacity)[0]
-        return (backward(f, (0, 1, 2, 3, 4)), (half(T, D), jax.ShapeDtypeStruct((D, E), jnp.float32), half(E, D, F),
-                                               half(E, D, F), half(E, F, D)), 18 * T * K * D * F)
+            return moe.parallel_moe(x, p, jnp.zeros(4 * E), K, 0.0, "expert", exchange, 1.25, "tpu")[0]
+        split = PartitionSpec("expert")
+        shared = jax.shard_map(f, mesh=mesh, in_specs=(split, PartitionSpec(), split, split, split), out_specs=split,
+                               check_vma=False)
+        shapes = (half(4 * T, D), jax.ShapeDtypeStruct((D, 4 * E), jnp.float32), half(4 * E, D, F),
+                  half(4 * E, D, F), half(4 * E, F, D))
+        return backward(shared, (0, 1, 2, 3, 4)), shapes, 18 * T * K * D * F
 
     def product(impl, D, F):
         f = backward(lambda x, w, tile: kernels.grouped_matmul(x, w, tile, impl, "tpu"), (0, 1))
-        return f, (half(ROWS, D), half(E, D, F), index(ROWS // 512)), 6 * ROWS * D * F
+        return f, (half(ROWS, D), half(E, D, F), index(ROWS // 256)), 6 * ROWS * D * F
 
     def loss(impl, chunk):
         f = lambda x, head, target: sum(kernels.cross_entropy(x, head, target, impl, "tpu", chunk=chunk))
@@ -58,8 +67,8 @@ def programs(kernels, moe):
         "product up": product("pallas_tpu", D, F),
         "product down": product("pallas_tpu", F, D),
         "product ragged_dot": product("ragged_dot", D, F),
-        "layer capacity 1.25": layer(1.25),
-        "layer dropless": layer(0.0),
+        "layer ring": layer("ring"),
+        "layer ragged": layer("ragged"),
         "loss plain": loss("plain", 0),
         "loss chunked": loss("chunked", 1024),
         "loss vocabulary": loss("vocabulary", 4096),
@@ -79,19 +88,21 @@ def compile_all(chip, names):
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    import kernels
-    import moe
     name, options = CHIPS[chip]
-    one = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices[0]
-    place = NamedSharding(Mesh(np.array([one]), ("data",)), PartitionSpec())
+    four = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    mesh = Mesh(np.array(four[:4]), ("expert",))
     results = {}
-    for name, (f, shapes, useful) in programs(kernels, moe).items():
+    for name, (f, shapes, useful) in programs(mesh).items():
         if names and name not in names:
             continue
         t0 = time.perf_counter()
-        args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in shapes]
-        compiled = jax.jit(f, out_shardings=place).lower(*args).compile()
+        # a kernel runs on one chip; the layer splits tokens and experts, the first axis of all but the router
+        here = mesh if name.startswith("layer") else Mesh(np.array(four[:1]), ("expert",))
+        place = NamedSharding(here, PartitionSpec())
+        split = NamedSharding(here, PartitionSpec("expert"))
+        args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place if s.dtype == np.float32 else split)
+                for s in shapes]
+        compiled = jax.jit(f).lower(*args).compile()
         arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\d+\[([\d,]+)\]", compiled.as_text())}
         results[name] = {
             "flops": compiled.cost_analysis()["flops"] / useful,

@@ -892,7 +892,8 @@ def show_plan(c, t, compile_too=False):
           + ", ".join(f"{axis} {s:.2f} s" for axis, s in p["seconds"].items()))
     for how, seconds in p["step"].items():
         print(f"bound     {how:20s} {seconds:6.2f} s a step, MFU {100 * p['mfu'][how]:.1f} %, "
-              f"{seconds * t.steps / 86_400:.1f} days")
+              + (f"{seconds * t.steps / 86_400:.1f} days" if seconds * t.steps > 2e5 else
+                 f"{seconds * t.steps / 3600:.1f} hours"))
     if t.published:
         print(f"published {t.published}")
     return compile_plan(c, t) if compile_too else 0

@@ -37,7 +37,7 @@ capacity_factor = 1.0               # [cited: marin #4017: 8 to 11 % faster than
 
 batch_size = 2048                   # x 4,096 = 8.4 M tokens [cited: marin #4697]
 steps = 120_332                     # [cited: marin #4697]
-recipe = "v1"                       # AdamH 0.005803, Adam 0.001339, beta2 0.95, eps 3.36e-15 come out of it [derived]
+recipe = "v1"                       # AdamH .005803, Adam .001339, beta2 .95, eps 3.36e-15 come out of it [derived]
 optimizer = "adamh"                 # [cited: marin #4697]
 schedule = "linear"                 # 10 % up, 90 % down to zero [cited: marin #4697]
 warmup = 0.1

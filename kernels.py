@@ -588,26 +588,26 @@ _experts_loop.defvjp(_experts_loop_forward, _experts_loop_backward)
 
 # ------------------------------------------------------------------------------------------ counting scores
 
-def count_reaching(key_LTE, candidate_LCE, impl=None, platform="cpu"):
-    """How many tokens reach each candidate: [L,T,E] and [L,C,E] uint32 -> int32 [L,C,E], key >= candidate.
+def count_reaching(key_LTE, tried_CLE, impl=None, platform="cpu"):
+    """How many tokens reach each tried key: uint32 [L,T,E] and [C,L,E] -> int32 [C,L,E], key >= tried.
 
-    The inner step of quantile balancing (balance.qth_largest decides the bits of an order statistic by such
-    counts). Counting against several candidates while the keys pass by reads them fewer times: C = 15 decides
+    The inner step of quantile balancing: balance.qth_largest decides the bits of an order statistic by such
+    counts. Counting against several candidates while the keys pass by reads them fewer times: C = 15 decides
     4 bits a pass, 8 passes instead of 32. impl: "plain", "pallas_tpu" (interpret mode on platform "cpu")."""
     impl = impl or best(platform).count
     if impl == "plain":
-        return jnp.sum(key_LTE[:, None] >= candidate_LCE[:, :, None], axis=2, dtype=jnp.int32)
+        return jnp.sum(key_LTE >= tried_CLE[:, :, None], axis=2, dtype=jnp.int32)
     if impl != "pallas_tpu":
         raise ValueError(f"count_reaching impl={impl!r}: expected 'plain' or 'pallas_tpu'")
-    (L, T, E), C = key_LTE.shape, candidate_LCE.shape[1]
+    (L, T, E), C = key_LTE.shape, tried_CLE.shape[0]
     t = _divisor(T, 8, 1024, "count_reaching impl='pallas_tpu': tokens") if T > 1024 else T
 
-    def kernel(key, candidate, count):
+    def kernel(key, tried, count):
         @pl.when(pl.program_id(1) == 0)
         def _():
             count[...] = jnp.zeros_like(count)
         for c in range(C):
-            reached_tE = key[...] >= candidate[c:c + 1, :]
+            reached_tE = key[...] >= tried[c:c + 1, :]
             count[c:c + 1, :] += jnp.sum(reached_tE.astype(jnp.int32), axis=0, keepdims=True)
 
     # TPUs compare signed integers: turning the top bit keeps the order
@@ -620,7 +620,7 @@ def count_reaching(key_LTE, candidate_LCE, impl=None, platform="cpu"):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=2 * L * T * C * E, transcendentals=0,
                                       bytes_accessed=4 * L * E * (T + 2 * C)),
-    )(signed(key_LTE), signed(candidate_LCE))
+    )(signed(key_LTE), signed(tried_CLE).swapaxes(0, 1)).swapaxes(0, 1)
 
 
 # ------------------------------------------------------------------------------------------ python kernels.py

@@ -160,22 +160,22 @@ def test_counting_several_candidates_at_once(shape, candidates):
     L, T, E = shape
     whole = lambda *shape: jnp.asarray(rng.integers(0, 2**32, shape, np.uint32))
     key = whole(L, T, E).at[0, 0].set(0).at[0, 1].set(2**32 - 1)
-    candidate = whole(L, candidates, E).at[0, 0].set(key[0, 2])                  # ">=": equal keys count
-    got = kernels.count_reaching(key, candidate, "pallas_tpu")
-    assert (got == kernels.count_reaching(key, candidate, "plain")).all()
-    assert (got == np.sum(np.asarray(key)[:, None] >= np.asarray(candidate)[:, :, None], axis=2)).all()
+    tried = whole(candidates, L, E).at[0, 0].set(key[0, 2])                      # ">=": equal keys count
+    got = kernels.count_reaching(key, tried, "pallas_tpu")
+    assert (got == kernels.count_reaching(key, tried, "plain")).all()
+    assert (got == np.sum(np.asarray(key) >= np.asarray(tried)[:, :, None], axis=2)).all()
 
 
 def test_four_bits_a_pass_select_what_balance_selects():
     import balance
     x, valid, q = normal(3, 200, 6), jnp.asarray(rng.random(200) < 0.8), jnp.int32(37)
     key = jnp.where(valid[None, :, None], balance._sortable(x), 0)
-    best = jnp.zeros((3, 1, 6), jnp.uint32)
+    best = jnp.zeros((3, 6), jnp.uint32)
     for shift in range(28, -1, -4):
-        candidate = best | (jnp.arange(1, 16, dtype=jnp.uint32)[None, :, None] << shift)
-        reached = kernels.count_reaching(key, candidate, "pallas_tpu") >= q
-        best |= jnp.sum(reached, axis=1, keepdims=True, dtype=jnp.uint32) << shift
-    assert (balance._unsortable(best[:, 0]) == balance.qth_largest(x, valid, q)).all()
+        tried = best | (jnp.arange(1, 16, dtype=jnp.uint32)[:, None, None] << shift)
+        reached = kernels.count_reaching(key, tried, "pallas_tpu") >= q
+        best |= jnp.sum(reached, axis=0, dtype=jnp.uint32) << shift
+    assert (balance._unsortable(best) == balance.qth_largest(x, valid, q)).all()
 
 
 def test_an_unknown_implementation_is_an_error():

@@ -61,7 +61,7 @@ def programs(mesh):
         return (backward(xla if impl == "xla" else f, (0, 1, 2)),
                 (half(2, S, N, H), half(2, S, M, H), half(2, S, M, H), index(2, S)), 12 * 2 * S * S * N * H)
 
-    count = lambda key, candidate: kernels.count_reaching(key, candidate, None, "tpu")
+    count = lambda key, tried: kernels.count_reaching(key, tried, None, "tpu")
     unsigned = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.uint32)
     return {
         "product up": product("pallas_tpu", D, F),
@@ -75,7 +75,7 @@ def programs(mesh):
         "attention xla": attention("xla", S),
         "attention splash": attention("splash", S),
         "attention splash window": attention("splash", S // 2),
-        "count": (count, (unsigned(48, T, 64), unsigned(48, 15, 64)), 2 * 48 * T * 15 * 64),
+        "count": (count, (unsigned(48, T, 64), unsigned(15, 48, 64)), 2 * 48 * T * 15 * 64),
     }
 
 

@@ -1,5 +1,9 @@
 """Many devices: the mesh, expert parallelism against one device, the plan, and the programs for real pods."""
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -239,3 +243,19 @@ def test_misplaced_collectives_are_named():
                   x._replace(times=1, scope="jit(train_step)/mul")):
         assert train.misplaced(None, [wrong]) == [wrong]
         assert not train.misplaced(None, [wrong._replace(received=1000.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in sorted((ROOT / "configs").glob("*.py"))
+                                  if 'topology = "v' in p.read_text() or "_d" in p.stem], ids=lambda p: p.stem)
+def test_every_config_compiles_for_its_topology(path):
+    """The whole step through the TPU compiler, one period of layers deep: the scan makes the program the same at
+    any depth, and only what is held per layer (state, layer inputs: --plan) grows. Full depth: see LOG.md."""
+    pytest.importorskip("libtpu")
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), str(path), "--plan", "--compile",
+                           "--num_layers=4"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "verdict   fits; every collective is where it should be" in done.stdout
+    executed = float(re.search(r"executes ([\d.]+) x", done.stdout)[1])
+    assert 0.9 < executed < 1.40, executed

@@ -855,16 +855,21 @@ def traffic(c, t, size):
 
 
 def axis_rates(chip, slices, shape, size):
-    """Bytes a second that a chip can receive along each mesh axis: two directions of each torus axis that the
-    mesh axis fills, one link where it fills only a part of one, the data center's network between slices."""
-    left, rate = list(shape), {}
+    """Bytes a second that a chip can receive along each mesh axis: both directions of each torus axis that the
+    mesh axis fills, one link along a part of a torus axis, the data center's network between slices."""
+    rate, left = {}, [(length, 2 if length > 2 else 1) for length in shape]         # (chips in a row, links)
     for axis in reversed(MESH):
         n = size[axis] // (slices if axis == "replica" else 1)
-        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k) if math.prod(s) == n)
-        fills = next(sets, ())
-        rate[axis] = chip.link * (sum(2 if length > 2 else 1 for length in fills) or 1)
-        for length in fills:
-            left.remove(length)
+        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k)
+                if math.prod(length for length, _ in s) == n)
+        if fills := next(sets, None):
+            rate[axis] = chip.link * max(1, sum(links for _, links in fills))
+            for dimension in fills:
+                left.remove(dimension)
+        else:
+            rate[axis] = chip.link
+            if part := next((d for d in left if d[0] % n == 0), None):
+                left[left.index(part)] = part[0] // n, 0
     return rate | ({"replica": chip.outside} if slices > 1 else {})
 
 

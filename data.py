@@ -778,15 +778,14 @@ def _shares(weights, rows):
     return np.floor(edges * rows + 0.5).astype(np.int64)
 
 
-def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
+def windows_at(mixture, step, batch_size, seq_len, seed, rows=None):
+    """What the rows of a step's batch are made of: source_B and window_B, a pure function of its arguments.
 
-    rows: slice or range of the rows this process feeds, default all batch_size. The windows of a source come
-    once per epoch, in another order each epoch; a tail of its stream shorter than a window never does.
-    """
+    Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a source
+    come once per epoch, in another order each epoch; a tail of its stream shorter than a window never does."""
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block)
-    source_B, index_B = np.zeros_like(row_B), np.zeros_like(row_B)
+    source_B, index_B, window_B = (np.zeros_like(row_B) for _ in range(3))
     for block in np.unique(block_B):
         before, after = (_shares(mixture.weights, (block + i) * mixture.block) for i in (0, 1))
         rows_K = np.diff(after - before)
@@ -798,13 +797,21 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
         index = np.concatenate([np.arange(first, first + n) for first, n in zip(np.diff(before), rows_K)])[order]
         here = block_B == block
         source_B[here], index_B[here] = source[place_B[here]], index[place_B[here]]
-    windows = np.zeros((len(row_B), seq_len + 1), np.int32)
     for k in np.unique(source_B):
-        stream, of_k = mixture.sources[k].train, np.flatnonzero(source_B == k)
-        count = (stream.tokens - 1) // seq_len
+        of_k, count = np.flatnonzero(source_B == k), (mixture.sources[k].train.tokens - 1) // seq_len
         epoch, index = np.divmod(index_B[of_k], count)
-        for row, window in zip(of_k, shuffled(index, count, _key(seed, k + 1, epoch))):
-            windows[row] = stream.read(int(window) * seq_len, seq_len + 1)
+        window_B[of_k] = shuffled(index, count, _key(seed, k + 1, epoch))
+    return source_B, window_B
+
+
+def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
+    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
+
+    rows: slice, range or array of the rows this process feeds, default all batch_size."""
+    source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
+    windows = np.zeros((len(source_B), seq_len + 1), np.int32)
+    for row, (source, window) in enumerate(zip(source_B, window_B)):
+        windows[row] = mixture.sources[source].train.read(int(window) * seq_len, seq_len + 1)
     return _batch(windows, mixture.tokenizer.eot)
 
 

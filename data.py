@@ -399,6 +399,8 @@ def _becomes(out):
         except OSError:
             if not out.is_dir():         # else another process made the same and was faster: theirs will do
                 raise
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); nothing half done is left") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

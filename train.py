@@ -581,20 +581,18 @@ class Checkpoints:
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 
     def steps(self):
-        """Of all checkpoints, sound or not, newest first."""
-        names = (path.name for path in self.folder.iterdir()) if self.folder.exists() else ()
-        return sorted((int(name) for name in names if re.fullmatch("[0-9]+", name)), reverse=True)
+        """Of all checkpoints that were committed, sound or not, newest first."""
+        found = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)
+                       and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
     def newest(self):
         return max(self.steps(), default=None)
 
     def proof(self, step):
-        """What was written beside the arrays. Raises ValueError if it is not whole, or the commit mark is gone."""
-        folder = self.folder / str(step)
-        if not self.ocp.utils.is_checkpoint_finalized(folder) or not (folder / "commit_success.txt").exists():
-            raise ValueError("no commit mark: it was never finished")
+        """What was written beside the arrays. Raises ValueError if it is not whole."""
         try:
-            record = json.loads((folder / "proof" / "metadata").read_text())
+            record = json.loads((self.folder / str(step) / "proof" / "metadata").read_text())
             proof, found = record["proof"], zlib.crc32(json.dumps(record["proof"], sort_keys=True).encode())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"its proof cannot be read ({one_line(error)})") from None
@@ -817,7 +815,7 @@ class Log:
         write_rows(self.file, kept)
         self.ema = kept[-1]["ema"] if kept else None
         self.in_row, self.skipped = 0, sum(row.get("skipped", 0) for row in kept)
-        self.device = mesh.devices.flat[0]
+        self.device = mesh.local_devices[0]
         self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * mesh.size
         self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
         self.pending, self.since = [], time.perf_counter()
@@ -838,7 +836,8 @@ class Log:
         finite = lambda x: x if math.isfinite(x) else None                  # JSON knows no nan
         row = {"step": step, "loss": finite(loss), "ema": self.ema, "gnorm": finite(gnorm),
                "skipped": sum(int(r["skipped"]) for r in rows),
-               "lr": self.rates.hyper_lr * float(last["lr_share"]), "adam_lr": self.rates.adam_lr * float(last["lr_share"]),
+               "lr": self.rates.hyper_lr * float(last["lr_share"]),
+               "adam_lr": self.rates.adam_lr * float(last["lr_share"]),
                "tokens": step * self.tokens, "flops": step * self.tokens * self.count.flops_per_token,
                "tokens_per_second": speed, "seconds": seconds, "steps": len(rows), "time": time.time()}
         if self.c.num_experts:
@@ -956,8 +955,9 @@ def report(run):
 def say(line):
     """Print a line to stdout without tearing the progress bar on stderr."""
     from tqdm import tqdm
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    if leads():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -1123,8 +1123,8 @@ def introduce(c, t, mesh, mixture):
         f"sha256 {mixture.sha256[:12]}")
     say(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
         f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, "
-        f"commit {git_commit()}")
+    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes {jax.process_count()}, "
+        f"jax {jax.__version__}, commit {git_commit()}")
 
 
 def conclude(c, t, run, mixture, domains):
@@ -1202,10 +1202,11 @@ def meet_peers(flags, t):
     named = [flags[key] for key in ("coordinator", "processes", "process") if key in flags]
     if named:
         if len(named) < 3 or not (named[1] + named[2]).isdecimal() or not int(named[2]) < int(named[1]):
-            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, with I from "
-                              f"0 to N-1, found {' '.join(named)}")
-        jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))        # of each process
-        jax.distributed.initialize(named[0], *map(int, named[1:]), heartbeat_timeout_seconds=t.heartbeat_seconds)
+            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I from 0 to "
+                              f"N-1, found {' '.join(named)!r}")
+        jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))
+        jax.distributed.initialize(named[0], int(named[1]), int(named[2]),
+                                   heartbeat_timeout_seconds=t.heartbeat_seconds)
         jax.devices()               # so that make_mesh takes these, and does not ask for its own
     elif glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*") and importlib.util.find_spec("libtpu"):
         jax.distributed.initialize(heartbeat_timeout_seconds=t.heartbeat_seconds)

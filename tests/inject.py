@@ -1,4 +1,4 @@
-"""Runs train.py as a shell would, with one fault in it:    python tests/inject.py FAULT=WHEN CONFIG [--key=value ...]
+"""Runs train.py with one fault in it:      python tests/inject.py FAULT=WHEN CONFIG [--key=value ...]
 
 The program is untouched: a fault sits in a function of data.py, of orbax or of the standard library that train.py
 calls, and strikes at its WHEN-th call. tests/test_faults.py lists what must come of each."""

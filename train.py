@@ -1202,8 +1202,8 @@ def meet_peers(flags, t):
     named = [flags[key] for key in ("coordinator", "processes", "process") if key in flags]
     if named:
         if len(named) < 3 or not (named[1] + named[2]).isdecimal() or not int(named[2]) < int(named[1]):
-            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, 0 <= I < N, "
-                              f"found {' '.join(named)!r}")
+            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I < N, found "
+                              f"{' '.join(named)!r}")
         jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))
         jax.distributed.initialize(named[0], int(named[1]), int(named[2]),
                                    heartbeat_timeout_seconds=t.heartbeat_seconds)

@@ -15,7 +15,7 @@ from test_faults import ENVIRONMENT, command, config, events, go, marks, saved_s
 from test_train import text                                                                 # noqa: F401
 
 pytestmark = pytest.mark.slow
-LOST = 75, -signal.SIGABRT      # how a survivor ends: gloo reports the closed connection, or jax the lost heartbeat
+LOST = 75, -signal.SIGABRT      # how a survivor ends: gloo reports a closed connection, or jax a lost heartbeat
 
 
 def free_port():
@@ -31,8 +31,8 @@ class Cluster:
         address, self.log = f"localhost:{free_port()}", [run.parent / f"{run.name}-{i}.log" for i in range(n)]
         self.processes = [
             subprocess.Popen(command(config, run, *(fault if i == n - 1 else ()), keys=[
-                f"--coordinator={address}", f"--processes={n}", f"--process={i}", "--heartbeat_seconds=10", *keys]),
-                env=ENVIRONMENT, stdout=open(self.log[i], "w"), stderr=subprocess.STDOUT) for i in range(n)]
+                f"--coordinator={address}", f"--processes={n}", f"--process={i}", "--heartbeat_seconds=10",
+                *keys]), env=ENVIRONMENT, stdout=open(self.log[i], "w"), stderr=subprocess.STDOUT) for i in range(n)]
 
     def ends(self):
         try:

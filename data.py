@@ -320,7 +320,14 @@ def _wheel_sources(rest, cache):
     sizes = {name: wheel.getinfo(name).file_size for name in wheel.namelist() if name.endswith(SOURCE_LIKE)}
     for name, size in sizes.items():     # zipfile reads no more than this, whatever the archive unpacks to
         _check(size < 1 << 28, f"pip:{rest}: expected source files below 256 MiB, found {name} of {size:,} bytes")
-    return _decoded(map(wheel.read, sorted(sizes)))
+
+    def member(name):
+        try:
+            return wheel.read(name)
+        except Exception as error:       # whatever zipfile and zlib can raise about damage
+            raise DataError(f"pip:{rest}: {name[:80]!r} is damaged ({type(error).__name__}); delete "
+                            f"{cache}/wheels/{requirement} and run again") from None
+    return _decoded(map(member, sorted(sizes)))
 
 
 def _decoded(blobs):
@@ -522,8 +529,8 @@ def _manifest(folder):
     try:
         manifest = json.loads(path.read_text())
         version = manifest["request"]["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: broken ({error!r}); delete {folder} and prepare it again") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: broken ({repr(error)[:80]}); delete {folder} and prepare it again") from None
     _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version}; prepare it again")
     return manifest
 

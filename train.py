@@ -178,7 +178,7 @@ def load_config(path, overrides=()):
         key, text = match.groups()
         try:
             value = text if KEYS.get(key) is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except Exception:               # whatever is no Python literal is a word
             value = text
         values[key] = check(key, value, "command line")
     values.setdefault("run_dir", "")
@@ -594,7 +594,7 @@ class Checkpoints:
         try:
             record = json.loads((self.folder / str(step) / "proof" / "metadata").read_text())
             proof, found = record["proof"], zlib.crc32(json.dumps(record["proof"], sort_keys=True).encode())
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"its proof cannot be read ({one_line(error)})") from None
         if found != record.get("crc32") or proof["step"] != step:
             raise ValueError("its proof has been altered")
@@ -710,7 +710,7 @@ def read_rows(path):
     """The rows of a .jsonl file; a line that a crash cut short or that is damaged is left out."""
     rows = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
 
@@ -779,7 +779,7 @@ def check_run(c, t, mixture, checkpoints):
             pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items()]
             pairs += [(k, old["train"].get(k), now["train"][k]) for k in FIXED]
             pairs += [("data", old["data"], now["data"])]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
                           f"choose another --run_dir") from None
     if old is not None:
@@ -1202,8 +1202,8 @@ def meet_peers(flags, t):
     named = [flags[key] for key in ("coordinator", "processes", "process") if key in flags]
     if named:
         if len(named) < 3 or not (named[1] + named[2]).isdecimal() or not int(named[2]) < int(named[1]):
-            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I < N, found "
-                              f"{' '.join(named)!r}")
+            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I below N, "
+                              f"found {' '.join(named)!r}")
         jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))
         jax.distributed.initialize(named[0], int(named[1]), int(named[2]),
                                    heartbeat_timeout_seconds=t.heartbeat_seconds)

@@ -7,9 +7,8 @@ tests, FUZZ_CASES in the slow ones. Needs hypothesis (pip install hypothesis); w
 import gzip
 import json
 import math
-import os
+import re
 import resource
-import shutil
 import signal
 import struct
 import zipfile
@@ -34,7 +33,7 @@ SECONDS, BYTES = 20, 3 << 30            # that one case may take: no hang, no un
 # ------------------------------------------------------------------------------------------------------- damage
 
 TOKENS = [b"", b"\x00", b"\xff\xfe", b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"x"',
-          b"99999999999999999999", b"\n", b",", b'"', b"[" * 2000, b"(" * 300, b"-" * 5000, "é".encode(), b"../..", b"/etc",
+          b"99999999999999999999", b"\n", b",", b'"', b"[" * 2000, b"(" * 300, b"-" * 5000, "é".encode(), b"../..",
           struct.pack("<i", -1), struct.pack("<q", 2**62), struct.pack("<i", 20240801)]
 EDIT = st.tuples(st.sampled_from(["flip", "cut", "insert", "replace", "delete", "repeat"]),
                  st.floats(0, 1, exclude_max=True), st.integers(0, 2**16), st.sampled_from(TOKENS))
@@ -61,7 +60,7 @@ def damaged(blob, edits):
 
 
 LEAF = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.integers(-2**70, 2**70), st.floats(),
-                 st.text(max_size=5), st.sampled_from([[], {}, "train-00000.bin", "../x", "<u2", ">f8", "O", "V0"]))
+                 st.text(max_size=5), st.sampled_from([[], {}, "train-00000.bin", "../x", "<u2", ">f8", "O"]))
 CHANGE = st.tuples(st.integers(0, 2**16), st.sampled_from(["set", "drop", "wrap"]), LEAF)
 
 
@@ -124,8 +123,9 @@ def foreign(folder, kind):
     if kind == "megatron":
         (folder / "m.bin").write_bytes(ids.tobytes())
         lengths = np.array([1000, 2000], "<i4")
-        (folder / "m.idx").write_bytes(struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 2, 3) + lengths.tobytes()
-                                       + np.array([0, 2000], "<i8").tobytes() + np.arange(3, dtype="<i8").tobytes())
+        (folder / "m.idx").write_bytes(
+            struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 2, 3) + lengths.tobytes()
+            + np.array([0, 2000], "<i8").tobytes() + np.arange(3, dtype="<i8").tobytes())
         source = f"megatron:{folder}/m"
     else:
         head = struct.pack("<3i", 20240520, 1, len(ids)).ljust(1024, b"\0") if kind == "llmc" else b""
@@ -154,7 +154,7 @@ def prepared(folder):
 
 def vocabulary(tok, _):
     ids = tok.encode("abc é")
-    return tok.decode(ids) == "abc é" and tok.vocab_size > tok.eot >= len(tok.pieces) and max(ids) < tok.vocab_size
+    return tok.decode(ids) == "abc é" and len(tok.pieces) <= tok.eot < tok.vocab_size > max(ids)
 
 
 def a_wheel(folder):
@@ -194,8 +194,8 @@ def make(name, folder):
         return Format(folder / f"m{name[-4:]}", read, in_vocabulary)
     if name.startswith("prepared"):
         corpus, read, the_same = prepared(folder)
-        path = {"prepared manifest.json": "manifest.json", "prepared shard": "train-00000.bin",
-                "prepared tokenizer": "tokenizer.tiktoken", "prepared tokenizer.json": "tokenizer.tiktoken.json"}[name]
+        path = {"manifest.json": "manifest.json", "shard": "train-00000.bin", "tokenizer": "tokenizer.tiktoken",
+                "tokenizer.json": "tokenizer.tiktoken.json"}[name.partition(" ")[2]]
         return Format(corpus / path, read, the_same)
     if name.startswith("text"):
         kind, lines = name.partition(" ")[2], [f"text {i} of é" * 5 for i in range(30)]
@@ -276,13 +276,9 @@ def make(name, folder):
         path, arguments = folder / "r.json", ["register", "moe_v16", "--method", "parabola", "--x", "params",
                                               "--asymptote", "1.6", "--draws", "2", "--target", "1e23"]
         assert scaling.main([*arguments, "--eval", "Paloma macro", "--out", str(path)]) == 0
-        return Format(path, lambda: scaling.score(path, loss=2.2), lambda result, blob: json.loads(blob) == good(path))
+        good = json.loads(path.read_text())
+        return Format(path, lambda: scaling.score(path, loss=2.2), lambda _, blob: json.loads(blob) == good)
     raise KeyError(name)
-
-
-def good(path, kept={}):
-    """The registration as it was: whatever is scored must be that."""
-    return kept.setdefault(str(path), json.loads(Path(path).read_text()))
 
 
 def tiny(folder):
@@ -293,8 +289,8 @@ def tiny(folder):
 
 BINARY = ["nanogpt", "llmc", "olmo", "megatron .bin", "megatron .idx", "prepared shard", "wheel"]
 TEXTUAL = ["prepared manifest.json", "prepared tokenizer", "prepared tokenizer.json", "tiktoken", "text .txt",
-           "text .jsonl", "text .jsonl.gz", "text .txt.zst", "text .parquet", "config", "metrics", "run config.json",
-           "checkpoint proof", "run table .csv", "run result.json", "registration"]
+           "text .jsonl", "text .jsonl.gz", "text .txt.zst", "text .parquet", "config", "metrics",
+           "run config.json", "checkpoint proof", "run table .csv", "run result.json", "registration"]
 JSON = [n for n in TEXTUAL if "json" in n and "jsonl" not in n or n in ("registration", "checkpoint proof")]
 
 
@@ -349,8 +345,8 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_right(name, cases, tmp_pa
 def test_config_values_from_the_command_line(cases, tmp_path):
     tiny(tmp_path)
     keys = st.sampled_from(sorted(train.KEYS) + ["stepz", "", "é"])
-    values = st.one_of(st.text(max_size=20), LEAF.map(repr), st.sampled_from(["(" * 300, "-" * 9000, "{[]: 1}", "1_0",
-                       "b'x'", "()", "((),)", "(('a', 1.0),)", "0x10", "1e400", "nan", "None", "''"]))
+    values = st.one_of(st.text(max_size=20), LEAF.map(repr), st.sampled_from(["(" * 300, "-" * 9000, "{[]: 1}",
+                       "1_0", "b'x'", "()", "((),)", "(('a', 1.0),)", "0x10", "1e400", "nan", "None", "''"]))
 
     @settings(max_examples=cases, deadline=None, database=None, derandomize=True,
               suppress_health_check=list(HealthCheck))
@@ -367,8 +363,8 @@ def test_config_values_from_the_command_line(cases, tmp_path):
 
 @pytest.mark.parametrize("cases", CASES)
 def test_the_words_of_the_command_line(cases):
-    words = st.one_of(st.text(max_size=8), st.sampled_from(["--sample", "--replay", "--replay=", "--process", "--", "-",
-                      "--coordinator=x", "--processes=2", "--process=0", "--steps=3"]))
+    words = st.one_of(st.text(max_size=8), st.sampled_from(["--sample", "--replay", "--replay=", "--process", "--",
+                      "-", "--coordinator=x", "--processes=2", "--process=0", "--steps=3"]))
 
     @settings(max_examples=cases, deadline=None, database=None, derandomize=True,
               suppress_health_check=list(HealthCheck))
@@ -387,8 +383,7 @@ def test_no_member_of_an_archive_leaves_its_folder_and_nothing_is_run(tmp_path):
     assert sorted(p for p in tmp_path.rglob("*")) == before and not (tmp_path.parent / "escaped.py").exists()
     for file in ("data.py", "train.py", "scaling.py"):
         source = (Path(data.__file__).parent / file).read_text()
-        assert "pickle" not in source.replace("allow_pickle=False", "") and "extractall" not in source
-        assert "eval(" not in source.replace("literal_eval(", "").replace("ast.literal_eval", "") or file != "data.py"
+        assert not re.search(r"pickle|extractall|np\.load\(|(?<!literal_)(?<!\w)(eval|exec)\(", source), file
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path):

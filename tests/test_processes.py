@@ -29,10 +29,12 @@ class Cluster:
 
     def __init__(self, config, run, n, *fault, keys=()):
         address, self.log = f"localhost:{free_port()}", [run.parent / f"{run.name}-{i}.log" for i in range(n)]
-        self.processes = [
-            subprocess.Popen(command(config, run, *(fault if i == n - 1 else ()), keys=[
-                f"--coordinator={address}", f"--processes={n}", f"--process={i}", "--heartbeat_seconds=10",
-                *keys]), env=ENVIRONMENT, stdout=open(self.log[i], "w"), stderr=subprocess.STDOUT) for i in range(n)]
+        self.processes = []
+        for i in range(n):
+            words = command(config, run, *(fault if i == n - 1 else ()), keys=[
+                f"--coordinator={address}", f"--processes={n}", f"--process={i}", "--heartbeat_seconds=10", *keys])
+            self.processes.append(subprocess.Popen(words, env=ENVIRONMENT, stdout=open(self.log[i], "w"),
+                                                   stderr=subprocess.STDOUT))
 
     def ends(self):
         try:

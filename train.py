@@ -1051,8 +1051,9 @@ def train(c, t):
         state, signal_number = loop(c, t, mesh, mixture, state, save, log, hold_out, alive)
         if failed := checkpoints.settle():
             note("save_failed", why=failed)
-            raise TryAgain(f"the last checkpoint could not be written ({failed}); the older ones are there, and "
-                           f"the same command goes on from them")
+        if checkpoints.at != int(state.step):
+            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones are "
+                           f"there, and the same command goes on from them")
         if signal_number:
             note("stopped", signal=signal_number, step=int(state.step))
             say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on")

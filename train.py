@@ -3,6 +3,8 @@
 Run:  python train.py configs/smoke.py [--key=value ...]     train, evaluate, sample, draw; resumes by itself
       python train.py configs/smoke.py --sample --prompt="ROMEO."           continue a text from a checkpoint
       python train.py configs/moe_129b.py --plan [--compile]        what it costs; through the TPU's compiler too
+      python train.py configs/smoke.py --replay 120                        what was in the batch of step 120
+      ... --coordinator=HOST:PORT --processes=N --process=I      one of N processes; a TPU pod needs no flags
       python train.py --help                                               every key, its default, its meaning
 Read: main (the table of contents) is last; before it, in its order: config, mesh, optimizer, step, checkpoint,
 evaluation, sampling, the log, the report, the plan.
@@ -15,7 +17,11 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import faulthandler
+import fcntl
 import functools
+import glob
+import importlib.util
 import inspect
 import itertools
 import json
@@ -24,11 +30,14 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +63,15 @@ class ConfigError(ValueError):
 
 
 class Halted(RuntimeError):
-    """Training must not go on. main prints it as one line and exits with 3."""
+    """Training must not go on: updates without end that are not finite. One line, exit code 3."""
+
+
+class Unsound(RuntimeError):
+    """There are checkpoints and none can be trusted. Nothing has been touched. One line, exit code 4."""
+
+
+class TryAgain(RuntimeError):
+    """What failed may work the next time, and what was saved is sound. One line, exit code 75 (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,15 @@ class TrainConfig:
     eval_every: int = 200               # steps between evaluations; the last step always is one
     eval_tokens: int = 32_768           # of each held-out domain, but all of it at the end
     save_every: int = 500               # steps between checkpoints; the last step always is one
+    save_minutes: float = 0.0           # and after so many minutes, at the next log line; 0 is off
     keep: int = 2                       # newest checkpoints that are kept
+    keep_every: int = 0                 # a checkpoint at every multiple of this step is kept for good; 0 is none
+    checkpoint_dir: str = ""            # where they are kept, also gs://BUCKET/PATH; "" is run_dir/checkpoints
+    max_skips: int = 5                  # updates skipped in a row (see `guard`) that end the run
+    skip_sigma: float = 0.0             # also skip a loss or gradient norm so many sigma high; 0 is off: a spike
+    #                                     is a symptom, and skipping cured none for Marin [cited: marin #1368]
+    stuck_minutes: float = 60.0         # without a step done: print all stacks, exit with 75; 0 is off
+    heartbeat_seconds: int = 100        # without a sign of life: a peer is lost, and all others stop
     prompt: str = "\n"                  # how the sample begins
     sample_tokens: int = 200            # length of the sample; 0 is no sample
     temperature: float = 0.8            # of the sample; 0 takes the likeliest token
@@ -103,12 +128,13 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
         for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "keep", "replicas", "expert_parallel"):
+                    "keep", "replicas", "expert_parallel", "max_skips", "heartbeat_seconds"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
                            "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
-        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature"):
+        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature",
+                    "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         for key in ("warmup", "decay", "min_lr_ratio"):
             need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
@@ -159,7 +185,7 @@ def load_config(path, overrides=()):
         key, text = match.groups()
         try:
             value = text if KEYS.get(key) is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except Exception:               # whatever is no Python literal is a word
             value = text
         values[key] = check(key, value, "command line")
     values.setdefault("run_dir", "")
@@ -386,13 +412,34 @@ class State(NamedTuple):
     params: dict                # float32, the tree of model.table
     opt: typing.Any             # optax state
     bias_LE: jax.Array          # float32, the balancing bias in use: the only one there is
+    recent_2W: jax.Array        # float32, loss and gradient norm of the last W steps, a ring; -1 is not yet
+
+
+WINDOW = 128                    # W: what `guard` compares a step with [cited: OLMo-core's SkipStepOptimizer]
+
+
+def guard(t, state, loss, gnorm):
+    """Whether a step's update may be taken, and the new recent_2W.
+
+    What is not finite never may. With skip_sigma, neither may a loss or gradient norm more than so many standard
+    deviations above its mean over the last W steps, once half of them are known. Outliers enter the window, so
+    a new level is accepted in time instead of being skipped for ever."""
+    now_2, recent = jnp.stack([loss, gnorm]), state.recent_2W
+    good = finite = jnp.all(jnp.isfinite(now_2))
+    if t.skip_sigma:
+        known = recent >= 0
+        count_2 = jnp.maximum(known.sum(1), 2)
+        mean_2 = jnp.where(known, recent, 0).sum(1) / count_2
+        sigma_2 = jnp.sqrt(jnp.where(known, recent - mean_2[:, None], 0) ** 2 @ jnp.ones(WINDOW) / (count_2 - 1))
+        good &= jnp.all((count_2 < WINDOW // 2) | (now_2 <= mean_2 + t.skip_sigma * sigma_2))
+    return good, jnp.where(finite, recent.at[:, state.step % WINDOW].set(now_2), recent)
 
 
 def make_state(c, t, key):
     params = model.init(c, key)
     experts = max(1, c.num_experts)             # a dense model keeps one idle column: orbax refuses empty arrays
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
-                 jnp.zeros((c.num_layers, experts), jnp.float32))
+                 jnp.zeros((c.num_layers, experts), jnp.float32), -jnp.ones((2, WINDOW), jnp.float32))
 
 
 def specs_by_name(c):
@@ -409,7 +456,7 @@ def state_shardings(c, t, mesh):
     # optax nests the weights' tree, group by group: the path of a moment ends in the path of its weight
     opt = jax.tree_util.tree_map_with_path(
         lambda path, _: by_name.get(model.path_name(path).partition("/")[2], Spec()), abstract.opt)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), State(Spec(), specs, opt, Spec()),
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), State(Spec(), specs, opt, Spec(), Spec()),
                         is_leaf=lambda x: isinstance(x, Spec))
 
 
@@ -457,19 +504,33 @@ def make_train_step(c, t, mesh):
         grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"gnorm": optax.tree.norm(grads), "lr_share": lr_share(t, state.step)}
-        return State(state.step + 1, params, opt, bias_LE), metrics
+        gnorm = optax.tree.norm(grads)
+        good, recent_2W = guard(t, state, metrics["loss"], gnorm)
+        # XLA fuses this choice into the update itself, so it costs no pass over memory
+        params, opt, bias_LE = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt, bias_LE),
+                                            (state.params, state.opt, state.bias_LE))
+        metrics |= {"gnorm": gnorm, "lr_share": lr_share(t, state.step), "skipped": ~good}
+        return State(state.step + 1, params, opt, bias_LE, recent_2W), metrics
 
     shardings = state_shardings(c, t, mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, Spec())))
 
 
+def rows_here(batch_size, mesh, accumulate=1):
+    """Which rows of the global batch this process feeds to its devices, microbatch by microbatch: [rows]."""
+    shape = (accumulate, batch_size // accumulate)
+    places = NamedSharding(mesh, Spec(None, MESH)).addressable_devices_indices_map(shape).values()
+    mine = sorted({row for _, rows in places for row in range(shape[1])[rows]})
+    return np.arange(batch_size).reshape(shape)[:, mine].reshape(-1)
+
+
 def put(batch, mesh, accumulate=1):
-    """A numpy data.Batch as a dict of device arrays [A,B/A,S], each device holding its own rows."""
+    """This process's rows of a data.Batch as a dict of global arrays [A,B/A,S], on the devices they belong to."""
     arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
               "weights": batch.weights_BS.astype(np.float32)}
     sharding = NamedSharding(mesh, Spec(None, MESH))
-    return {k: jax.device_put(v.reshape(accumulate, -1, v.shape[-1]), sharding) for k, v in arrays.items()}
+    return {k: jax.make_array_from_process_local_data(sharding, v.reshape(accumulate, -1, v.shape[-1]))
+            for k, v in arrays.items()}
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -496,11 +557,13 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
     """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}}, and their
     unweighted mean as "macro". Bits per byte compare across tokenizers; nats per token do not."""
     rows = t.batch_size // t.accumulate
+    here = rows_here(rows, mesh)
     domains = {}
     for name, stream in mixture.heldout.items():
         sums = np.zeros(3)
         for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
-            sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, put(batch, mesh))])
+            batch = put(data.Batch(*(array[here] for array in batch)), mesh)
+            sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, batch)])
         nats, tokens, size = sums
         domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size,
                          "tokens": int(tokens), "bytes": int(size)}
@@ -546,64 +609,224 @@ def leaves_by_name(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def fingerprint(x):
+    """32 bits of an array's bits and their places: exact, and the same however the array lies on devices.
+
+    Each element is mixed with its place by a one-to-one function (murmur3's finaliser) and all are summed modulo
+    2**32. So any change of one element is seen for certain, any other with probability 1 - 2**-32."""
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):        # counted axis by axis: a flat view would gather a split array
+        place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    bits ^= place * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ bits >> shift) * jnp.uint32(factor)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+@jax.jit
+def fingerprints(leaves):
+    """Of every leaf, in order, [leaves]; and whether all of them are finite."""
+    return (jnp.stack([fingerprint(x) for x in leaves]),
+            jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves if x.dtype != jnp.int32])))
+
+
+def agreed(fine):
+    """Whether all processes say so: what each has read for itself is decided on together."""
+    if jax.process_count() == 1:
+        return fine
+    from jax.experimental import multihost_utils
+    return bool(multihost_utils.process_allgather(np.array(fine)).all())
+
+
 class Checkpoints:
-    """Whole states in run_dir/checkpoints, by orbax: asynchronous, sharded, the newest `keep` kept."""
+    """Whole states by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
+
+    orbax restores a flipped bit without a word, so each checkpoint carries a proof: its step, the run's config
+    and the fingerprint of every array. Only a state that matches its proof is sound, on whatever mesh it is
+    restored. Broken ones are kept, named in .broken, and moved aside when another one is sound."""
 
     def __init__(self, t):
         import orbax.checkpoint as ocp
-        self.ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=t.keep, enable_async_checkpointing=True)
-        try:
-            self.manager = ocp.CheckpointManager(Path(t.run_dir, "checkpoints").resolve(), options=options)
-        except OSError as error:
-            raise ConfigError(f"run_dir: expected a directory that can be written, found {t.run_dir} "
-                              f"({error.strerror})") from None
+        from etils import epath
+        self.ocp, self.t, self.manager, self.broken, self.at = ocp, t, None, {}, None
+        self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
+
+    def steps(self):
+        """Of all checkpoints that were committed, sound or not, newest first."""
+        found = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)
+                       and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
     def newest(self):
-        return self.manager.latest_step()
+        return max(self.steps(), default=None)
 
-    def save(self, state):
-        if self.newest() != int(state.step):
-            self.manager.save(int(state.step), args=self.ocp.args.StandardSave(leaves_by_name(state)))
+    def proof(self, step):
+        """What was written beside the arrays. Raises ValueError if it is not whole."""
+        try:
+            record = json.loads((self.folder / str(step) / "proof" / "metadata").read_text())
+            proof, found = record["proof"], zlib.crc32(json.dumps(record["proof"], sort_keys=True).encode())
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"its proof cannot be read ({one_line(error)})") from None
+        if found != record.get("crc32") or proof["step"] != step:
+            raise ValueError("its proof has been altered")
+        return proof
+
+    def config(self):
+        """The config.json of the newest checkpoint whose proof is whole, or None."""
+        for step in self.steps():
+            with contextlib.suppress(ValueError):
+                return self.proof(step)["config"]
 
     def restore(self, c, t, mesh):
-        """The newest state, or None if there is no checkpoint."""
-        step = self.newest()
-        if step is None:
-            return None
+        """The newest sound state, or None if there is no checkpoint at all. Raises Unsound if none is sound."""
         abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
                               state_shardings(c, t, mesh))
-        leaves = self.manager.restore(step, args=self.ocp.args.StandardRestore(leaves_by_name(target)))
-        return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in leaves_by_name(target)])
+        target_by_name = leaves_by_name(target)
+        for step in self.steps():
+            why = proof = leaves = None
+            try:
+                proof = self.proof(step)["arrays"]
+                # the handler itself: around it orbax has a barrier at which the others would wait for one that
+                # could not read its part
+                leaves = self.ocp.StandardCheckpointHandler().restore(
+                    self.folder / str(step) / "state", args=self.ocp.args.StandardRestore(target_by_name))
+            except Exception as error:                      # whatever orbax and tensorstore raise about damage
+                why = one_line(error)
+            if agreed(why is None):
+                found = np.asarray(fingerprints([leaves[name] for name in target_by_name])[0]).tolist()
+                bad = [n for n, mark in zip(target_by_name, found) if proof.get(n) != mark]
+                if not bad:
+                    self.at = step
+                    return jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in target_by_name])
+                why = f"altered since it was written: {', '.join(bad[:3])}" + ", ..." * (len(bad) > 3)
+            self.broken[step] = why or "another process could not read its part"
+        if self.broken:
+            raise Unsound(f"{self.folder}: none of {len(self.broken)} checkpoints can be trusted, and nothing was "
+                          f"touched. " + "; ".join(f"step {s}: {w}" for s, w in self.broken.items())
+                          + ". To start anew choose another --run_dir")
+
+    def open(self):
+        """Make ready to write: clear what killed writers left, move broken checkpoints aside, delete none."""
+        policies = self.ocp.checkpoint_managers
+        keep = [policies.LatestN(self.t.keep)]
+        keep += [policies.EveryNSteps(self.t.keep_every)] if self.t.keep_every else []
+        options = self.ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, enable_async_checkpointing=True,
+                                                    preservation_policy=policies.AnyPreservationPolicy(keep))
+        try:
+            for step in self.broken if leads() else ():
+                if (self.folder / str(step)).exists():
+                    (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
+            agreed(True)                                    # the others wait for that
+            self.manager = self.ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise ConfigError(f"checkpoint_dir: expected a directory that can be written, found {self.folder} "
+                              f"({error.strerror})") from None
+
+    def save(self, state, config):
+        """Begin to write a state. Returns what went wrong with the one before, or "". Halted if not finite."""
+        step, leaves = int(state.step), leaves_by_name(state)
+        if step == self.at:
+            return ""
+        marks, finite = fingerprints(list(leaves.values()))
+        if not finite:
+            raise Halted(f"step {step}: the state is not finite, though every update was; not saved")
+        wrong = self.settle()
+        proof = {"step": step, "config": config, "arrays": dict(zip(leaves, np.asarray(marks).tolist()))}
+        record = {"proof": proof, "crc32": zlib.crc32(json.dumps(proof, sort_keys=True).encode())}
+        args, self.at = self.ocp.args, step
+        try:
+            self.manager.save(step, args=args.Composite(state=args.StandardSave(leaves),
+                                                        proof=args.JsonSave(record)))
+        except Exception as error:
+            wrong = self.give_up(error)
+        return wrong
+
+    def settle(self):
+        """Wait until what save began is written. Returns what went wrong, or ""."""
+        try:
+            if self.manager:
+                self.manager.wait_until_finished()
+            return ""
+        except Exception as error:                          # a full disk, a bucket out of reach
+            return self.give_up(error)
+
+    def give_up(self, error):
+        """A manager does not recover from a failed write: take another, and clear away what is half written."""
+        wrong, self.at = f"step {self.at}: {one_line(error)}", None
+        with contextlib.suppress(Exception):
+            self.manager.close()
+        self.open()
+        return wrong
 
     def close(self):
-        self.manager.wait_until_finished()
-        self.manager.close()
+        if self.manager:
+            self.settle()
+            self.manager.close()
 
 
 # ----------------------------------------------------------------------------------------------- run directory
 
+def leads():
+    """Whether this is the one process that prints and writes files; every process writes its share of a state."""
+    return jax.process_index() == 0
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def append(path, row):
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    if leads():
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
 
 
 def read_rows(path):
-    """The rows of a .jsonl file; a last line that a crash cut short is left out."""
+    """The rows of a .jsonl file; a line that a crash cut short or that is damaged is left out."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try:
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
 
 
 def write_whole(path, text):
     """Replace a file in one motion: a reader sees the old text or the new one, never half."""
-    Path(path).with_suffix(".tmp").write_text(text)
-    Path(path).with_suffix(".tmp").replace(path)
+    if leads():
+        Path(path).with_suffix(".tmp").write_text(text)
+        Path(path).with_suffix(".tmp").replace(path)
+
+
+def write_rows(path, rows):
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def only_trainer(run):
+    """Hold the lock of a run directory. Raises ConfigError if another process trains there."""
+    if not leads():
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / "lock", "a+")
+    except OSError as error:
+        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} "
+                          f"({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(f"{run}: {lock.read().strip() or 'another process'} is training there; wait for it, "
+                              f"stop it, or choose another --run_dir") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
 
 
 @functools.cache
@@ -619,29 +842,29 @@ def git_commit():
 FIXED = ("optimizer", "batch_size", "seed")     # with model and data: what one run cannot change on its way
 
 
-def check_run(c, t, mixture, step):
+def check_run(c, t, mixture, checkpoints):
     """The content of config.json, after making sure that the run in run_dir, if there is one, is this one.
 
-    step: of its newest checkpoint, or None. Reads only; raises ConfigError naming the key that differs."""
-    run = Path(t.run_dir)
+    Reads only; raises ConfigError naming the key that differs."""
+    run, step, old = Path(t.run_dir), checkpoints.newest(), None
     now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
            "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
            "versions": {m.__name__: m.__version__ for m in (jax, np, optax)} | {"python": sys.version.split()[0]}}
-    if (run / "config.json").exists():
-        try:
-            old = json.loads((run / "config.json").read_text())
+    try:                        # a new machine has no config.json yet, and finds it in the checkpoints
+        there = (run / "config.json").exists()
+        old = json.loads((run / "config.json").read_text()) if there else checkpoints.config()
+        if old is not None:
             pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items()]
             pairs += [(k, old["train"].get(k), now["train"][k]) for k in FIXED]
             pairs += [("data", old["data"], now["data"])]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
-                              f"choose another --run_dir") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
+                          f"choose another --run_dir") from None
+    if old is not None:
         for key, then, wanted in pairs:
             if then != wanted:
                 raise ConfigError(f"{run}: holds a run with {key}={then!r}, found {key}={wanted!r}; a run cannot "
                                   f"change this on its way: choose another --run_dir, or delete this one")
-    elif step is not None:
-        raise ConfigError(f"{run}: expected config.json beside checkpoints, found none; choose another --run_dir")
     if step is not None and step > t.steps:
         raise ConfigError(f"steps: expected at least {step}, where the run in {run} stands, found {t.steps}")
     return now
@@ -663,31 +886,36 @@ def write_run(run, now):
 class Log:
     """Metrics of every step, fetched from the devices once per line, so that logging never stalls a step."""
 
-    def __init__(self, run, c, t, mesh, start):
-        self.file, self.c, self.t = run / "metrics.jsonl", c, t
-        kept = [row for row in read_rows(self.file) if row["step"] <= start]      # what comes after is done again
-        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, run, c, t, mesh, start, rows_of):
+        self.file, self.events = run / "metrics.jsonl", run / "events.jsonl"
+        self.c, self.t, self.rows_of = c, t, rows_of
+        kept = [row for row in read_rows(self.file) if row.get("step", start) <= start]    # the rest is done again
+        write_rows(self.file, kept)
         self.ema = kept[-1]["ema"] if kept else None
-        self.device = mesh.devices.flat[0]
+        self.in_row, self.skipped = 0, sum(row.get("skipped", 0) for row in kept)
+        self.device = mesh.local_devices[0]
         self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * mesh.size
         self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
         self.pending, self.since = [], time.perf_counter()
 
     def step(self, step, metrics, due, say):
-        """Keep a step's metrics; when a line is due, write it. Raises Halted if any loss was not finite."""
+        """Keep a step's metrics; when a line is due, write it. Raises Halted after max_skips skips in a row."""
         self.pending.append(metrics)
         if not due:
             return
         rows = jax.device_get(self.pending)
         seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
-        for i, loss in enumerate(float(r["loss"]) for r in rows):
-            if not math.isfinite(loss + float(rows[i]["gnorm"])):
-                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}, the gradient norm "
-                             f"{float(rows[i]['gnorm'])}; not saved. Lower the rates, or look at the batch")
-            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+        for i, (loss, gnorm) in enumerate((float(r["loss"]), float(r["gnorm"])) for r in rows):
+            if rows[i]["skipped"]:
+                self.skip(step - len(rows) + 1 + i, loss, gnorm)
+            else:
+                self.in_row, self.ema = 0, loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
         last, speed = rows[-1], self.tokens / seconds
-        row = {"step": step, "loss": loss, "ema": self.ema, "lr": self.rates.hyper_lr * float(last["lr_share"]),
-               "adam_lr": self.rates.adam_lr * float(last["lr_share"]), "gnorm": float(last["gnorm"]),
+        finite = lambda x: x if math.isfinite(x) else None                  # JSON knows no nan
+        row = {"step": step, "loss": finite(loss), "ema": self.ema, "gnorm": finite(gnorm),
+               "skipped": sum(int(r["skipped"]) for r in rows),
+               "lr": self.rates.hyper_lr * float(last["lr_share"]),
+               "adam_lr": self.rates.adam_lr * float(last["lr_share"]),
                "tokens": step * self.tokens, "flops": step * self.tokens * self.count.flops_per_token,
                "tokens_per_second": speed, "seconds": seconds, "steps": len(rows), "time": time.time()}
         if self.c.num_experts:
@@ -697,10 +925,21 @@ class Log:
         balanced = f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}% | " if self.c.num_experts else ""
         eta = int(seconds * (self.t.steps - step))
         say(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | "
-            f"loss {loss:.3f} ema {self.ema:.3f} | lr {row['lr']:.1e} | gnorm {row['gnorm']:.2f} | "
+            f"loss {loss:.3f} ema {self.ema or math.nan:.3f} | lr {row['lr']:.1e} | gnorm {gnorm:.2f} | "
             f"{speed / 1e3:.1f} ktok/s | {seconds * 1e3:.0f} ms | mfu {mfu} | {balanced}{self.memory()} | "
-            f"eta {eta // 60}m{eta % 60:02d}s")
+            f"skip {self.skipped} | eta {eta // 60}m{eta % 60:02d}s")
         self.since = time.perf_counter()
+
+    def skip(self, step, loss, gnorm):
+        """An update that was not taken becomes an event that names its rows; too many in a row end the run."""
+        self.in_row, self.skipped = self.in_row + 1, self.skipped + 1
+        why = "an outlier" if math.isfinite(loss + gnorm) else "not finite"
+        append(self.events, {"event": "skip", "step": step, "why": why, "loss": str(loss), "gnorm": str(gnorm),
+                             "rows": self.rows_of(step), "time": time.time()})
+        if self.in_row >= self.t.max_skips:
+            raise Halted(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, {self.in_row} times "
+                         f"in a row; none of these updates was taken. Look at the batch with --replay {step}, or "
+                         f"lower the rates")
 
     def routing(self, rows):
         load = np.stack([r["load_LE"] for r in rows])                   # [steps since the last line, L, E]
@@ -1120,19 +1359,23 @@ def remedy(c, t, chips):
 def say(line):
     """Print a line to stdout without tearing the progress bar on stderr."""
     from tqdm import tqdm
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    if leads():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, a first SIGTERM or ctrl-C is appended to the list that this yields, and a second one kills."""
+    """Inside, a first SIGTERM or ctrl-C is appended to the list that this yields, and a second one kills.
+
+    One of many processes leaves SIGTERM to jax, which makes all of them stop at the same step; see `stopping`."""
     caught = []
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    old = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    old = {s: signal.signal(s, catch) for s in watched}
     try:
         yield caught
     finally:
@@ -1140,72 +1383,134 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+def stopping(i, caught):
+    """The signal on which to save and stop at step i, or None; the same on all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(i) else None
+    return caught[0] if caught else None
+
+
+@contextlib.contextmanager
+def watchdog(minutes, events):
+    """Yields a function to call whenever something got done. Not called for `minutes`, a process ends itself with
+    exit code 75, all stacks on stderr: on a pod a lost peer or a wedged chip looks like a step without end."""
+    last, over = [time.monotonic()], threading.Event()
+
+    def watch():
+        while not over.wait(min(6 * minutes, 10)):
+            if (still := time.monotonic() - last[0]) > 60 * minutes:
+                faulthandler.dump_traceback()
+                print(f"train.py: nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the stacks are "
+                      f"above. What was saved is sound, and the same command goes on", file=sys.stderr, flush=True)
+                append(events, {"event": "stuck", "seconds": round(still), "time": time.time()})
+                os._exit(75)
+    if minutes:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield lambda: last.__setitem__(0, time.monotonic())
+    finally:
+        over.set()
+
+
 def train(c, t):
     """Run or resume a run to its end. Returns what result.json says, or None if a signal stopped it."""
-    began = time.time()
+    began, run = time.time(), Path(t.run_dir)
     mesh = make_mesh(c, t)                                                                  # where
     mixture = open_data(c, t)                                                               # on what
-    with contextlib.closing(Checkpoints(t)) as checkpoints:                                 # from which point
-        run, now = Path(t.run_dir), check_run(c, t, mixture, checkpoints.newest())
+    with (only_trainer(run), contextlib.closing(Checkpoints(t)) as checkpoints,
+          watchdog(t.stuck_minutes, run / "events.jsonl") as alive):
+        now = check_run(c, t, mixture, checkpoints)
+        state = checkpoints.restore(c, t, mesh)                                             # from which point
+        write_rows(run / "events.jsonl", read_rows(run / "events.jsonl"))                   # mend a torn line
         write_run(run, now)
         introduce(c, t, mesh, mixture)
-        state = checkpoints.restore(c, t, mesh)
+        note = lambda event, **facts: append(run / "events.jsonl", dict(event=event, **facts, time=time.time()))
+        for step, why in checkpoints.broken.items():
+            note("broken_checkpoint", step=step, why=why)
+            say(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-..., an older one is used")
+        checkpoints.open()
         if state is None:
             state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
                             out_shardings=state_shardings(c, t, mesh))()
         start = int(state.step)
-        append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
+        note("resume" if start else "start", step=start)
         say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
-        log, score = Log(run, c, t, mesh, start), make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
+        log = Log(run, c, t, mesh, start, functools.partial(rows_of, mixture, c, t))
+        score = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
         def hold_out(state, step, limit=None):
             domains = evaluate(state, score, mixture, c, t, mesh, limit)
-            append(run / "events.jsonl", {"event": "eval", "step": step, "domains": domains, "time": time.time()})
+            note("eval", step=step, domains=domains)
             say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
+            alive()
             return domains
 
-        state, signal_number = loop(c, t, mesh, mixture, state, checkpoints, log, hold_out)
-    if signal_number:
-        append(run / "events.jsonl", {"event": "stopped", "signal": signal_number, "step": int(state.step),
-                                      "time": time.time()})
-        say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on.")
-        return None
+        def save(state):
+            if failed := checkpoints.save(state, now):
+                note("save_failed", why=failed)
+                say(f"warning   a checkpoint could not be written ({failed}); the older ones are there, going on")
 
-    result = conclude(c, t, run, mixture, hold_out(state, t.steps))                         # what came of it
-    if t.sample_tokens:
-        sample = make_sampler(c, t, mixture.tokenizer)
-        text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
-        write_whole(run / "sample.txt", text)
-        say(f"sample\n{text}\n")
-    append(run / "events.jsonl", {"event": "done", "step": t.steps, "time": time.time()})
-    report(run)
+        state, signal_number = loop(c, t, mesh, mixture, state, save, log, hold_out, alive)
+        if failed := checkpoints.settle():
+            note("save_failed", why=failed)
+        if checkpoints.at != int(state.step):
+            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones are "
+                           f"there, and the same command goes on from them")
+        if signal_number:
+            note("stopped", signal=signal_number, step=int(state.step))
+            say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on")
+            return None
+
+        domains = hold_out(state, t.steps)                                                  # what came of it
+        if not leads():
+            return None
+        result = conclude(c, t, run, mixture, domains)
+        if t.sample_tokens and jax.process_count() == 1:        # one device samples, and has to hold the weights
+            sample = make_sampler(c, t, mixture.tokenizer)
+            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
+            write_whole(run / "sample.txt", text)
+            say(f"sample\n{text}\n")
+        note("done", step=t.steps)
+        report(run)
     say(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training; everything is in {run}: "
         f"see {run}/report.html")
     return result
 
 
-def loop(c, t, mesh, mixture, state, checkpoints, log, hold_out):
+def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
     """One pure function, again and again. Returns the last state and the signal that ended it early, or None."""
     from tqdm import tqdm
-    train_step, start = make_train_step(c, t, mesh), int(state.step)
+    train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
+    here = rows_here(t.batch_size, mesh, t.accumulate)
     with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
         for i in range(start, t.steps):
-            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed)
+            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, put(rows, mesh, t.accumulate))
-            step, stopping = i + 1, len(caught) > 0
-            save = stopping or step % t.save_every == 0 or step == t.steps
-            log.step(step, metrics, save or step % t.log_every == 0, say)       # refuses what is not finite
+            step, stop = i + 1, stopping(i, caught)
+            due = step == t.steps or step % t.save_every == 0 or t.keep_every > 0 == step % t.keep_every
+            if t.save_minutes and step % t.log_every == 0:
+                due |= not agreed(time.monotonic() - saved < 60 * t.save_minutes)
+            log.step(step, metrics, stop or due or step % t.log_every == 0, say)    # may end the run, unsaved
             bar.update()
-            if save:
-                checkpoints.save(state)
-            if stopping and step < t.steps:
-                return state, caught[0]
+            if stop or due:
+                save(state)
+                saved = time.monotonic()
+            alive()
+            if stop and step < t.steps:
+                return state, int(stop)
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
                 hold_out(state, step, t.eval_tokens)
                 log.since += time.perf_counter() - paused                       # an evaluation is no step time
     return state, None
+
+
+def rows_of(mixture, c, t, step):
+    """Of what the batch of a step is made: [[source, window], ...]."""
+    source_B, window_B = data.windows_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
+    return [[mixture.sources[k].name, int(w)] for k, w in zip(source_B, window_B)]
 
 
 def open_data(c, t):
@@ -1223,8 +1528,8 @@ def introduce(c, t, mesh, mixture):
         f"sha256 {mixture.sha256[:12]}")
     say(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
         f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, "
-        f"commit {git_commit()}")
+    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes {jax.process_count()}, "
+        f"jax {jax.__version__}, commit {git_commit()}")
 
 
 def conclude(c, t, run, mixture, domains):
@@ -1247,40 +1552,108 @@ def conclude(c, t, run, mixture, domains):
 
 
 def sample_from(c, t):
-    """--sample: restore the newest checkpoint of the run and continue t.prompt."""
-    if not Path(t.run_dir, "checkpoints").is_dir():
+    """--sample: restore the newest sound checkpoint of the run and continue t.prompt."""
+    mesh, mixture, checkpoints = make_mesh(c, t), open_data(c, t), Checkpoints(t)
+    if checkpoints.newest() is None:
         raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
-    mesh, mixture = make_mesh(c, t), open_data(c, t)
-    with contextlib.closing(Checkpoints(t)) as checkpoints:
-        check_run(c, t, mixture, checkpoints.newest())
-        state = checkpoints.restore(c, t, mesh)
-    if state is None:
-        raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
+    check_run(c, t, mixture, checkpoints)
+    state = checkpoints.restore(c, t, mesh)
     print(make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
 
 
+def replay(c, t, step):
+    """--replay STEP: build the batch of that step once more and print what was in it, and what came of it."""
+    if not step.isdecimal() or not 1 <= int(step) <= t.steps:
+        raise ConfigError(f"--replay: expected a step from 1 to {t.steps}, found {step}")
+    mixture, step = open_data(c, t), int(step)
+    batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
+    count_V = np.bincount(batch.tokens_BS.reshape(-1), minlength=c.vocab_size)
+    piece = lambda ids: repr(mixture.tokenizer.decode(ids))
+    print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, {int(batch.weights_BS.sum()):,} scored, "
+          f"{int(batch.segments_BS.max(1).sum()):,} documents, {int((count_V > 0).sum()):,} distinct tokens")
+    print("most frequent: " + ", ".join(f"{piece([i])} x {count_V[i]:,}" for i in np.argsort(-count_V)[:8]))
+    for b, (name, window) in enumerate(rows_of(mixture, c, t, step)):
+        ids = batch.tokens_BS[b]
+        top = np.bincount(ids).argmax()
+        print(f"row {b:4d}  {name} window {window:,}  {int(batch.weights_BS[b].sum())} scored, "
+              f"{batch.segments_BS[b].max()} documents, {len(np.unique(ids))} distinct, {piece([top])} x "
+              f"{int((ids == top).sum())}  {piece(ids[:48])}")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        for row in read_rows(Path(t.run_dir, name)):
+            if row.get("step") == step:
+                print(f"{name}: " + json.dumps({k: v for k, v in row.items() if k not in ("rows", "load_LE")}))
+
+
+FLAGS = {"sample": False, "plan": False, "compile": False,                         # --flag, with a value or without
+         "replay": True, "coordinator": True, "processes": True, "process": True}
+
+
+def split_flags(words):
+    """What is no config key, --flag, --flag=value or --flag value, as a dict; and the words that are left."""
+    given, rest, words = {}, [], list(words)
+    while words:
+        key, equals, value = words[0].removeprefix("--").partition("=")
+        if key not in FLAGS:
+            rest.append(words[0])
+        elif FLAGS[key] and not equals and len(words) > 1:
+            given[key] = words.pop(1)
+        else:
+            given[key] = value
+        del words[0]
+    return given, rest
+
+
+def meet_peers(flags, t):
+    """Join the other processes of this run. Those of a TPU find each other, all others are told by flags."""
+    named = [flags[key] for key in ("coordinator", "processes", "process") if key in flags]
+    if named:
+        if len(named) < 3 or not (named[1] + named[2]).isdecimal() or not int(named[2]) < int(named[1]):
+            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I below N, "
+                              f"found {' '.join(named)!r}")
+        jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))
+        jax.distributed.initialize(named[0], int(named[1]), int(named[2]),
+                                   heartbeat_timeout_seconds=t.heartbeat_seconds)
+        jax.devices()               # so that make_mesh takes these, and does not ask for its own
+    elif glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*") and importlib.util.find_spec("libtpu"):
+        jax.distributed.initialize(heartbeat_timeout_seconds=t.heartbeat_seconds)
+
+
+# README.md says what to do about each, tests/test_faults.py brings each about
+EXIT_CODES = {ConfigError: 2, data.DataError: 2, Halted: 3, Unsound: 4, TryAgain: 75, OSError: 75}
+
+
 def main(arguments):
+    """Returns the exit code: 0 is done, or saved on a signal; all others come with one line that says why."""
     if not arguments or {"--help", "-h"} & set(arguments):
         print(describe_keys())
         return 0
-    path, *overrides = arguments
-    verbs = {"--sample", "--plan", "--compile"} & set(overrides)
     try:
-        c, t = load_config(path, [a for a in overrides if a not in verbs])
-        if "--plan" in verbs:
-            return show_plan(c, t, "--compile" in verbs)
-        (sample_from if "--sample" in verbs else train)(c, t)
+        flags, overrides = split_flags(arguments[1:])
+        c, t = load_config(arguments[0], overrides)
+        if "plan" in flags:
+            return show_plan(c, t, "compile" in flags)
+        if "replay" in flags:
+            replay(c, t, flags["replay"])
+            return 0
+        meet_peers(flags, t)
+        (sample_from if "sample" in flags else train)(c, t)
         return 0
-    except (ConfigError, data.DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except Halted as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 3
+    except tuple(EXIT_CODES) as error:
+        print(f"train.py: {one_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"train.py: a peer is lost, or the network: {one_line(error)}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("train.py: interrupted; what was saved is there, and the same command goes on", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as ctrl-C, where stop_signals does not rule
+    code = main(sys.argv[1:])
+    if code and jax.process_count() > 1:
+        os._exit(code)          # a goodbye would wait for peers, which may be waiting for this process
+    sys.exit(code)

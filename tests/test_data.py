@@ -181,7 +181,8 @@ def test_a_tokenizer_survives_saving_and_a_foreign_vocabulary_says_what_it_lacks
     with pytest.raises(DataError, match=r"299 ranks is none of .*tokenizer.tiktoken.json"):
         data.load_tokenizer(tmp_path)
     facts, side = {**tok.facts}, tmp_path / "tokenizer.tiktoken.json"
-    for key, value in (("eot", "last"), ("eot", 298), ("vocab_size", 299), ("pattern", "(")):
+    for key, value in (("eot", "last"), ("eot", 298), ("vocab_size", 299), ("pattern", "("),
+                       ("vocab_size", 10**12), ("pattern", r"\X")):
         side.write_text(json.dumps({**facts, key: value}))
         with pytest.raises(DataError, match="tokenizer.tiktoken.*expected"):
             data.load_tokenizer(tmp_path)
@@ -321,10 +322,13 @@ def test_wheels_and_hugging_face_without_a_network(tmp_path, monkeypatch):
     assert not (tmp_path / "wheels" / "gone==1.0").exists()
 
     rows = [{"body": f"row {i}"} for i in range(25)]
-    fake = types.SimpleNamespace(load_dataset=lambda *a, **k: iter(rows))
+    fake = types.SimpleNamespace(load_dataset=lambda *a, **k: iter(rows), __version__="4.0.0")
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert len(list(documents("hf:org/set::body", tmp_path))) == 25
     with pytest.raises(DataError, match="hf:org/set: expected strings under 'text'"):
+        list(documents("hf:org/set", tmp_path))
+    fake.__version__ = "2.14.0"
+    with pytest.raises(DataError, match="which may run code that comes with a data set"):
         list(documents("hf:org/set", tmp_path))
 
 
@@ -483,6 +487,7 @@ DAMAGE = {
     "manifest.json: broken .*TypeError": lambda c: (c / "manifest.json").write_text("[]"),
     "manifest.json: broken .*KeyError": lambda c: edit(c, train={}),
     "manifest.json: broken .*nonsense": lambda c: edit(c, dtype="nonsense"),
+    "manifest.json: broken .*ZeroDivision": lambda c: edit(c, "train", tokens=0),
     "expected format 1, found 99": lambda c: edit(c, request={"format": 99}),
     "tokenizer.tiktoken: not what made these shards": lambda c: train_bpe([TEXT], 300).save(c),
     "manifest.json: .*found .* up to id 257": lambda c: edit(c, "train", max_id=257),

@@ -260,6 +260,14 @@ def test_huber_surface_recovers_and_shrugs_off_an_outlier():
 
 # --------------------------------------------------------------------------------------------------- E. guard
 
+def test_a_surface_of_two_budgets_is_fitted_without_exponents_of_its_optima():
+    runs = scaling.simulate(scaling.SURFACES["Chinchilla"], 4, budgets=[1e18, 1e19], points=5)
+    r = analyse(runs, Choices("surface"), [1e20], draws=2)
+    assert r["N_star"] is None and r["forecasts"][0]["params"] is None and r["envelope"]["E"] > 1.6
+    assert analyse(scaling.simulate(scaling.SURFACES["Chinchilla"], 4, points=5), Choices("surface"), [1e22],
+                   draws=2)["N_star"]["interval"] is None
+
+
 @needs_delphi
 def test_a_global_surface_on_delphi_is_flagged(delphi):
     assert Choices().method != "surface"
@@ -303,7 +311,7 @@ def test_speedup_between_ladders_and_its_interval():
 
 # -------------------------------------------------------------------------------------------------- intervals
 
-def coverage(trials, choices, draws=120):
+def coverage(trials, choices, draws):
     """Share of 95 % intervals (delta/t, run bootstrap) that hold a new run at 1e23, over simulated ladders
     with Delphi's budgets and Marin's seed noise."""
     truth, noise = scaling.SURFACES["Chinchilla"], 0.0025
@@ -321,7 +329,7 @@ def coverage(trials, choices, draws=120):
 
 
 def test_coverage_of_a_small_sample():
-    assert np.all(coverage(50, Choices("parabola")) >= 0.84)    # 0.95 less 3.5 standard deviations of 50
+    assert np.all(coverage(30, Choices("parabola"), 60) >= 0.81)    # 0.95 less 3.5 standard deviations of 30
 
 
 @pytest.mark.slow
@@ -460,7 +468,7 @@ def test_blank_cells_are_derived_and_extra_columns_kept(tmp_path):
 def finished_run(folder, run, **more):
     folder.mkdir(parents=True)
     result = dict(flops=run.flops, params=run.params, tokens=run.tokens, loss=run.loss, bytes_per_token=4.0,
-                  bpb=run.loss / 2.7, seed=0, eval="books")
+                  bpb=run.loss / 2.7, seed=0, eval="books", domains={"kjv": {"loss": 2.5}}, commit="abc")
     (folder / "result.json").write_text(json.dumps(result | more))
     (folder / "config.json").write_text(json.dumps({"model": {}, "train": {"tokenizer": "bytes"}}))
     return folder
@@ -471,12 +479,14 @@ def test_run_directories_fit_as_tables_do(tmp_path):
     folders = [finished_run(tmp_path / str(i), replace(r, flops=r.flops * (1 + 0.01 * (i % 3))))
                for i, r in enumerate(runs)]
     out = tmp_path / "fit.json"
-    options = f"--json {out} --predict 1e22 --draws 20".split()
+    options = f"--json {out} --predict 1e22 1e23 --predict 1e24 --draws 20".split()
     assert scaling.main(["fit", "--runs", *map(str, folders), *options]) == 0
     r = json.loads(out.read_text())
     assert scaling.in_unit([scaling.read_run_dir(folders[0])], "bpb", "")[0].loss == runs[0].loss / 2.7
     f = r["forecasts"][0]
     assert len(r["vertices"]) == 5 and f["bytes_per_param"] == 4 * f["tokens_per_param"]
+    assert [f["C"] for f in r["forecasts"]] == [1e22, 1e23, 1e24]
+    assert r["table"][0]["extra"] == {"domains": {"kjv": {"loss": 2.5}}, "commit": "abc"}
     for broken in ("{", "[]", "null", '{"flops": 1e400}', '{"loss": "x"}', "[" * 5000, "NaN",
                    '{"flops": ' + "9" * 5000 + "}"):
         (folders[0] / "result.json").write_text(broken)
@@ -516,6 +526,10 @@ def test_scoring_refuses_whatever_changed(tmp_path, capsys, monkeypatch):
     table, out = registered(tmp_path)
     capsys.readouterr()
     run = Run(1e22, 1e9, 1e12, 2.5)
+    folders = [finished_run(tmp_path / f"run{i}", r) for i, r in
+               enumerate(scaling.simulate(scaling.SURFACES["Chinchilla"], 4, points=5))]
+    refused(["register", "--runs", *folders, "--target", "1e22", "--draws", "2", "--eval", "paloma", "--out",
+             tmp_path / "no.json"], "that of the runs, books", capsys)
     for key, value, message in (("eval", "c4", "eval books"), ("flops", 2e22, "C = 1e+22 within 2 %")):
         refused(["score", out, "--run", finished_run(tmp_path / key, run, **{key: value})], message, capsys)
     assert scaling.main(["score", str(out), "--run", str(finished_run(tmp_path / "hero", run))]) == 0
@@ -525,8 +539,8 @@ def test_scoring_refuses_whatever_changed(tmp_path, capsys, monkeypatch):
     refused(["score", out, "--loss", "2.5"], "runs.csv: expected sha256", capsys)
     table.write_text(text)
     with monkeypatch.context() as patch:
-        patch.setattr(scaling, "own_hash", lambda: "0" * 64)
-        refused(["score", out, "--loss", "2.5"], "scaling.py: expected sha256", capsys)
+        patch.setattr(scaling, "__file__", str(table))
+        refused(["score", out, "--loss", "2.5"], f"{table}: expected sha256", capsys)
     out.write_text(out.read_text().replace('"two epochs"', '"no difference"'))
     refused(["score", out, "--loss", "2.5"], "an edited one", capsys)
 
@@ -565,8 +579,9 @@ def test_plan_of_1e23_is_the_shape_that_was_planned():
     keys = scaling.plan(1e23, base={"vocab_size": 128_256}, batch=2048)
     found = [keys[key] for key in ("hidden_dim", "num_layers", "num_experts", "experts_per_token")]
     assert found == [4992, 48, 64, 4]     # the 127B-A16B that #4447 drew from this law
-    dense = scaling.plan(1e20, base={"vocab_size": 128_256, "num_experts": 0})
+    dense = scaling.plan(1e20, base={"vocab_size": 128_256, "num_experts": 0, "experts_per_token": 2})
     assert dense["shared_dim"] == 4 * dense["hidden_dim"] and dense["num_kv_heads"] == dense["num_heads"]
+    assert dense["experts_per_token"] == 0
 
 
 SMALL = {"head_dim": 32, "seq_len": 256, "num_experts": 8, "gated_norm_rank": 16, "vocab_size": 257}
@@ -597,12 +612,12 @@ def test_ladder_is_centred_and_resumable(tmp_path, capsys, monkeypatch):
     out = tmp_path / "ladder"
     paths = scaling.ladder([1e14, 1e15], out, SMALL)
     times = {p: p.stat().st_mtime_ns for p in paths}
-    assert "off-centre" not in capsys.readouterr().out and len(paths) >= 8
+    assert "off-centre" not in capsys.readouterr().out and len(paths) >= 10
     for C in (1e14, 1e15):
         keys = map(scaling.read_config, paths)
         runs = [(scaling.trained_tokens(k), scaling.flops_per_token(k, 257)) for k in keys]
         tokens = [D for D, per_token in runs if abs(D * per_token / C - 1) < 0.1]
-        assert len(tokens) >= 4 and 0.7 < math.exp(np.mean(np.log(tokens))) / scaling.optimal_tokens(C) < 1.42
+        assert len(tokens) >= 5 and 0.7 < math.exp(np.mean(np.log(tokens))) / scaling.optimal_tokens(C) < 1.42
     assert {p: p.stat().st_mtime_ns for p in scaling.ladder([1e14, 1e15], out, SMALL)} == times
     called = []
     monkeypatch.chdir(tmp_path)
@@ -616,7 +631,9 @@ def test_ladder_is_centred_and_resumable(tmp_path, capsys, monkeypatch):
     paths[1].write_text("x = 1\n")
     with pytest.raises(BadInput, match="found another"):
         scaling.ladder([1e14, 1e15], out, SMALL)
-    with pytest.raises(BadInput, match="at least 4 widths"):
+    near = scaling.ladder([1.21e15, 1.22e15], tmp_path / "near", SMALL, batch=64)      # no two share a name
+    assert len(set(near)) == len(near) and scaling.read_config(near[0])["batch_size"] == 64
+    with pytest.raises(BadInput, match="at least 5 widths"):
         scaling.ladder([1e14], tmp_path / "coarse", SMALL | {"head_dim": 128})
 
 

@@ -25,22 +25,28 @@ class Routing(NamedTuple):
     gate_TK: jax.Array          # float32, how loudly each is heard
     margin_TE: jax.Array        # float32, what balance.next_bias reads
     z_T: jax.Array              # float32, squared log-sum-exp of the router logits, the router z-loss
+    prob_TE: jax.Array          # float32, softmax of the router logits: only the auxiliary losses read it
 
 
-def route(x_TD, router_DE, bias_E, K, combine_sum=0.0):
+def route(x_TD, router_DE, bias_E, K, combine_sum=0.0, balancer="quantile"):
     """Who is called, and how loudly. The bias decides who; it never touches how loudly.
 
     combine_sum = 0 uses sigmoid(logit) as it is (recipe V1); a positive value rescales the K weights of a
     token to that sum (2.5 in V2). Everything in float32: bfloat16 logits would tie."""
     # HIGHEST: the default float32 product of a TPU or a GPU multiplies in bfloat16 or TF32
     logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
-    expert_TK, margin_TE = balance.select(logits_TE, bias_E, K)
+    expert_TK, margin_TE = balance.select(logits_TE, bias_E, K, balancer)
     # picked by compare-and-sum: the gradient of an index would be a scatter
     chosen_TKE = expert_TK[:, :, None] == jnp.arange(logits_TE.shape[1])
-    gate_TK = jax.nn.sigmoid(jnp.sum(jnp.where(chosen_TKE, logits_TE[:, None, :], 0.0), axis=-1))
+    pick = lambda x_TE: jnp.sum(jnp.where(chosen_TKE, x_TE[:, None, :], 0.0), axis=-1)
+    gate_TK = jax.nn.sigmoid(pick(logits_TE))
+    if balancer == "threshold" and K < logits_TE.shape[1]:          # a slot below the threshold is silent
+        gate_TK = jnp.where(pick(margin_TE + bias_E) > 0, gate_TK, 0.0)
     if combine_sum:
-        gate_TK = gate_TK * combine_sum / jnp.sum(gate_TK, axis=-1, keepdims=True)
-    return Routing(expert_TK, gate_TK, margin_TE, jax.nn.logsumexp(logits_TE, axis=-1) ** 2)
+        total_T1 = jnp.sum(gate_TK, axis=-1, keepdims=True)
+        gate_TK = gate_TK * combine_sum / jnp.where(total_T1 > 0, total_T1, 1.0)
+    return Routing(expert_TK, gate_TK, margin_TE, jax.nn.logsumexp(logits_TE, axis=-1) ** 2,
+                   jax.nn.softmax(logits_TE, axis=-1))
 
 
 class Dispatch(NamedTuple):
@@ -125,13 +131,13 @@ combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_
 
 # ------------------------------------------------------------------------------------------------ the layer
 
-def moe(x_TD, p, bias_E, K, combine_sum=0.0, impl="tiles"):
+def moe(x_TD, p, bias_E, K, combine_sum=0.0, balancer="quantile", impl="tiles"):
     """The routed experts of one layer: [T,D] -> ([T,D], routing, load_E).
 
     p: router_DE, gate_EDF, up_EDF, down_EFD (SwiGLU experts). The shared expert is the model's business."""
     E = p["router_DE"].shape[1]
     with jax.named_scope("route"):
-        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
+        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum, balancer)
         d = dispatch(r.expert_TK, E)
     with jax.named_scope("experts"):
         x_RD = spread(x_TD, d)
@@ -142,9 +148,9 @@ def moe(x_TD, p, bias_E, K, combine_sum=0.0, impl="tiles"):
         return combine(y_RD, r.gate_TK, d), r, d.load_E
 
 
-def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0):
+def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0, balancer="quantile"):
     """The definition: every expert sees every token, and the K chosen are kept. E/K times the work."""
-    r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
+    r = route(x_TD, p["router_DE"], bias_E, K, combine_sum, balancer)
     y_TD = jnp.zeros_like(x_TD)
     for e in range(p["router_DE"].shape[1]):
         weight_T = jnp.sum(jnp.where(r.expert_TK == e, r.gate_TK, 0.0), axis=-1)

@@ -9,8 +9,13 @@ optimizer, added to the router's scores when experts are chosen and never when t
 T tokens  E experts  K experts per token  L layers   q = T*K/E, the load every expert should carry
 s_TE router scores   alpha_T a token's cutoff   beta_E an expert's threshold   bias_E = -beta_E"""
 
+import json
 import math
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -304,9 +309,9 @@ def largest(x, r, axis):
     return np.take(np.partition(x, x.shape[axis] - r, axis), [x.shape[axis] - r], axis)
 
 
-def dual(s_TE, beta_E, K):
-    """D(alpha, beta) with the best alpha for this beta; no feasible assignment is worth more."""
-    alpha_T1 = largest(s_TE - beta_E, K + 1, 1)
+def dual(s_TE, beta_E, K, alpha_T1=None):
+    """D(alpha, beta), by default with the best alpha for this beta. No feasible assignment is worth more."""
+    alpha_T1 = largest(s_TE - beta_E, K + 1, 1) if alpha_T1 is None else alpha_T1
     return (np.maximum(0, s_TE - alpha_T1 - beta_E).sum() + K * alpha_T1.sum()
             + s_TE.shape[0] * K / s_TE.shape[1] * beta_E.sum())
 
@@ -329,3 +334,359 @@ def certificate(s_TE, bias_E, K):
     x_TE = np.zeros(s_TE.shape)
     np.put_along_axis(x_TE, np.argsort(-(s_TE + bias_E), axis=1, kind="stable")[:, :K], 1.0, axis=1)
     return float((x_TE * s_TE).sum()) if (x_TE.sum(0) * s_TE.shape[1] == s_TE.shape[0] * K).all() else None
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+# python balance.py                  four pictures of the method: out/balance.png
+# python balance.py failures         what does not work, each next to what does: seconds
+# python balance.py bench            the exact statistic against sort, top_k, quantile and histograms
+# python balance.py arena            a small model under every rule, three seeds: a table, out/arena/arena.png
+# python balance.py animate out/RUN  every expert's load over a run's steps: out/RUN/plots/load.gif
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _step(s_TE, bias_E, K, rule="quantile", rate=0.0):
+    """One layer on one device: (load_E under this bias, the next bias)."""
+    expert_TK, margin_TE = select(s_TE, bias_E, K, rule)
+    new_LE, _ = update(rule, margin_TE[None], jnp.ones(len(s_TE), bool), bias_E[None], K, None, rate)
+    return jnp.bincount(expert_TK.reshape(-1), length=s_TE.shape[1]), new_LE[0]
+
+
+def _pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def _rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _online(batches, K, step=_step, gain=1.0):
+    """MaxVio of each batch under the bias that the batches before it made; and the last bias."""
+    bias_E, violation = jnp.zeros(batches[0].shape[1]), []
+    for s_TE in batches:
+        load_E, new_E = step(jnp.asarray(s_TE, jnp.float32), bias_E, K)
+        bias_E = bias_E + gain * (new_E - bias_E)
+        violation.append(float(max_violation(load_E)))
+    return np.array(violation), bias_E
+
+
+STALL = np.array([[12., 2, 1, 2], [8, 8, 4, 0], [7, 6, 8, 7], [13, 1, 8, 0]])         # K = 2, optimum 60
+
+
+def failures():
+    """Yield (what is tried, what is measured, its value, the recipe's value): smaller is better."""
+    T, E, K = 2048, 32, 2
+    rng = np.random.default_rng(0)
+    taste_E = rng.standard_normal(E)
+    batches = [(rng.standard_normal((T, E)) + taste_E).astype(np.float32) for _ in range(40)]
+    seen, valid_T = jnp.asarray(batches[0]), jnp.ones(T, bool)
+
+    skewed = [s + 3 * taste_E for s in batches]
+    yield ("a step of twice the length (g = 2)", "MaxVio on new batches",
+           *(_online(skewed, K, gain=g)[0][-20:].mean() for g in (2.0, 1.0)))
+
+    def stuck(column):
+        beta_E = np.zeros(4)
+        for _ in range(100):
+            _, beta_E = alternate(STALL, beta_E, 2, column=column)
+        return dual(STALL, beta_E, 2) - lp_optimum(STALL, 2)[0]
+    yield "the published pair, (q+1)-th largest", "dual - optimum after 100 alternations", stuck(0.0), stuck(1.0)
+
+    loud = [12 * s for s in batches]
+    k3 = lambda s_TE, bias_E, K: _step(s_TE, bias_E, K, "quantile_k3")
+    yield ("a histogram of saturated sigmoids", "MaxVio on new batches, logits x 12",
+           *(_online(loud, K, step)[0][-20:].mean() for step in (k3, _step)))
+
+    @partial(jax.jit, static_argnums=2)
+    def coarse(s_TE, bias_E, K):
+        expert_TK, margin_TE = select(s_TE, bias_E, K)
+        whole = live_range(margin_TE[None], valid_T)
+        beta_LE = histogram_quantile(margin_TE[None], valid_T, T * K / E, *whole, 1000)
+        return jnp.bincount(expert_TK.reshape(-1), length=E), jnp.mean(beta_LE) - beta_LE[0]
+    outlier = [seen.at[0, 0].set(-1e3)] * 10                                # one score of one token
+    yield ("a live histogram, 1,000 bins, one outlier", "MaxVio in the batch, 10 alternations",
+           _online(outlier, K, coarse)[0][-1], _online(outlier, K)[0][-1])
+
+    pads = seen.at[T // 2:].set(seen[0])                                    # half of the rows are the same padding
+    def masked(real_T):
+        def step(s_TE, bias_E, K):
+            expert_TK, margin_TE = select(s_TE, bias_E, K)
+            return (jnp.bincount(expert_TK[:T // 2].reshape(-1), length=E),
+                    update("quantile", margin_TE[None], real_T, bias_E[None], K)[0][0])
+        return _online([pads] * 10, K, jax.jit(step, static_argnums=2))[0][-1]
+    yield ("padding left in the statistic", "MaxVio of real tokens, 10 alternations", masked(valid_T),
+           masked(jnp.arange(T) < T // 2))
+
+    @partial(jax.jit, static_argnums=2)
+    def adrift(s_TE, bias_E, K):
+        expert_TK, margin_TE = select(s_TE, bias_E, K)
+        return (jnp.bincount(expert_TK.reshape(-1), length=E),
+                -qth_largest(margin_TE[None], valid_T, T * K // E)[0])
+    level = lambda step: abs(float(jnp.mean(_online(batches, K, step)[1])))
+    yield "a bias that is not centred", "size of its mean after 40 steps", level(adrift), level(_step)
+
+    topic = np.repeat(2 * rng.standard_normal((16, E)), T // 16, axis=0)    # sixteen sequences, a topic each
+    @partial(jax.jit, static_argnums=2)
+    def chunked(s_TE, bias_E, K):
+        expert_TK, margin_TE = select(s_TE, bias_E, K)
+        local = lambda m_LTE: update("quantile_local", m_LTE, valid_T[:T // 16], bias_E[None], K, "device")[0]
+        new_LE = jax.vmap(local, axis_name="device", out_axes=None)(margin_TE.reshape(16, 1, -1, E))
+        return jnp.bincount(expert_TK.reshape(-1), length=E), new_LE[0]
+    clustered = [seen + topic] * 10
+    yield ("the mean of sixteen devices' quantiles", "MaxVio in the batch, 10 alternations",
+           _online(clustered, K, chunked)[0][-1], _online(clustered, K)[0][-1])
+
+    def revival(rule, most=1000):
+        bias_E, dead = jnp.zeros(E), seen.at[:, 5].add(-50.0)
+        for steps in range(most):
+            load_E, bias_E = _step(dead, bias_E, K, rule)
+            if load_E[5] >= T * K / E / 2:
+                break
+        return float(steps)
+    yield "reviving a dead expert by sign steps", "updates to half its share", revival("sign"), revival("quantile")
+
+
+def _print_failures():
+    print(f"{'what is tried':44s}{'what is measured':44s}{'value':>9s}{'recipe':>9s}")
+    for name, quantity, bad, good in failures():
+        print(f"{name:44s}{quantity:44s}{bad:9.3g}{good:9.3g}", flush=True)
+
+
+def _demonstrate():
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+
+    # 1. the program: how far the dual stands above the optimum
+    rng = np.random.default_rng(0)
+    s_TE, K = rng.standard_normal((64, 8)) + rng.standard_normal(8), 2
+    optimum, _ = lp_optimum(s_TE, K)
+    print(f"64 tokens, 8 experts, K = 2. Optimum of the linear program by HiGHS: {optimum:.6f}")
+    for name, row, column in (("(K+1)-th, q-th: update", 0, 1), ("midpoints", 0.5, 0.5), ("as published", 0, 0)):
+        beta_E, gap = np.zeros(8), []
+        for _ in range(13):
+            gap.append(dual(s_TE, beta_E, K) - optimum)
+            _, beta_E = alternate(s_TE, beta_E, K, row, column)
+        found = certificate(s_TE, -beta_E, K)
+        print(f"  {name:24s} dual - optimum " + " ".join(f"{max(g, 0):.4f}" for g in gap[:8])
+              + (f"; certified optimal at {found:.6f}" if found else "; loads are not exactly q"))
+        axes[0, 0].semilogy(np.maximum(gap, 1e-6), "o-", ms=4, label=name)
+    axes[0, 0].set(title="the dual falls to the optimum of the LP", xlabel="alternations", ylabel="dual - optimum")
+    axes[0, 0].legend()
+
+    # 2. one batch, alternation by alternation     3. training: every batch is new
+    T, E, K = 4096, 64, 4
+    taste_E, floor = rng.standard_normal(E), sampling_floor(T, E, K)
+    batches = [rng.standard_normal((T, E)) + taste_E for _ in range(30)]
+    bias_E = jnp.zeros(E)
+    print(f"\n{T} tokens, {E} experts, K = {K}; each should get q = {T * K // E}")
+    print("alternations   MaxVio   dead experts")
+    for i in range(11):
+        load_E, bias_E = _step(jnp.asarray(batches[0], jnp.float32), bias_E, K)
+        if i in (0, 1, 2, 3, 10):
+            print(f"{i:12d} {max_violation(load_E):8.3f} {int((load_E == 0).sum()):14d}")
+            axes[0, 1].plot(np.sort(np.asarray(load_E))[::-1], label=f"{i} alternations")
+    axes[0, 1].axhline(T * K / E, color="black", lw=0.8, ls=":")
+    axes[0, 1].set(title="one batch: loads even out", xlabel="expert, sorted by load", ylabel="tokens")
+    axes[0, 1].legend()
+    print(f"\nNew batches, one update after each; sampling floor of MaxVio {floor:.3f}")
+    for label in ("quantile", "quantile_ema", "proportional", "sign@0.01", "none"):
+        rule, _, rate = label.partition("@")
+        violation, _ = _online(batches, K, partial(_step, rule=rule, rate=float(rate or 0)))
+        print(f"  {label:14s} first five {violation[:5].round(2)}, last ten on average {violation[-10:].mean():.3f}")
+        axes[0, 2].semilogy(violation, label=label)
+    axes[0, 2].axhline(floor, color="black", lw=0.8, ls=":", label="sampling floor")
+    axes[0, 2].set(title="new batches: the old bias routes", xlabel="updates", ylabel="MaxVio")
+    axes[0, 2].legend()
+    sizes = (256, 1024, 4096, 16384)
+    late = [_online([rng.standard_normal((m, E)) + taste_E for _ in range(12)], K)[0][-8:].mean() for m in sizes]
+    axes[0, 3].loglog(sizes, late, "o", label="quantile")
+    axes[0, 3].loglog(sizes, [sampling_floor(m, E, K) for m in sizes], "k:", label="sampling floor")
+    axes[0, 3].set(title="what is left is sampling noise", xlabel="tokens per batch", ylabel="MaxVio")
+    axes[0, 3].legend()
+
+    # 4. three experts in the plane: a score is the nearness of a centre, a bias moves two borders at once
+    centre_ED = np.array([[-1.0, -0.6], [1.0, -0.6], [0.0, 1.1]])
+    clouds = (((-1.2, -0.7), 0.5, 400), ((0.8, 0.9), 0.7, 120), ((-0.2, -0.2), 1.0, 80))
+    token_TD = np.concatenate([rng.normal(middle, width, (n, 2)) for middle, width, n in clouds])
+    grid = np.stack(np.meshgrid(*[np.linspace(-3, 3, 200)] * 2), -1)
+    score = lambda x: -((x[..., None, :] - centre_ED) ** 2).sum(-1)
+    bias_E, colours = jnp.zeros(3), plt.cm.Set2(range(3))
+    for i in range(9):
+        load_E, new_E = _step(jnp.asarray(score(token_TD), jnp.float32), bias_E, 1)
+        if i in (0, 1, 2, 8):
+            axis = axes[1, (0, 1, 2, 8).index(i)]
+            area = colours[np.argmax(score(grid) + np.asarray(bias_E), -1)]
+            axis.imshow(area, origin="lower", extent=(-3, 3, -3, 3))
+            axis.plot(*token_TD.T, "k.", ms=2)
+            axis.plot(*centre_ED.T, "w^", ms=9, mec="black")
+            axis.set(title=f"{i} alternations: loads {', '.join(map(str, load_E.tolist()))}", xticks=(), yticks=())
+        bias_E = new_E
+    Path("out").mkdir(exist_ok=True)
+    figure.savefig("out/balance.png", dpi=100)
+    print("wrote out/balance.png")
+
+
+def _fastest(forms, budget=4.0):
+    """Least seconds of each {name: function}: ten interleaved rounds, fewer for one that used up `budget`."""
+    best, used = dict.fromkeys(forms, math.inf), dict.fromkeys(forms, 0.0)
+    for f in forms.values():
+        jax.block_until_ready(f())
+    for _ in range(10):
+        for name in (n for n in forms if used[n] < budget):
+            start = time.perf_counter()
+            jax.block_until_ready(forms[name]())
+            best[name] = min(best[name], time.perf_counter() - start)
+            used[name] += time.perf_counter() - start
+    return best
+
+
+def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8))):
+    print(f"The q-th largest of every column, float32 [T,E], q = T*K/E, one {jax.devices()[0].device_kind} device.\n"
+          f"Times over the bisection's own; error: largest distance from np.partition.")
+    for T, E, K in sizes:
+        q, valid_T = T * K // E, jnp.ones(T, bool)
+        x_LTE = jax.random.normal(jax.random.key(0), (1, T, E))
+        rows = {
+            "bisection, exact": lambda x: qth_largest(x, valid_T, q),
+            "histogram, 1,000 bins": lambda x: histogram_quantile(x, valid_T, q, *live_range(x, valid_T), 1000),
+            "histogram, 10,000 bins": lambda x: histogram_quantile(x, valid_T, q, *live_range(x, valid_T), BINS),
+            "lax.top_k(q)": lambda x: lax.top_k(jnp.swapaxes(x, 1, 2), q)[0][:, :, -1],
+            "jnp.sort": lambda x: jnp.sort(x, axis=1)[:, T - q],
+            "jnp.quantile": lambda x: jnp.quantile(x, (T - q) / (T - 1), axis=1)}
+        # jit with the data as an argument: a closed-over constant would be folded away
+        forms = {name: partial(jax.jit(f), x_LTE) for name, f in rows.items()}
+        truth = largest(np.asarray(x_LTE[0]), q, 0)
+        error = {name: float(np.abs(np.asarray(f()) - truth).max()) for name, f in forms.items()}
+        forms["np.partition, outside XLA"] = lambda: largest(np.asarray(x_LTE[0]), q, 0)
+        best = _fastest(forms)
+        print(f"\nT = {T:,}, E = {E}, q = {q:,}: {best['bisection, exact'] * 1e3:.1f} ms")
+        for name, seconds in best.items():
+            print(f"  {name:28s}{seconds / best['bisection, exact']:8.2f} x   error {error.get(name, 0.0):.1e}")
+    print("\nShare of a training step: update alone, one device, over the fastest logged step of a finished run")
+    for name, (L, T, E, K) in {"smoke": (4, 2048, 8, 2), "laptop": (6, 4096, 16, 2)}.items():
+        margin_LTE, bias_LE = jax.random.normal(jax.random.key(0), (L, T, E)), jnp.zeros((L, E))
+        f = jax.jit(lambda m, b: update("quantile", m, jnp.ones(m.shape[1], bool), b, K))
+        ms = 1e3 * _fastest({"": partial(f, margin_LTE, bias_LE)})[""]
+        step = min((row["seconds"] for row in _rows(Path("out", name, "metrics.jsonl"))), default=math.nan)
+        print(f"  configs/{name}.py: {ms:.2f} ms, {ms / step / 10:.2f} % of {step * 1e3:.0f} ms (nan: out/{name} has none)")
+
+
+def _arena(config="configs/arena.py", seeds=3, folder="out/arena"):
+    """Train the same model on the same data under every rule, as train.py would; finished runs are kept."""
+    plt = _pyplot()
+    labels, results, lines, setting = [*RULES, "sign@0.01"], {}, {}, None
+    for seed in range(seeds):
+        for label in labels:
+            rule, _, rate = label.partition("@")
+            run = Path(folder, f"{label}-seed{seed}")
+            keys = {"balancer": rule, "balancer_rate": float(rate or 0), "seed": seed, "run_dir": run}
+            if not (run / "result.json").exists():
+                print(run, flush=True)
+                command = [sys.executable, "train.py", config, *(f"--{k}={v}" for k, v in keys.items())]
+                ended = subprocess.run(command, capture_output=True, text=True)
+                if ended.returncode:
+                    raise ValueError(f"{run}: train.py ended with {ended.returncode}: {ended.stderr.strip()[-300:]}")
+            made = json.loads((run / "config.json").read_text())
+            fixed = [made["data"]] + [{k: v for k, v in made[part].items() if k not in keys}
+                                      for part in ("model", "train")]
+            setting = setting or fixed
+            if fixed != setting:
+                raise ValueError(f"{run}: expected the config of the other runs, found another; delete it")
+            results[label, seed] = json.loads((run / "result.json").read_text())
+            lines[label, seed] = _rows(run / "metrics.jsonl")
+    steps, floor = setting[2]["steps"], results["quantile", 0]["maxvio_floor"]
+
+    def column(label, f):
+        return np.array([f(results[label, seed], lines[label, seed]) for seed in range(seeds)])
+    late = lambda rows, f: np.mean([f(row) for row in rows if row["step"] > 0.9 * steps])
+    table = {label: {
+        "loss": column(label, lambda r, rows: r["loss"]), "bpb": column(label, lambda r, rows: r["bpb"]),
+        "all": column(label, lambda r, rows: np.mean([row["maxvio"] for row in rows])).mean() / floor,
+        "end": column(label, lambda r, rows: r["maxvio"]).mean() / floor,
+        **{f: column(label, lambda r, rows: late(rows, lambda row: row["would_drop"][f])).mean()
+           for f in ("1", "1.15", "1.33")},
+        "dead": column(label, lambda r, rows: max(row["dead"] for row in rows)).mean(),
+        "ms": 1e3 * column(label, lambda r, rows: min(row["seconds"] for row in rows)).min()} for label in labels}
+    base = table["quantile"]
+    print(f"\n{config}: {steps} steps, {seeds} seeds, same data and seeds for all. loss: held-out nats per token; "
+          f"difference to\nquantile, seed by seed, with its standard error. MaxVio over its sampling floor of "
+          f"{floor:.3f}; drop and MaxVio\nend: last tenth of the run. dead: most at any log line. step: fastest log line. "
+          f"* sees later tokens in training")
+    print(f"{'rule':16s}{'loss':>7s}{'difference':>18s}{'bits/byte':>10s}{'MaxVio run':>11s}{'end':>6s}"
+          f"{'drop 1.0':>10s}{'1.15':>7s}{'1.33':>7s}{'dead':>6s}{'step ms':>8s}")
+    for label, row in sorted(table.items(), key=lambda item: item[1]["loss"].mean()):
+        gap = row["loss"] - base["loss"]
+        error = gap.std(ddof=1) / seeds**0.5 if seeds > 1 else math.nan
+        print(f"{label + '*' * (label in LEAKS):16s}{row['loss'].mean():7.4f}{gap.mean():+9.4f} +- {error:.4f}"
+              f"{row['bpb'].mean():10.4f}{row['all']:11.1f}{row['end']:6.1f}{row['1']:10.1%}{row['1.15']:7.1%}"
+              f"{row['1.33']:7.1%}{row['dead']:6.1f}{row['ms']:8.0f}")
+    better = lambda key, f: ", ".join(n for n in labels[1:] if f(table[n][key], base[key])) or "none"
+    print(f"lower loss than quantile with every seed: {better('loss', lambda a, b: (a < b).all())}\n"
+          f"lower MaxVio at the end: {better('end', lambda a, b: a < b)}")
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    for i, label in enumerate(labels):
+        style = dict(color=plt.cm.tab20(i), lw=2.5 if label == "quantile" else 1.2)
+        every = np.mean([[row["maxvio"] for row in lines[label, seed]] for seed in range(seeds)], axis=0)
+        left.semilogy([row["step"] for row in lines[label, 0]], every, label=label, **style)
+        right.errorbar(table[label]["end"], table[label]["loss"].mean(), table[label]["loss"].std(), fmt="o",
+                       color=style["color"])
+        right.annotate(label, (table[label]["end"], table[label]["loss"].mean()), xytext=(4, 3),
+                       textcoords="offset points", fontsize=8)
+    left.axhline(floor, color="black", ls=":", lw=0.8)
+    left.set(title="MaxVio, mean of seeds and layers; dotted: sampling floor", xlabel="step")
+    left.legend(ncols=2, fontsize=7)
+    right.set(title="held-out loss and its spread over seeds", xscale="log", ylabel="nats per token",
+              xlabel="MaxVio at the end, over its floor")
+    figure.savefig(Path(folder, "arena.png"), dpi=110)
+    print(f"wrote {folder}/arena.png")
+
+
+def _animate(run, frames=80):
+    """run/metrics.jsonl -> run/plots/load.gif: one row a layer, one cell an expert, one frame a logged step."""
+    plt = _pyplot()
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    log = Path(run, "metrics.jsonl")
+    rows = [row for row in _rows(log) if "load_LE" in row]
+    if not rows:
+        raise ValueError(f"{log}: expected lines with load_LE, as train.py writes for a model with experts, found none")
+    rows = rows[::-(-len(rows) // frames)]
+    load = np.array([row["load_LE"] for row in rows])                       # [frames, L, E]; 1 is the mean load
+    step, violation = [row["step"] for row in rows], load.max(-1).mean(-1) - 1
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 4.5), height_ratios=(2, 1), layout="constrained")
+    picture = top.imshow(load[0], vmin=0, vmax=2, cmap="RdBu_r", aspect="auto")
+    figure.colorbar(picture, ax=top, label="load over the mean")
+    top.set(xlabel="expert", ylabel="layer", yticks=range(load.shape[1]))
+    bottom.semilogy(step, np.maximum(violation, 1e-3), lw=1)
+    dot, = bottom.plot([], [], "o")
+    bottom.set(xlabel="step", ylabel="MaxVio")
+
+    def draw(i):
+        picture.set_data(load[i])
+        dot.set_data([step[i]], [max(violation[i], 1e-3)])
+        top.set_title(f"step {step[i]}: MaxVio {violation[i]:.2f}")
+    out = Path(run, "plots", "load.gif")
+    out.parent.mkdir(exist_ok=True)
+    FuncAnimation(figure, draw, len(rows)).save(out, PillowWriter(fps=10), dpi=80)
+    print(f"wrote {out}, {len(rows)} frames")
+
+
+def main(arguments):
+    verbs = {(): _demonstrate, ("failures",): _print_failures, ("bench",): _bench, ("arena",): _arena}
+    try:
+        if arguments[:1] == ["animate"] and len(arguments) == 2:
+            _animate(arguments[1])
+        elif tuple(arguments) in verbs:
+            verbs[tuple(arguments)]()
+        else:
+            raise ValueError(f"expected failures, bench, arena, animate RUN or nothing, found {arguments}")
+    except ValueError as error:
+        print(f"balance.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

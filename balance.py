@@ -7,7 +7,8 @@ The bias is state, not a parameter: one float32 array [L,E] in the train state, 
 optimizer, added to the router's scores when experts are chosen and never when their outputs are mixed.
 
 T tokens  E experts  K experts per token  L layers   q = T*K/E, the load every expert should carry
-s_TE router scores   alpha_T a token's cutoff   beta_E an expert's threshold   bias_E = -beta_E"""
+s_TE router scores   alpha_T a token's cutoff   beta_E an expert's threshold   bias_E = -beta_E
+margin_TE = s + bias - alpha"""
 
 import json
 import math
@@ -31,7 +32,7 @@ from jax import lax
 #
 # Its rivals fit the same frame, so they share one interface. Every rule chooses experts by score + bias; a rule
 # is where its bias comes from. `select` makes the choice, `update` makes the next bias, `auxiliary` the loss term
-# of the two rules that have one. All read the same statistic: margins, each score minus its token's cutoff.
+# of the two rules that have one. All read the same statistic, margins: how far score + bias is above the cutoff.
 
 RULES = {                           # `balancer` in a config -> its rate, unless `balancer_rate` says another
     "quantile": 0.0,                # the order statistic of all tokens on all devices, exact: ours
@@ -58,11 +59,12 @@ BINS, K3_BINS = 10_000, 1_000
 def select(logits_TE, bias_E, K, rule="quantile"):
     """Choose experts and measure every score against its token's cutoff.
 
-    Returns expert_TK int32, the K experts with the largest score + bias, and margin_TE float32, score minus
-    alpha, where alpha_T is the (K+1)-th largest of score + bias: one top-(K+1) serves both. So margin + bias > 0
-    says "chosen". K = E chooses everything and has nothing to balance; its margins are zero.
+    Returns expert_TK int32, the K experts with the largest score + bias, and margin_TE float32, score + bias -
+    alpha, where alpha_T is the (K+1)-th largest of score + bias: one top-(K+1) serves both. Positive says chosen,
+    and the cutoff's own margin is 0 to the bit (s - alpha alone rounds, and loads could not be counted from it).
+    K = E chooses everything and has nothing to balance; its margins are zero.
     "threshold" has no cutoff (alpha = 0) and no fixed K: its tokens get min(E, 2K) slots, best first, and
-    moe.route silences those where margin + bias <= 0."""
+    moe.route silences those whose margin is not positive."""
     score_TE = lax.stop_gradient(logits_TE).astype(jnp.float32)
     if rule in SIGMOID:
         score_TE = jax.nn.sigmoid(score_TE)
@@ -70,12 +72,11 @@ def select(logits_TE, bias_E, K, rule="quantile"):
     if K == E:
         return jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32), (T, E)), jnp.zeros_like(score_TE)
     if rule == "threshold":
-        return lax.top_k(score_TE + bias_E, min(E, 2 * K))[1], score_TE
-    if rule in LEAKS:
-        bias_E = bias_within_batch(rule, score_TE, bias_E, K)
-    value_TK1, expert_TK1 = lax.top_k(score_TE + bias_E, K + 1)
+        return lax.top_k(score_TE + bias_E, min(E, 2 * K))[1], score_TE + bias_E
+    used_E = bias_within_batch(rule, score_TE, bias_E, K) if rule in LEAKS else bias_E
+    value_TK1, expert_TK1 = lax.top_k(score_TE + used_E, K + 1)
     alpha_T1 = value_TK1[:, K:] if rule != "bip" else jnp.maximum(0.0, value_TK1[:, K:])
-    return expert_TK1[:, :K], score_TE - alpha_T1
+    return expert_TK1[:, :K], (score_TE + bias_E) - alpha_T1
 
 
 # ------------------------------------------------------------------------------- the exact, pooled estimator
@@ -132,9 +133,10 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0):
     """This step's margins -> (the next step's bias_LE, kept_L: layers that kept their old bias).
 
     Call it once, after all layers: no collective of it stands in the layer loop, and nothing waits for its result
-    before the next step. For "quantile" the bias is replaced, not moved: bias <- -(beta - mean(beta)), beta_j
-    the q-th largest margin of expert j. With the (K+1)-th row cutoff of `select` this is the pair of order
-    statistics that reaches the program's optimum; the published (K+1, q+1) pair can stall short of it (failures).
+    before the next step. "quantile": bias <- -(beta - mean(beta)), beta_j the q-th largest of s - alpha, which is
+    the q-th largest margin minus the old bias: a full replacement. With the (K+1)-th row cutoff of `select` this
+    is the pair of order statistics that reaches the program's optimum; the published (K+1, q+1) pair can stall
+    short of it (failures).
     Centring removes the one direction that the loads do not see, in which beta would drift (+.008 a step at 16,384
     tokens [measured: numpy, E=64, K=4]).
     A layer with a margin that is not finite keeps its old bias: a NaN logit must not outlive its step, and an
@@ -151,23 +153,24 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0):
     tokens, broken_L = everywhere((here, broken_L))
     q = rank(tokens, K, E)
 
-    if rule in ("quantile", "quantile_ema"):
-        new_LE = -qth_largest(margin_LTE, valid_T, q, axis)
+    if rule in ("quantile", "quantile_ema", "threshold"):
+        new_LE = bias_LE - qth_largest(margin_LTE, valid_T, q, axis)
     elif rule == "quantile_local":
-        beta_LE = qth_largest(margin_LTE, valid_T, rank(here, K, E))
-        new_LE = -everywhere(jnp.where(here > 0, beta_LE * (here / tokens), 0.0))
+        own_LE = qth_largest(margin_LTE, valid_T, rank(here, K, E))
+        new_LE = bias_LE - everywhere(jnp.where(here > 0, own_LE * (here / tokens), 0.0))
     elif rule == "quantile_hist":
-        new_LE = -histogram_quantile(margin_LTE, valid_T, tokens * (K / E), *live_range(margin_LTE, valid_T, axis),
-                                     BINS, axis)
-    elif rule == "quantile_k3":                     # sigmoids lie in [0,1], so no margin can leave this range
+        x_LTE = margin_LTE - bias_LE[:, None]                           # s - alpha
+        low_L, high_L = live_range(x_LTE, valid_T, axis)
+        new_LE = -histogram_quantile(x_LTE, valid_T, tokens * (K / E), low_L, high_L, BINS, axis)
+    elif rule == "quantile_k3":
+        x_LTE = margin_LTE - bias_LE[:, None]       # sigmoids lie in [0,1], so none of these can leave this range:
         low_L, high_L = -1.0 - jnp.max(bias_LE, axis=1), 1.0 - jnp.min(bias_LE, axis=1)
-        new_LE = -histogram_quantile(margin_LTE, valid_T, tokens * (K / E), low_L, high_L, K3_BINS, axis)
+        new_LE = -histogram_quantile(x_LTE, valid_T, tokens * (K / E), low_L, high_L, K3_BINS, axis)
     elif rule == "bip":
-        new_LE = -jnp.maximum(0.0, qth_largest(margin_LTE, valid_T, jnp.minimum(q + 1, tokens), axis))
-    elif rule == "threshold":
-        new_LE = -qth_largest(margin_LTE, valid_T, q, axis)
+        next_LE = qth_largest(margin_LTE, valid_T, jnp.minimum(q + 1, tokens), axis)
+        new_LE = -jnp.maximum(0.0, next_LE - bias_LE)
     else:
-        excess_LE = everywhere(loads(margin_LTE, valid_T, bias_LE)) * (E / K) / tokens - 1.0
+        excess_LE = everywhere(loads(margin_LTE, valid_T)) * (E / K) / tokens - 1.0
         rms_L1 = jnp.sqrt(jnp.mean(excess_LE**2, axis=1, keepdims=True))
         new_LE = bias_LE - rate * {"sign": jnp.sign(excess_LE), "proportional": excess_LE,
                                    "sign_rms": excess_LE / jnp.maximum(rms_L1, 1e-9)}[rule]
@@ -236,7 +239,7 @@ def bias_within_batch(rule, score_TE, bias_E, K):
     return lax.fori_loop(0, 4, clamped, bias_E)
 
 
-def auxiliary(rule, prob_LTE, margin_LTE, bias_LE, valid_T, tokens, K, axis=None, rate=0.0):
+def auxiliary(rule, prob_LTE, margin_LTE, valid_T, tokens, K, axis=None, rate=0.0):
     """The load-balancing loss sum_l E sum_j f_j P_j, times its rate: this device's share, so that shares add up.
 
     P_j: mean router probability of expert j, the only part with a gradient. f_j: its share of the assignments, in
@@ -245,7 +248,7 @@ def auxiliary(rule, prob_LTE, margin_LTE, bias_LE, valid_T, tokens, K, axis=None
     if rule not in ("aux_micro", "aux_global"):
         return 0.0
     E = prob_LTE.shape[2]
-    load_LE, here = loads(margin_LTE, valid_T, bias_LE), jnp.sum(valid_T, dtype=jnp.int32)
+    load_LE, here = loads(margin_LTE, valid_T), jnp.sum(valid_T, dtype=jnp.int32)
     if rule == "aux_global" and axis is not None:
         load_LE, here = lax.psum((load_LE, here), axis)
     f_LE = load_LE / jnp.maximum(here * K, 1)
@@ -255,10 +258,10 @@ def auxiliary(rule, prob_LTE, margin_LTE, bias_LE, valid_T, tokens, K, axis=None
 
 # ----------------------------------------------------------------------------------------- how balanced is it
 
-def loads(margin_LTE, valid_T, bias_LE):
-    """Valid tokens of this device that chose each expert, read off the margins: int32 [L,E]. A token that ties
-    with its cutoff to the bit is not counted."""
-    return jnp.sum((margin_LTE + bias_LE[:, None] > 0) & valid_T[:, None], axis=1, dtype=jnp.int32)
+def loads(margin_LTE, valid_T):
+    """Valid tokens of this device that chose each expert, int32 [L,E]. One that ties with its cutoff counts as not
+    chosen, wherever top_k put it."""
+    return jnp.sum((margin_LTE > 0) & valid_T[:, None], axis=1, dtype=jnp.int32)
 
 
 def max_violation(load_LE):
@@ -402,8 +405,8 @@ def failures():
     @partial(jax.jit, static_argnums=2)
     def coarse(s_TE, bias_E, K):
         expert_TK, margin_TE = select(s_TE, bias_E, K)
-        whole = live_range(margin_TE[None], valid_T)
-        beta_LE = histogram_quantile(margin_TE[None], valid_T, T * K / E, *whole, 1000)
+        s_LTE = (margin_TE - bias_E)[None]
+        beta_LE = histogram_quantile(s_LTE, valid_T, T * K / E, *live_range(s_LTE, valid_T), 1000)
         return jnp.bincount(expert_TK.reshape(-1), length=E), jnp.mean(beta_LE) - beta_LE[0]
     outlier = [seen.at[0, 0].set(-1e3)] * 10                                # one score of one token
     yield ("a live histogram, 1,000 bins, one outlier", "MaxVio in the batch, 10 alternations",
@@ -423,7 +426,7 @@ def failures():
     def adrift(s_TE, bias_E, K):
         expert_TK, margin_TE = select(s_TE, bias_E, K)
         return (jnp.bincount(expert_TK.reshape(-1), length=E),
-                -qth_largest(margin_TE[None], valid_T, T * K // E)[0])
+                bias_E - qth_largest(margin_TE[None], valid_T, T * K // E)[0])
     level = lambda step: abs(float(jnp.mean(_online(batches, K, step)[1])))
     yield "a bias that is not centred", "size of its mean after 40 steps", level(adrift), level(_step)
 
@@ -494,7 +497,7 @@ def _demonstrate():
     for label in ("quantile", "quantile_ema", "proportional", "sign@0.01", "none"):
         rule, _, rate = label.partition("@")
         violation, _ = _online(batches, K, partial(_step, rule=rule, rate=float(rate or 0)))
-        print(f"  {label:14s} first five {violation[:5].round(2)}, last ten on average {violation[-10:].mean():.3f}")
+        print(f"  {label:14s} first five {violation[:5].round(2)}, last ten {violation[-10:].mean():.3f}")
         axes[0, 2].semilogy(violation, label=label)
     axes[0, 2].axhline(floor, color="black", lw=0.8, ls=":", label="sampling floor")
     axes[0, 2].set(title="new batches: the old bias routes", xlabel="updates", ylabel="MaxVio")
@@ -543,8 +546,8 @@ def _fastest(forms, budget=4.0):
 
 
 def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8))):
-    print(f"The q-th largest of every column, float32 [T,E], q = T*K/E, one {jax.devices()[0].device_kind} device.\n"
-          f"Times over the bisection's own; error: largest distance from np.partition.")
+    print(f"The q-th largest of every column, float32 [T,E], q = T*K/E, on one {jax.devices()[0].device_kind}.\n"
+          "Times over the bisection's own; error: largest distance from np.partition.")
     for T, E, K in sizes:
         q, valid_T = T * K // E, jnp.ones(T, bool)
         x_LTE = jax.random.normal(jax.random.key(0), (1, T, E))
@@ -570,7 +573,7 @@ def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8
         f = jax.jit(lambda m, b: update("quantile", m, jnp.ones(m.shape[1], bool), b, K))
         ms = 1e3 * _fastest({"": partial(f, margin_LTE, bias_LE)})[""]
         step = min((row["seconds"] for row in _rows(Path("out", name, "metrics.jsonl"))), default=math.nan)
-        print(f"  configs/{name}.py: {ms:.2f} ms, {ms / step / 10:.2f} % of {step * 1e3:.0f} ms (nan: out/{name} has none)")
+        print(f"  configs/{name}.py: {ms:.2f} ms, {ms / step / 10:.2f} % of {step * 1e3:.0f} ms (nan: no run)")
 
 
 def _arena(config="configs/arena.py", seeds=3, folder="out/arena"):
@@ -587,7 +590,7 @@ def _arena(config="configs/arena.py", seeds=3, folder="out/arena"):
                 command = [sys.executable, "train.py", config, *(f"--{k}={v}" for k, v in keys.items())]
                 ended = subprocess.run(command, capture_output=True, text=True)
                 if ended.returncode:
-                    raise ValueError(f"{run}: train.py ended with {ended.returncode}: {ended.stderr.strip()[-300:]}")
+                    raise ValueError(f"{run}: train.py ended with {ended.returncode}: {ended.stderr[-300:]}")
             made = json.loads((run / "config.json").read_text())
             fixed = [made["data"]] + [{k: v for k, v in made[part].items() if k not in keys}
                                       for part in ("model", "train")]
@@ -612,8 +615,8 @@ def _arena(config="configs/arena.py", seeds=3, folder="out/arena"):
     base = table["quantile"]
     print(f"\n{config}: {steps} steps, {seeds} seeds, same data and seeds for all. loss: held-out nats per token; "
           f"difference to\nquantile, seed by seed, with its standard error. MaxVio over its sampling floor of "
-          f"{floor:.3f}; drop and MaxVio\nend: last tenth of the run. dead: most at any log line. step: fastest log line. "
-          f"* sees later tokens in training")
+          f"{floor:.3f}; drop and MaxVio\nend: last tenth of the run. dead: most at any line. step: fastest line. "
+          "* looks ahead in training")
     print(f"{'rule':16s}{'loss':>7s}{'difference':>18s}{'bits/byte':>10s}{'MaxVio run':>11s}{'end':>6s}"
           f"{'drop 1.0':>10s}{'1.15':>7s}{'1.33':>7s}{'dead':>6s}{'step ms':>8s}")
     for label, row in sorted(table.items(), key=lambda item: item[1]["loss"].mean()):
@@ -651,7 +654,7 @@ def _animate(run, frames=80):
     log = Path(run, "metrics.jsonl")
     rows = [row for row in _rows(log) if "load_LE" in row]
     if not rows:
-        raise ValueError(f"{log}: expected lines with load_LE, as train.py writes for a model with experts, found none")
+        raise ValueError(f"{log}: expected lines with load_LE, as train.py writes for experts, found none")
     rows = rows[::-(-len(rows) // frames)]
     load = np.array([row["load_LE"] for row in rows])                       # [frames, L, E]; 1 is the mean load
     step, violation = [row["step"] for row in rows], load.max(-1).mean(-1) - 1

@@ -23,7 +23,7 @@ TILE = 64       # rows per tile. Small tiles waste fewer padding rows (E*TILE at
 class Routing(NamedTuple):
     expert_TK: jax.Array        # int32, K distinct experts, best first
     gate_TK: jax.Array          # float32, how loudly each is heard
-    margin_TE: jax.Array        # float32, what balance.next_bias reads
+    margin_TE: jax.Array        # float32, what balance.update reads
     z_T: jax.Array              # float32, squared log-sum-exp of the router logits, the router z-loss
     prob_TE: jax.Array          # float32, softmax of the router logits: only the auxiliary losses read it
 
@@ -41,7 +41,7 @@ def route(x_TD, router_DE, bias_E, K, combine_sum=0.0, balancer="quantile"):
     pick = lambda x_TE: jnp.sum(jnp.where(chosen_TKE, x_TE[:, None, :], 0.0), axis=-1)
     gate_TK = jax.nn.sigmoid(pick(logits_TE))
     if balancer == "threshold" and K < logits_TE.shape[1]:          # a slot below the threshold is silent
-        gate_TK = jnp.where(pick(margin_TE + bias_E) > 0, gate_TK, 0.0)
+        gate_TK = jnp.where(pick(margin_TE) > 0, gate_TK, 0.0)
     if combine_sum:
         total_T1 = jnp.sum(gate_TK, axis=-1, keepdims=True)
         gate_TK = gate_TK * combine_sum / jnp.where(total_T1 > 0, total_T1, 1.0)

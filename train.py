@@ -369,7 +369,7 @@ def make_train_step(c, t, mesh):
             stats.pop("nll_T")
             if "prob_LTE" in stats:
                 valid_T = rows["segments"].reshape(-1) != 0
-                loss += balance.auxiliary(c.balancer, stats.pop("prob_LTE"), stats["margin_LTE"], bias_LE, valid_T,
+                loss += balance.auxiliary(c.balancer, stats.pop("prob_LTE"), stats["margin_LTE"], valid_T,
                                           norm["tokens"], c.experts_per_token, "data", c.balancer_rate)
             return loss, stats
 
@@ -389,7 +389,7 @@ def make_train_step(c, t, mesh):
                 c.num_layers * norm["tokens"])
             margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
             if c.balancer == "threshold":       # half of its slots are silent: count those that are heard
-                out["load_LE"] = lax.psum(balance.loads(margin_LTE, valid_T, bias_LE), "data")
+                out["load_LE"] = lax.psum(balance.loads(margin_LTE, valid_T), "data")
             bias_LE, kept_L = balance.update(c.balancer, margin_LTE, valid_T, bias_LE, c.experts_per_token, "data",
                                              c.balancer_rate)
             out["bias_kept"] = jnp.sum(kept_L)

@@ -1,6 +1,6 @@
-"""Quantile balancing: its 24 properties, the linear program as oracle, seeded vectors, devices, and its rivals.
+"""Quantile balancing: its 24 properties, the linear program as oracle, seeded vectors, devices; and its rivals.
 
-Numbers in the names of tests are those of the properties: 1-19 hold exactly, on any data; 20-24 are convergence."""
+Numbers in the names of tests are those of the properties: 1-19 hold exactly on any data, 20-24 are convergence."""
 import functools
 import itertools
 import json
@@ -48,18 +48,19 @@ def seeded(T, E, seed):
 
 
 def dyadic(T, E, seed):
-    """Scores and a bias on a grid of 1/64, so that float32 sums of them are exact and identities hold to the bit."""
+    """Scores and a bias on a grid of 1/64: float32 sums of them are exact, so identities hold to the bit."""
     rng = np.random.default_rng(seed)
     return np.round(rng.standard_normal((T, E)) * 64) / 64, np.round(rng.standard_normal(E) * 64) / 64
 
 
-# ------------------------------------------------------------------------------------------ 1-11: the mathematics
+# ----------------------------------------------------------------------------------------- 1-11: the mathematics
 
 def test_01_the_thresholds_split_every_column_at_q():
     s, (T, E, K) = seeded(64, 8, 0), (64, 8, 2)
     margin = s - balance.largest(s, K + 1, 1)
     above, at = balance.largest(margin, T * K // E + 1, 0), balance.largest(margin, T * K // E, 0)
-    assert (np.sum(margin > above, axis=0) == T * K // E).all() and (np.sum(margin >= at, axis=0) == T * K // E).all()
+    assert (np.sum(margin > above, axis=0) == T * K // E).all()
+    assert (np.sum(margin >= at, axis=0) == T * K // E).all()
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (0.5, 0.5), (1, 0), (0.3, 0.8)])
@@ -75,8 +76,8 @@ def test_02_the_dual_never_rises_in_a_half_step(row, column):
 
 def test_03_no_assignment_is_worth_more_than_the_dual():
     s, rng, (T, E, K) = seeded(24, 8, 2), np.random.default_rng(0), (24, 8, 2)
-    bounds = [balance.dual(s, beta, K) for beta in (np.zeros(E), rng.standard_normal(E), 5 * rng.standard_normal(E))]
-    for _ in range(200):            # token i takes experts i, i+1 of a shuffled ring, tokens shuffled: loads are equal
+    bounds = [balance.dual(s, size * rng.standard_normal(E), K) for size in (0, 1, 5)]
+    for _ in range(200):            # token i takes 2i, 2i+1 of a shuffled ring of experts: loads are equal
         ring, order = rng.permutation(E), rng.permutation(T)
         value = sum(s[order[i], ring[(i * K + j) % E]] for i in range(T) for j in range(K))
         assert value <= min(bounds)
@@ -89,7 +90,8 @@ def test_04_to_07_shifts_and_scales():
     np.testing.assert_array_equal(alternate(s + per_token, bias, 2, False), base)                            # 4
     np.testing.assert_array_equal(alternate(s, bias + 3, 2, False), base + 3)                                # 5
     np.testing.assert_array_equal(choice(s, bias + 3, 2), choice(s, bias, 2))
-    np.testing.assert_array_equal(alternate(s + per_expert, bias - per_expert, 2, False), base - per_expert)  # 6
+    moved = alternate(s + per_expert, bias - per_expert, 2, False)
+    np.testing.assert_array_equal(moved, base - per_expert)                                                  # 6
     np.testing.assert_array_equal(alternate(4 * s, 4 * bias, 2, False), 4 * base)                            # 7
     centred = alternate(s, bias, 2)
     np.testing.assert_allclose(centred, base - base.mean(), atol=1e-6)
@@ -122,7 +124,8 @@ def test_11_where_the_published_pair_does_not_move():
         still = (load <= q) & (q < load + next_in)
         _, new = balance.alternate(s, beta, K, column=0.0)
         np.testing.assert_array_equal(np.isclose(new, beta, rtol=0, atol=1e-12), still)
-        beta, seen = new, seen | set(still.tolist())
+        seen |= set(still.tolist())
+        beta = new + 0.1 * np.random.default_rng(q).standard_normal(E)          # away from ties
     assert seen == {True, False}
 
 
@@ -168,7 +171,7 @@ def test_14_no_gradient_reaches_the_bias_and_no_weight_depends_on_it(config):
     for rule in ("quantile", "quantile_k3", "bip", "threshold"):                # each its own way through select
         gates = lambda bias: moe.route(x, router, bias, 2, balancer=rule).gate_TK
         assert (jax.grad(lambda bias: gates(bias).sum())(jnp.zeros(8)) == 0).all()
-        if rule not in ("threshold", "bip"):                    # an equal shift chooses the same, and weighs the same
+        if rule not in ("threshold", "bip"):                    # an equal shift chooses and weighs the same
             np.testing.assert_array_equal(gates(jnp.zeros(8)), gates(jnp.full(8, 2.0)))
     state = jax.eval_shape(lambda: train.make_state(c, t, jax.random.key(0)))
     moments = {leaf.shape for leaf in jax.tree.leaves(state.opt)}
@@ -200,7 +203,8 @@ def on_devices(n, rule, margin, valid, bias, K):
 @pytest.mark.parametrize("rule", ["quantile", "quantile_hist", "quantile_k3", "sign_rms", "bip"])
 def test_16_the_statistic_is_the_same_to_the_bit_on_any_number_of_devices(rule):
     rng = np.random.default_rng(7)
-    margin, valid = jnp.asarray(rng.random((3, 96, 8)), jnp.float32), jnp.asarray(rng.random(96) < 0.8)
+    margin = jnp.asarray(rng.random((3, 96, 8)) - np.linspace(0, 0.6, 8), jnp.float32)
+    valid = jnp.asarray(rng.random(96) < 0.8)
     results = [on_devices(n, rule, margin, valid, jnp.zeros((3, 8)), 2) for n in (1, 2, 4, 8)]
     assert all((r == results[0]).all() for r in results) and np.ptp(results[0]) > 0
     order = rng.permutation(96)                                 # and for any layout, so for any microbatches (19)
@@ -227,10 +231,11 @@ def test_16_padding_of_any_content_changes_nothing(rule):
 
 
 def test_17_a_histogram_errs_by_less_than_a_bin():
-    x, valid, q, mean_error = jax.random.normal(jax.random.key(1), (2, 4000, 8)), jnp.arange(4000) < 3900, 900, []
+    x, valid, q = jax.random.normal(jax.random.key(1), (1, 20_000, 4)), jnp.arange(20_000) < 19_000, 4750
+    mean_error = []
     exact, histogram = balance.qth_largest(x, valid, q), jax.jit(balance.histogram_quantile, static_argnums=5)
     low, high = balance.live_range(x, valid)
-    for bins in (100, 1000, 10_000):
+    for bins in (10, 100, 1000):
         error = jnp.abs(histogram(x, valid, q, low, high, bins) - exact)
         assert (error <= ((high - low) / bins)[:, None] * 1.001 + 1e-6).all()
         mean_error.append(float(error.mean()))
@@ -273,27 +278,27 @@ def test_19_evaluation_reads_the_bias_and_leaves_it(config):
     batch = train.put(synthetic(c, t, 0), mesh)
     first, second = (jax.device_get(score(state.params, state.bias_LE, batch)) for _ in range(2))
     assert first == second and (np.asarray(state.bias_LE) == before).all() and np.ptp(before) > 0
-    assert jax.device_get(score(state.params, 0 * state.bias_LE, batch))[0] != first[0], "the bias in use is the state's"
+    assert jax.device_get(score(state.params, 0 * state.bias_LE, batch))[0] != first[0], "it is in use"
     # (save, restore and go on, bit for bit: tests of resuming in test_train.py)
 
 
 # ------------------------------------------------------------------------------ 20-24: convergence, the optimum
 
-# T, E, K, seed: s[0,0], optimum by HiGHS, greedy loads, midpoint: alternations to a gap below 1e-9 and the gaps after
-# 1..5, (K+1, q): alternations, (K+1, q+1): last gap (0: reaches it) and loads. Computed independently of this code.
+# T, E, K, seed: s[0,0], optimum by HiGHS, greedy loads; midpoint: alternations to a gap below 1e-9 and the gaps
+# after 1..5; (K+1, q): alternations; (K+1, q+1): last gap (0: reaches it) and loads. Not computed with this code.
 SEEDED = {
     (8, 4, 2, 0): (-0.033495, 8.742860494, [1, 4, 4, 7], 3, [.5527, .0507, 0], 2, 0, [4, 5, 5, 2]),
     (8, 4, 2, 1): (-0.032021, 19.533311917, [0, 7, 4, 5], 3, [1.5692, .0446, 0], 4, .02062, [3, 5, 4, 4]),
     (12, 4, 1, 0): (1.927365, 16.014428701, [5, 7, 0, 0], 5, [1.8936, .7276, .2323, .0331, 0], 3, 0, None),
     (12, 4, 1, 1): (0.939332, 10.857651237, [2, 5, 5, 0], 4, [.8079, .0347, .0097, 0], 3, .0655, None),
-    (24, 8, 2, 0): (1.212561, 53.232065477, [17, 3, 0, 17, 0, 1, 1, 9], 6, [4.2009, .829, .3262, .1327, .016], 7,
-                    .06975, [8, 6, 6, 6, 5, 6, 5, 6]),
-    (24, 8, 2, 1): (1.307739, 29.399318953, [16, 0, 1, 1, 15, 6, 8, 1], 11, [4.9228, .8844, .3581, .1911, .1196], 12,
-                    .6822, None),
+    (24, 8, 2, 0): (1.212561, 53.232065477, [17, 3, 0, 17, 0, 1, 1, 9], 6, [4.2009, .829, .3262, .1327, .016],
+                    7, .06975, [8, 6, 6, 6, 5, 6, 5, 6]),
+    (24, 8, 2, 1): (1.307739, 29.399318953, [16, 0, 1, 1, 15, 6, 8, 1], 11, [4.9228, .8844, .3581, .1911, .1196],
+                    12, .6822, None),
     (64, 8, 2, 0): (-0.418228, 166.838360043, [1, 6, 25, 3, 44, 45, 1, 3], 5, [16.2506, .6322, .1197, .0138, 0], 6,
                     .1136, None),
-    (64, 8, 2, 1): (2.018699, 127.090511612, [52, 1, 1, 6, 27, 15, 23, 3], 7, [12.0085, .3283, .0674, .0307, .0122], 6,
-                    .1686, None),
+    (64, 8, 2, 1): (2.018699, 127.090511612, [52, 1, 1, 6, 27, 15, 23, 3], 7,
+                    [12.0085, .3283, .0674, .0307, .0122], 6, .1686, None),
     (256, 16, 2, 0): (-1.839037, 842.689120475, None, 11, [48.98, 1.987, .2588, .0554, .0165], 19, .6218, None),
     (256, 16, 2, 1): (-0.671200, 814.921338081, None, 33, [50.94, 2.018, .5063, .2049, .0827], 44, .4284, None)}
 
@@ -309,25 +314,25 @@ def descend(s, K, row, column, optimum, most=300):
 
 @pytest.mark.parametrize("T, E, K, seed", SEEDED)
 def test_20_and_21_the_seeded_vectors(T, E, K, seed):
-    corner, optimum, greedy, midpoint_steps, midpoint_gaps, our_steps, published_gap, published_loads = SEEDED[T, E, K, seed]
-    s, count = seeded(T, E, seed), lambda beta: np.bincount(np.argsort(-(s - beta), 1, "stable")[:, :K].ravel(),
-                                                            minlength=E)
+    corner, optimum, greedy, middle_steps, middle_gaps, our_steps, last_gap, last_loads = SEEDED[T, E, K, seed]
+    s = seeded(T, E, seed)
+    count = lambda beta: np.bincount(np.argsort(-(s - beta), 1, "stable")[:, :K].ravel(), minlength=E)
     value, x = balance.lp_optimum(s, K)
     assert s[0, 0] == pytest.approx(corner, abs=1e-6) and value == pytest.approx(optimum, abs=1e-8)
     assert np.allclose(x, np.round(x), atol=1e-9), "the vertex is integral"
     assert greedy is None or count(np.zeros(E)).tolist() == greedy
 
     gaps, beta = descend(s, K, 0.5, 0.5, value)                         # 20: midpoints end with loads of exactly q
-    assert len(gaps) == midpoint_steps
-    np.testing.assert_allclose(gaps[:5], midpoint_gaps[:len(gaps)], rtol=1e-3, atol=6e-5)
+    assert len(gaps) == middle_steps
+    np.testing.assert_allclose(gaps[:5], middle_gaps[:len(gaps)], rtol=1e-3, atol=6e-5)
     assert (count(beta) == T * K // E).all() and balance.certificate(s, -beta, K) == pytest.approx(value, abs=1e-8)
 
-    gaps, beta = descend(s, K, 0, 1, value)                             # 21: ours is optimal, up to ties at the cutoff
+    gaps, beta = descend(s, K, 0, 1, value)                     # 21: optimal too, but for ties at the cutoff
     assert len(gaps) == our_steps and np.abs(count(beta) - T * K // E).max() <= 2
 
     gaps, beta = descend(s, K, 0, 0, value)
-    assert gaps[-1] == pytest.approx(published_gap, rel=1e-3, abs=1e-9)
-    assert published_loads is None or count(beta).tolist() == published_loads
+    assert gaps[-1] == pytest.approx(last_gap, rel=1e-3, abs=1e-9)
+    assert last_loads is None or count(beta).tolist() == last_loads
 
 
 # Unique optimum by brute force; the experts of each row; the dual after each midpoint alternation.
@@ -358,7 +363,7 @@ def test_20_the_integer_vectors(name):
         assert best_assignment(s, K) == optimum
     value, x = balance.lp_optimum(s, K)
     assert value == pytest.approx(optimum, abs=1e-9) and np.sort(s, 1)[:, -K:].sum() == greedy
-    assert [tuple(np.nonzero(row > 0.5)[0]) for row in x] == [row if isinstance(row, tuple) else (row,) for row in rows]
+    assert [tuple(np.nonzero(row > 0.5)[0]) for row in x] == [tuple(np.ravel(row)) for row in rows]
     gaps, _ = descend(s, K, 0.5, 0.5, optimum)
     np.testing.assert_allclose(gaps + optimum, duals, atol=1e-9)
     bias, values = np.zeros(s.shape[1]), []                     # the training code, float32, centred
@@ -433,7 +438,8 @@ def test_every_rule_balances_a_batch_that_it_sees_again(rule):
     rate = {"sign": 1e-2}.get(rule, 0.0)
     violation, _ = online(rule, seeded(512, 16, 9), 60, rate)
     assert online("none", seeded(512, 16, 9), 1)[0][0] > 2
-    assert violation[-1] < {"sinkhorn": 0.4, "sign": 0.4}.get(rule, 0.25), violation
+    limit = {"sinkhorn": 0.4, "sign": 0.6, "sign_rms": 0.6}.get(rule, 0.25)     # steps of fixed size never settle
+    assert violation[-1] < limit, violation
 
 
 def test_one_step_of_each_loss_free_rule_by_hand():
@@ -472,30 +478,31 @@ def test_bip_is_the_clamped_alternation():
 
 
 def test_a_threshold_hears_who_passes_and_silences_the_other_slots():
-    """Each expert answers its q best tokens, one quantile and no alternation; gates of idle slots are exactly zero."""
+    """Each expert answers its q best tokens: one quantile, no alternation. Gates of idle slots are zero."""
     E, K, x = 8, 2, jnp.asarray(seeded(256, 12, 3), jnp.float32)
-    p = {"router_DE": jax.random.normal(jax.random.key(0), (12, E)) / 3,
-         **{k: jax.random.normal(jax.random.key(i), shape) / 3
-            for i, (k, shape) in enumerate({"gate_EDF": (E, 12, 4), "up_EDF": (E, 12, 4), "down_EFD": (E, 4, 12)}.items())}}
+    shapes = {"router_DE": (12, E), "gate_EDF": (E, 12, 4), "up_EDF": (E, 12, 4), "down_EFD": (E, 4, 12)}
+    p = {k: jax.random.normal(jax.random.key(i), shape) / 3 for i, (k, shape) in enumerate(shapes.items())}
     logits, bias, valid = x @ p["router_DE"], jnp.zeros(E), jnp.ones(256, bool)
     margin = balance.select(logits, bias, K, "threshold")[1]
     bias = balance.update("threshold", margin[None], valid, bias[None], K, rate=1.0)[0][0]
     r = moe.route(x, p["router_DE"], bias, K, 2.5, "threshold")
     heard = np.asarray(logits + bias > 0)
     assert r.expert_TK.shape == (256, 2 * K) and np.abs(heard.sum(0) - 64).max() <= 1
-    counts = np.minimum(heard.sum(1), 2 * K)                    # beyond 2K slots nobody is heard: the price of shape
+    counts = np.minimum(heard.sum(1), 2 * K)                    # beyond 2K slots nobody is heard
     assert ((np.asarray(r.gate_TK) > 0).sum(1) == counts).all() and 0 in counts and counts.max() > K
     sums = np.asarray(r.gate_TK).sum(1)
     np.testing.assert_allclose(sums[counts > 0], 2.5, rtol=1e-5)
     assert (sums[counts == 0] == 0).all()
-    run = lambda f: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(f(x, p, bias, K, 0.0, "threshold")[0]))))(x)
+    loss = lambda f: lambda x: jnp.sum(jnp.sin(f(x, p, bias, K, 0.0, "threshold")[0]))
+    run = lambda f: jax.jit(jax.value_and_grad(loss(f)))(x)
     for got, want in zip(run(moe.moe), run(moe.dense_moe)):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_the_auxiliary_loss_by_hand_and_its_descent():
     rng, (L, T, E, K) = np.random.default_rng(0), (2, 40, 8, 2)
-    logits, valid = jnp.asarray(rng.standard_normal((L, T, E)) + rng.standard_normal(E), jnp.float32), jnp.arange(T) < 30
+    logits = jnp.asarray(rng.standard_normal((L, T, E)) + rng.standard_normal(E), jnp.float32)
+    valid = jnp.arange(T) < 30
 
     def loss(logits, rule="aux_micro"):
         margin = jnp.stack([balance.select(x, jnp.zeros(E), K)[1] for x in logits])
@@ -512,22 +519,25 @@ def test_the_auxiliary_loss_by_hand_and_its_descent():
 
 
 def test_the_global_auxiliary_loss_does_not_depend_on_the_number_of_devices():
-    margin, prob = jax.random.normal(jax.random.key(0), (2, 32, 8)), jax.nn.softmax(jax.random.normal(jax.random.key(1), (2, 32, 8)))
-    margin += jnp.repeat(jnp.arange(4), 8)[None, :, None] * jnp.linspace(-1, 1, 8)        # devices see different loads
+    margin, prob = (jax.random.normal(jax.random.key(i), (2, 32, 8)) for i in (0, 1))
+    margin += jnp.repeat(jnp.arange(4), 8)[None, :, None] * jnp.linspace(-1, 1, 8)    # devices see different loads
+    prob = jax.nn.softmax(prob)
 
     def on(n, rule):
         mesh = jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n])
-        f = lambda m, p: jax.lax.psum(balance.auxiliary(rule, p, m, jnp.ones(m.shape[1], bool), 32.0, 2, "data"),
-                                      "data")
-        return float(jax.jit(jax.shard_map(f, mesh=mesh, in_specs=Spec(None, "data"), out_specs=Spec()))(margin, prob))
+        share = lambda m, p: balance.auxiliary(rule, p, m, jnp.ones(m.shape[1], bool), 32.0, 2, "data")
+        f = jax.shard_map(lambda m, p: jax.lax.psum(share(m, p), "data"), mesh=mesh, in_specs=Spec(None, "data"),
+                          out_specs=Spec(), check_vma=False)
+        return float(jax.jit(f)(margin, prob))
     assert on(1, "aux_global") == pytest.approx(on(4, "aux_global"), rel=1e-6) == pytest.approx(on(1, "aux_micro"))
     assert abs(on(4, "aux_micro") - on(1, "aux_micro")) > 1e-5
 
 
-QUICK = ("aux_global",)                 # and "threshold" in the test of evaluation; the others behind -m slow
+QUICK = ("aux_global",)                 # and "threshold" in the test of evaluation
 
 
-@pytest.mark.parametrize("rule", [r if r in QUICK else pytest.param(r, marks=pytest.mark.slow) for r in balance.RULES])
+@pytest.mark.parametrize("rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow)
+                                  for r in balance.RULES])
 def test_a_config_trains_with_any_rule(config, rule):
     c, t = load(config, balancer=rule, devices=2, steps=4)
     losses, state = run_steps(c, t, 4)
@@ -548,7 +558,7 @@ def test_unknown_rules_and_impossible_ones_are_refused_in_one_line(config):
 
 # ---------------------------------------------------------------------------------------------------- faults
 
-@pytest.mark.parametrize("rule", [r for r in balance.RULES if r not in ("none", "aux_micro", "aux_global", "sinkhorn")])
+@pytest.mark.parametrize("rule", [r for r in balance.RULES if r[:4] not in ("none", "aux_", "sink")])
 def test_one_broken_logit_keeps_the_bias_of_its_layer(rule):
     @jax.jit
     def step(logits):
@@ -571,7 +581,8 @@ def test_a_kept_bias_is_an_event(config, tmp_path):
     c, t = load(config)
     mesh = train.make_mesh(c, t)
     log = train.Log(tmp_path, c, t, mesh, 0)
-    row = {"loss": 1.0, "gnorm": 1.0, "lr_share": 1.0, "load_LE": np.ones((c.num_layers, c.num_experts)), "router_z": 0.0}
+    row = {"loss": 1.0, "gnorm": 1.0, "lr_share": 1.0, "router_z": 0.0,
+           "load_LE": np.ones((c.num_layers, c.num_experts))}
     for step, kept in ((1, 0), (2, 2), (3, 0)):
         log.step(step, row | {"bias_kept": kept}, step == 3, lambda line: None)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -579,8 +590,8 @@ def test_a_kept_bias_is_an_event(config, tmp_path):
 
 
 def test_no_collective_of_the_statistic_stands_in_the_layer_loop(config):
-    """In the compiled step on eight devices: the layer loop holds no integer all-reduce; the bisection's loop holds
-    exactly one, of the counts of all layers together."""
+    """In the step compiled for eight devices the loop over layers holds no integer all-reduce, and the loop of the
+    bisection exactly one, of the counts of all layers together."""
     c, t = load(config, num_layers=8, devices=8)
     mesh = train.make_mesh(c, t)
     state = jax.eval_shape(lambda: train.make_state(c, t, jax.random.key(0)))
@@ -599,7 +610,7 @@ def test_no_collective_of_the_statistic_stands_in_the_layer_loop(config):
     reduces = lambda text: [line for line in text.splitlines() if re.search(r" all-reduce(-start)?\(", line)]
     bisections = [b for b in loops if any(re.search(counts, line) for line in reduces(bodies[b]))]
     assert len(bisections) == 1 and len(reduces(bodies[bisections[0]])) == 1
-    layer_loops = [b for b in loops if " dot(" in within(b) or "dot_general" in within(b) or "custom-call" in within(b)]
+    layer_loops = [b for b in loops if re.search(r" (dot|custom-call)\(", within(b))]
     assert layer_loops, "found no loop over layers in the compiled step"
     assert not [line for b in layer_loops for line in reduces(within(b)) if "s32[" in line]
 

@@ -45,6 +45,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0        # base of RoPE's wavelengths [cited: marin #4697]
     router_z: float = 1e-3              # router z-loss coefficient; V2 sets 0
     logit_z: float = 1e-4               # final-logit z-loss coefficient
+    balancer: str = "quantile"          # rule that keeps experts evenly loaded: a name in balance.RULES
+    balancer_rate: float = 0.0          # of a rule that has one; 0 takes its own from balance.RULES
     half_rope: bool = False             # V2: rotate only the first half of each head
     partial_key_offset: bool = False    # V2: on full layers and the last, the unrotated key half looks one back
     combine_sum: float = 0.0            # V2: rescale a token's K combine weights to this sum (2.5); 0 leaves them
@@ -77,6 +79,8 @@ class ModelConfig:
             need(self.experts_per_token == 0 and self.expert_dim == 0, "num_experts",
                  "at least 1, since experts_per_token or expert_dim is set")
             need(self.shared_dim > 0, "shared_dim", "a positive number: it is the whole MLP of a dense model")
+        need(self.balancer in moe.balance.RULES, "balancer", f"one of {', '.join(moe.balance.RULES)}")
+        need(self.balancer_rate >= 0, "balancer_rate", "zero or a positive number")
         need(self.compute_dtype in ("float32", "bfloat16"), "compute_dtype", "'float32' or 'bfloat16'")
         need(self.remat in ("block", "none"), "remat", "'block' or 'none'")
         need(self.exchange in moe.EXCHANGES, "exchange", " or ".join(map(repr, moe.EXCHANGES)))
@@ -308,13 +312,15 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
         if c.num_experts:
             routing = (m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
             if axis is None:
-                y_TD, r, load_E = moe.moe(*routing, platform)
+                y_TD, r, load_E = moe.moe(*routing, platform, balancer=c.balancer)
                 dropped = jnp.int32(0)
             else:
                 y_TD, r, load_E, dropped = moe.parallel_moe(*routing, "expert", c.exchange, c.capacity_factor,
-                                                            platform)
+                                                            platform, c.balancer)
             x_TD = x_TD + y_TD
             record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T, "dropped_L": dropped}
+            if c.balancer.startswith("aux"):
+                record["prob_LTE"] = r.prob_TE
     return x_TD, record
 
 

@@ -23,24 +23,30 @@ import kernels
 class Routing(NamedTuple):
     expert_TK: jax.Array        # int32, K distinct experts, best first
     gate_TK: jax.Array          # float32, how loudly each is heard
-    margin_TE: jax.Array        # float32, what balance.next_bias reads
+    margin_TE: jax.Array        # float32, what balance.update reads
     z_T: jax.Array              # float32, squared log-sum-exp of the router logits, the router z-loss
+    prob_TE: jax.Array          # float32, softmax of the router logits: only the auxiliary losses read it
 
 
-def route(x_TD, router_DE, bias_E, K, combine_sum=0.0):
+def route(x_TD, router_DE, bias_E, K, combine_sum=0.0, balancer="quantile"):
     """Who is called, and how loudly. The bias decides who; it never touches how loudly.
 
     combine_sum = 0 uses sigmoid(logit) as it is (recipe V1); a positive value rescales the K weights of a
     token to that sum (2.5 in V2). Everything in float32: bfloat16 logits would tie."""
     # HIGHEST: the default float32 product of a TPU or a GPU multiplies in bfloat16 or TF32
     logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
-    expert_TK, margin_TE = balance.select(logits_TE, bias_E, K)
+    expert_TK, margin_TE = balance.select(logits_TE, bias_E, K, balancer)
     # picked by compare-and-sum: the gradient of an index would be a scatter
     chosen_TKE = expert_TK[:, :, None] == jnp.arange(logits_TE.shape[1])
-    gate_TK = jax.nn.sigmoid(jnp.sum(jnp.where(chosen_TKE, logits_TE[:, None, :], 0.0), axis=-1))
+    pick = lambda x_TE: jnp.sum(jnp.where(chosen_TKE, x_TE[:, None, :], 0.0), axis=-1)
+    gate_TK = jax.nn.sigmoid(pick(logits_TE))
+    if balancer == "threshold" and K < logits_TE.shape[1]:          # a slot below the threshold is silent
+        gate_TK = jnp.where(pick(margin_TE) > 0, gate_TK, 0.0)
     if combine_sum:
-        gate_TK = gate_TK * combine_sum / jnp.sum(gate_TK, axis=-1, keepdims=True)
-    return Routing(expert_TK, gate_TK, margin_TE, jax.nn.logsumexp(logits_TE, axis=-1) ** 2)
+        total_T1 = jnp.sum(gate_TK, axis=-1, keepdims=True)
+        gate_TK = gate_TK * combine_sum / jnp.where(total_T1 > 0, total_T1, 1.0)
+    return Routing(expert_TK, gate_TK, margin_TE, jax.nn.logsumexp(logits_TE, axis=-1) ** 2,
+                   jax.nn.softmax(logits_TE, axis=-1))
 
 
 class Dispatch(NamedTuple):
@@ -154,23 +160,23 @@ def experts(x_RD, p, tile_expert, platform="cpu", impl=None):
         return kernels.experts(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl, platform)
 
 
-def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None):
+def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None, balancer="quantile"):
     """The routed experts of one layer: [T,D] -> ([T,D], routing, load_E).
 
     platform: what the program is compiled for; impl: a grouped_matmul by name, None for the platform's best.
     p: router_DE, gate_EDF, up_EDF, down_EFD (SwiGLU experts). The shared expert is the model's business."""
     E = p["router_DE"].shape[1]
     with jax.named_scope("route"):
-        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
+        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum, balancer)
         d = dispatch(r.expert_TK, E, kernels.row_tile(platform, r.expert_TK.size, E))
     y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
     with jax.named_scope("combine"):
         return combine(y_RD, r.gate_TK, d), r, d.load_E
 
 
-def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0):
+def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0, balancer="quantile"):
     """The definition: every expert sees every token, and the K chosen are kept. E/K times the work."""
-    r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
+    r = route(x_TD, p["router_DE"], bias_E, K, combine_sum, balancer)
     y_TD = jnp.zeros_like(x_TD)
     for e in range(p["router_DE"].shape[1]):
         weight_T = jnp.sum(jnp.where(r.expert_TK == e, r.gate_TK, 0.0), axis=-1)
@@ -186,7 +192,8 @@ def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0):
 # later, in the order of its experts and within an expert of the tokens' devices, is dropped: it adds nothing
 # and the other gates are not rescaled. Both exchanges drop the same assignments. [cited: marin #4016, #4017]
 
-def parallel_moe(x_TD, p, bias_E, K, combine_sum, axis, exchange, capacity_factor, platform="cpu"):
+def parallel_moe(x_TD, p, bias_E, K, combine_sum, axis, exchange, capacity_factor, platform="cpu",
+                 balancer="quantile"):
     """`moe` on one of the devices that share the experts: [t,D] -> ([t,D], routing, load_E, rows dropped here).
 
     p holds the whole router and this device's e experts. load_E: choices of this device's t tokens."""
@@ -194,9 +201,9 @@ def parallel_moe(x_TD, p, bias_E, K, combine_sum, axis, exchange, capacity_facto
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r}: expected one of {', '.join(map(repr, EXCHANGES))}")
     if P == 1:
-        return *moe(x_TD, p, bias_E, K, combine_sum, platform), jnp.int32(0)
+        return *moe(x_TD, p, bias_E, K, combine_sum, platform, balancer=balancer), jnp.int32(0)
     with jax.named_scope("route"):
-        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
+        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum, balancer)
         load_E = jnp.sum(r.expert_TK.reshape(-1, 1) == jnp.arange(E), axis=0, dtype=jnp.int32)
     capacity = math.ceil(capacity_factor * r.expert_TK.size)
     y_TD, dropped = EXCHANGES[exchange](x_TD, p, r, capacity, axis, platform)

@@ -87,7 +87,6 @@ class TrainConfig:
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: str = "v1"                  # fit that gives rates, beta2 and eps: "v1" for AdamH, "v2" for MuonH
     optimizer: str = "adamh"            # "adamh", or "muonh" (matrices by MuonH, the head by AdamH); see recipe
-    balancer: str = "quantile"          # "quantile", or "none"
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
     beta1: float = 0.9062               # of Adam's first moment [cited: marin #4697]
@@ -131,7 +130,7 @@ class TrainConfig:
                     "keep", "replicas", "expert_parallel", "max_skips", "heartbeat_seconds"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
-                           "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():
+                           "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
         for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature",
                     "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
@@ -199,6 +198,9 @@ def load_config(path, overrides=()):
             configs.append(cls(**{f.name: values[f.name] for f in fields if f.name in values}))
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
+    if configs[0].balancer == "aux_global" and configs[1].accumulate > 1:
+        raise ConfigError(f"{path}: accumulate: expected 1, since balancer='aux_global' needs the whole batch's "
+                          f"loads before its first gradient, found {configs[1].accumulate}")
     return tuple(configs)
 
 
@@ -474,10 +476,17 @@ def make_train_step(c, t, mesh):
         norm = lax.psum({"weight": jnp.sum(batch["weights"]),
                          "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
 
-        def microbatch(total, rows):
-            loss = jax.value_and_grad(model.loss, has_aux=True)
-            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data", platform)
+        def objective(params, rows):
+            loss, stats = model.loss(params, bias_LE, rows, norm, c, "data", platform)
             stats.pop("nll_T")
+            if "prob_LTE" in stats:
+                valid_T = rows["segments"].reshape(-1) != 0
+                loss += balance.auxiliary(c.balancer, stats.pop("prob_LTE"), stats["margin_LTE"], valid_T,
+                                          norm["tokens"], c.experts_per_token, MESH, c.balancer_rate)
+            return loss, stats
+
+        def microbatch(total, rows):
+            (_, stats), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
             return jax.tree.map(jnp.add, total, grads), stats
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -492,9 +501,12 @@ def make_train_step(c, t, mesh):
             valid_T = batch["segments"].reshape(-1) != 0
             out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), MESH) / (
                 c.num_layers * norm["tokens"])
-            if t.balancer == "quantile":
-                margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
-                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH)
+            margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
+            if c.balancer == "threshold":       # half of its slots are silent: count those that are heard
+                out["load_LE"] = lax.psum(balance.loads(margin_LTE, valid_T), MESH)
+            bias_LE, kept_L = balance.update(c.balancer, margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH,
+                                             c.balancer_rate)
+            out["bias_kept"] = jnp.sum(kept_L)
         return grads, bias_LE, out
 
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
@@ -539,7 +551,8 @@ def make_eval_step(c, mesh, bytes_V):
     """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read.
 
     Nothing is dropped, whatever training does: a held-out loss must not depend on who shares a batch with whom."""
-    c = dataclasses.replace(c, capacity_factor=0.0, exchange="ring")
+    c = dataclasses.replace(c, capacity_factor=0.0, exchange="ring",
+                            balancer=balance.LEAKS.get(c.balancer, c.balancer))
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
@@ -576,6 +589,7 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
 def make_sampler(c, t, tokenizer):
     """A function (params, bias_LE, prompt, n, seed) -> text. Fixed window, no cache: every token runs the last
     seq_len tokens again, on one device. Slow and short: serving is not this project's business."""
+    c = dataclasses.replace(c, balancer=balance.LEAKS.get(c.balancer, c.balancer))
     one = jax.devices()[0]
 
     @jax.jit
@@ -910,6 +924,9 @@ class Log:
                 self.skip(step - len(rows) + 1 + i, loss, gnorm)
             else:
                 self.in_row, self.ema = 0, loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+            if rows[i].get("bias_kept"):
+                append(self.file.parent / "events.jsonl", {"event": "bias_kept", "step": step - len(rows) + 1 + i,
+                                                            "layers": int(rows[i]["bias_kept"])})
         last, speed = rows[-1], self.tokens / seconds
         finite = lambda x: x if math.isfinite(x) else None                  # JSON knows no nan
         row = {"step": step, "loss": finite(loss), "ema": self.ema, "gnorm": finite(gnorm),
@@ -1584,7 +1601,7 @@ def replay(c, t, step):
                 print(f"{name}: " + json.dumps({k: v for k, v in row.items() if k not in ("rows", "load_LE")}))
 
 
-FLAGS = {"sample": False, "plan": False, "compile": False,                         # --flag, with a value or without
+FLAGS = {"sample": False, "plan": False, "compile": False,                     # name: does a value follow
          "replay": True, "coordinator": True, "processes": True, "process": True}
 
 

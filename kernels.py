@@ -75,7 +75,8 @@ def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="c
     if impl == "plain":
         return _attend(q_BSNH, k_BSMH, v_BSMH, segment_BS, segment_BS, 0, window)
     if impl == "chunked":
-        return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window)
+        chunk = {} if platform == "cpu" else {"chunk": 512}     # a GPU wants few large products
+        return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, **chunk)
     if impl == "splash":
         return _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform == "cpu")
     if impl == "cudnn":
@@ -249,8 +250,8 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 # -------------------------------------------------------------------------------------------- grouped matmul
 # moe.dispatch sorts rows by expert and pads every expert to whole tiles, so a tile of rows never straddles two
 # experts: one expert number per tile is all that a kernel needs, nothing is masked inside a tile, and rows of
-# padding are zero. Tiles that nobody needed stand at the end and carry the number E: they cost no products and
-# their rows come out as zeros. Every expert owns a tile, so every expert's weight gradient is written.
+# padding are zero, inputs and gradients alike. Tiles that nobody needed stand at the end and carry the number E:
+# all their rows are padding. Every expert owns a tile, so every expert's weight gradient is written.
 
 def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
     """Every row tile times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type, summed in float32.

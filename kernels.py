@@ -44,7 +44,8 @@ def _attend(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window):
     score = jnp.einsum("BMJH,BMXH->BMJX", k_BMJH, q_BMXH, preferred_element_type=jnp.float32)
     distance = offset + jnp.arange(Q)[None, :] - jnp.arange(J)[:, None]                             # J,Q
     visible = (distance >= 0) & (distance < window) & (segment_BJ[:, :, None] == segment_BQ[:, None, :])
-    score = jnp.where(jnp.tile(visible, (1, 1, G))[:, None], score, MASKED)
+    # added, not selected: a sum needs no second pass in the backward direction
+    score += jnp.tile(jnp.where(visible, 0.0, MASKED), (1, 1, G))[:, None]
     weight = jax.nn.softmax(score, axis=-2).astype(v_BJMH.dtype)
     y_BMXH = jnp.einsum("BMJX,BMJH->BMXH", weight, v_BMJH)
     return y_BMXH.reshape(B, M, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(B, Q, N, H)

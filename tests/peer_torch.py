@@ -222,3 +222,143 @@ class Trainer:
         loss, _, self.bias_LE = self.gradients(batch)
         self.optimizer.step(float(train.lr_share(self.t, self.optimizer.steps)))
         return loss
+
+
+# ------------------------------------------------------------------------------------------- the comparison
+
+TINY = dict(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8,
+            shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12, gated_norm_rank=4)
+SHAPES = {      # sizes that differ from TINY's
+    "five layers": {},
+    "one expert per token": dict(num_experts=6, experts_per_token=1, num_heads=3, num_kv_heads=3, num_layers=2,
+                                 head_dim=6, window=5),
+    "half of the experts": dict(num_experts=10, experts_per_token=5, num_heads=8, num_kv_heads=2, num_layers=4,
+                                hidden_dim=20, seq_len=33),
+    "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0, num_layers=2)}
+
+
+def problem(c, rows, seed, padding=True):
+    """Weights that leave no term idle, a bias, and rows of documents that end in padding: all numpy."""
+    rng = np.random.default_rng(seed)
+    w = model.walk(lambda path, w: rng.normal(w.init == "ones", 0.25, w.shape).astype(np.float32), c)
+    bias_LE = rng.normal(0, 0.2, (c.num_layers, c.num_experts)).astype(np.float32)
+    tokens = rng.integers(0, c.vocab_size, (rows, c.seq_len + 1))
+    segments = 1 + np.cumsum(rng.random((rows, c.seq_len)) < 0.1, axis=1)
+    if padding:
+        segments[np.arange(c.seq_len) >= c.seq_len - rng.integers(0, 6, (rows, 1))] = 0
+    inside = np.pad(segments[:, 1:], ((0, 0), (0, 1))) == segments          # the last token has no next one
+    return w, bias_LE, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments,
+                        "weights": (inside & (segments != 0)).astype(np.float32)}
+
+
+def to_torch(batch):
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+
+
+def deviations(c, seed=0, rows=3, steps=2):
+    """{quantity: largest difference over largest value} between the peer and us, from the same weights in float32.
+
+    Quantities: logits, loss, the gradient of every weight, the next balancing bias; and every weight after
+    `steps` steps of the optimizer, as the share of what the steps moved."""
+    # beta2: at the heuristic's 0.9999 the bias correction 1 - beta2 is itself only good to 1e-4 in float32
+    t = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=20, batch_size=rows, clip=0.3, beta2=0.95)
+    w, bias_LE, batch = problem(c, rows, seed)
+    peer = Trainer(c, t, w)
+    peer.bias_LE = torch.from_numpy(bias_LE)
+    rows_of = jax.tree.map(jax.numpy.asarray, batch)
+    real = rows_of["segments"] != 0
+    norm = {"weight": rows_of["weights"].sum(), "tokens": real.sum().astype(np.float32)}
+    ours = jax.jit(jax.value_and_grad(lambda w: model.loss(w, bias_LE, rows_of, norm, c), has_aux=True))
+    optimizer = train.make_optimizer(c, t)
+    update = jax.jit(optimizer.update)
+    far = lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / max(np.max(np.abs(a)), 1e-30))
+    flat = lambda tree: {model.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    (loss, stats), grads = ours(w)
+    peer_loss, peer_logits, peer_bias = peer.gradients(to_torch(batch))
+    logits = jax.jit(lambda w: model.logits(w, bias_LE, rows_of["tokens"], rows_of["segments"], c))(w)
+    found = {"logits": far(logits, peer_logits.detach()), "loss": far(loss, peer_loss)}
+    peer_grads = flat(to_numpy(peer.w, lambda w: w.grad))
+    found |= {f"gradient of {name}": far(g, peer_grads[name]) for name, g in flat(grads).items()}
+    if c.num_experts:
+        found["next bias"] = far(balance.next_bias(stats["margin_LTE"], real.reshape(-1), bias_LE,
+                                                   c.experts_per_token), peer_bias)
+    opt, now = optimizer.init(w), w
+    for _ in range(steps):
+        peer.gradients(to_torch(batch))
+        given = to_numpy(peer.w, lambda w: w.grad)              # the same gradients: a sign near 0 is not at stake
+        updates, opt = update(given, opt, now)
+        now = jax.tree.map(np.add, now, updates)
+        peer.optimizer.step(float(train.lr_share(t, peer.optimizer.steps)))
+    moved = flat(to_numpy(peer.w))
+    found |= {f"step of {name}": far(x - flat(w)[name], moved[name] - flat(w)[name]) for name, x in flat(now).items()}
+    return found
+
+
+def our_step(c, t, w, batch):
+    """A function that takes one of our training steps, on all devices that train.py would use."""
+    mesh = train.make_mesh(c, t)
+    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)), out_shardings=train.state_shardings(c, t, mesh))()
+    state = state._replace(params=jax.device_put(w, train.state_shardings(c, t, mesh).params))
+    step, rows = train.make_train_step(c, t, mesh), data.Batch(
+        *(batch[k].astype(np.int32) for k in ("tokens", "targets", "segments")), batch["weights"])
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, train.put(rows, mesh, t.accumulate))
+        return metrics["loss"]
+    return run
+
+
+def race(runners, rounds, steps=3):
+    """{name: seconds of one step}, best of `rounds`; the runners take turns, a few steps each."""
+    best = {}
+    for i in range(rounds + 1):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                last = run()
+            float(last)                                         # waits for our devices; torch is done anyway
+            seconds = (time.perf_counter() - start) / steps
+            best[name] = min(best.get(name, math.inf), seconds) if i else math.inf      # the first round compiles
+    return best
+
+
+def speed(paths, rounds):
+    print(f"whole training step, random tokens; best of {rounds} rounds of 3 steps, interleaved; "
+          f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   ours over the faster torch")
+    for path in paths:
+        c, t = train.load_config(path)
+        w, _, batch = problem(c, t.batch_size, 0, padding=False)
+        w = jax.tree.map(np.asarray, model.init(c, jax.random.key(0)))
+        runners = {"ours": our_step(c, t, w, batch)}
+        kinds = {"loop": experts_loop, "grouped": experts_grouped} if c.num_experts else {"loop": experts_loop}
+        for name, experts in kinds.items():
+            peer = Trainer(c, t, w, experts)
+            runners[name] = lambda peer=peer, batch=to_torch(batch): peer.step(batch)
+        ms = {name: 1e3 * s for name, s in race(runners, rounds).items()}
+        tokens, fastest = t.batch_size * c.seq_len, min(ms[name] for name in kinds)
+        print(f"{path:20s} {tokens:7,} {ms['ours']:8.1f} {ms['loop']:11.1f} {ms.get('grouped', math.nan):8.1f}   "
+              f"{fastest / ms['ours']:.2f} x its tokens per second ({tokens / ms['ours']:.1f} ktok/s)", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", help="of which the speed is compared; smoke and laptop by default")
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    if not options.configs:
+        print("largest deviation, over the largest value (float32)")
+        for name, sizes in SHAPES.items():
+            found = deviations(model.ModelConfig(**TINY | sizes))
+            worst = lambda kind: max(((v, k) for k, v in found.items() if k.startswith(kind)), default=(math.nan, ""))
+            print(f"{name:24s} logits {found['logits']:.0e}  loss {found['loss']:.0e}  "
+                  f"next bias {worst('next')[0]:.0e}  gradient {worst('gradient')[0]:.0e} "
+                  f"({worst('gradient')[1].split('/')[-1].split(' ')[-1]})  step {worst('step')[0]:.0e}", flush=True)
+    torch.set_num_threads(len(train.os.sched_getaffinity(0)))
+    speed(options.configs or ["configs/smoke.py", "configs/laptop.py"], options.rounds)
+
+
+if __name__ == "__main__":
+    main()

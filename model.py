@@ -23,7 +23,6 @@ import kernels
 import moe
 
 PERIOD = 4      # layers 0,1,2 attend to a window, layer 3 to the whole sequence, and so on
-LOGITS = 1024 * 128_256     # held at once: 0.5 GiB. Past it the loss goes by chunks and computes logits twice
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class ModelConfig:
     combine_sum: float = 0.0            # V2: rescale a token's K combine weights to this sum (2.5); 0 leaves them
     compute_dtype: str = "float32"      # "float32" or "bfloat16"; weights, norms, router and loss stay float32
     remat: str = "block"                # "block" recomputes each layer in the backward pass; "none" stores it
+    capacity_factor: float = 0.0        # rows of an expert shard's buffer over its mean load; 0: nothing drops
+    exchange: str = "ring"              # how tokens reach other chips' experts: "ring" or "ragged"; see moe.py
 
     def __post_init__(self):
         def need(ok, key, expected):
@@ -60,7 +61,8 @@ class ModelConfig:
                     "gated_norm_rank"):
             need(getattr(self, key) > 0, key, "a positive number")
         need(self.rope_theta > 0, "rope_theta", "a positive number")
-        for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum"):
+        for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum",
+                    "capacity_factor"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         need(self.seq_len > 1, "seq_len", "at least 2")
         need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
@@ -77,6 +79,9 @@ class ModelConfig:
             need(self.shared_dim > 0, "shared_dim", "a positive number: it is the whole MLP of a dense model")
         need(self.compute_dtype in ("float32", "bfloat16"), "compute_dtype", "'float32' or 'bfloat16'")
         need(self.remat in ("block", "none"), "remat", "'block' or 'none'")
+        need(self.exchange in moe.EXCHANGES, "exchange", " or ".join(map(repr, moe.EXCHANGES)))
+        need(self.exchange == "ring" or self.capacity_factor > 0, "capacity_factor",
+             "a positive number, since exchange='ragged' receives into buffers of a fixed size")
 
     @property
     def local_window(self):
@@ -87,7 +92,7 @@ class ModelConfig:
 
 class Weight(NamedTuple):
     shape: tuple
-    spec: Spec              # which axis is split over the mesh's "data" axis (FSDP); Spec() is one copy each
+    spec: Spec              # axes split over the mesh's "data" (FSDP) and "expert"; Spec() is one copy each
     kind: str               # "matrix", "expert", "head", "adam": train.py maps kinds to optimizers
     init: str = "normal"    # "normal": 0.5/sqrt(D), cut at 3 sigma; "ones"; "zeros"
 
@@ -96,11 +101,13 @@ def table(c):
     """Every weight of the model, one line each: nested dict of Weight. All else is a walk over this table.
 
     Sharded weights are cast to the compute type and gathered when used (`wake`); the small replicated ones
-    (gains, router, head gate) stay in float32. Embedding, router, head gate and gains are "adam"."""
+    (gains, router, head gate) stay in float32. Embedding, router, head gate and gains are "adam".
+    "data" splits the last axis but one where sizes allow: the last one, cut to 40 of 5,120, would be padded back
+    to 128 lanes in a TPU's memory, 3.2 times its size."""
     V, D, L, N, E, F, Z, U = (c.vocab_size, c.hidden_dim, c.num_layers, c.num_heads, c.num_experts, c.expert_dim,
                               c.shared_dim, c.gated_norm_rank)
     Q, P = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    rows, cols, each = Spec(None, "data", None), Spec(None, None, "data"), Spec(None, None, "data", None)
+    rows, cols, each = Spec(None, "data", None), Spec(None, None, "data"), Spec(None, "expert", "data", None)
     norm = lambda site: {
         f"{site}_norm_gain_D":  Weight((L, D),       Spec(), "adam", "ones"),
         f"{site}_norm_down_DU": Weight((L, D, U),    rows,   "matrix"),
@@ -110,21 +117,21 @@ def table(c):
         "query_DQ":       Weight((L, D, Q),    rows,   "matrix"),
         "key_DP":         Weight((L, D, P),    rows,   "matrix"),
         "value_DP":       Weight((L, D, P),    rows,   "matrix"),
-        "out_QD":         Weight((L, Q, D),    cols,   "matrix"),
+        "out_QD":         Weight((L, Q, D),    rows,   "matrix"),
         "head_gate_DN":   Weight((L, D, N),    Spec(), "adam", "zeros"),
     }
     if Z:
         layers |= {
             "shared_gate_DZ": Weight((L, D, Z),    rows,   "matrix"),
             "shared_up_DZ":   Weight((L, D, Z),    rows,   "matrix"),
-            "shared_down_ZD": Weight((L, Z, D),    cols,   "matrix"),
+            "shared_down_ZD": Weight((L, Z, D),    rows,   "matrix"),
         }
     if E:
         layers |= {
             "router_DE":      Weight((L, D, E),    Spec(), "adam"),
             "gate_EDF":       Weight((L, E, D, F), each,   "expert"),
             "up_EDF":         Weight((L, E, D, F), each,   "expert"),
-            "down_EFD":       Weight((L, E, F, D), Spec(None, None, None, "data"), "expert"),
+            "down_EFD":       Weight((L, E, F, D), each,   "expert"),
         }
     return {
         "embed_VD":           Weight((V, D), Spec(None, "data"), "adam"),
@@ -223,17 +230,16 @@ def wake(weights, names, c, axis):
 
 # ---------------------------------------------------------------------------------------------- loss, forward
 
-def loss(params, bias_LE, batch, norm, c, axis=None):
+def loss(params, bias_LE, batch, norm, c, axis=None, platform="cpu"):
     """What is minimised, over this device's rows: mean next-token loss + z-losses.
 
     batch: dict of tokens, targets, segments [B,S] int32 and weights [B,S] float32 (0 where there is nothing to
     predict: padding, and the step across a document border). norm: the weight sum and the count of real tokens
     of the WHOLE batch over all devices and microbatches, so that shares add up to the mean however it is cut.
     Returns (scalar, stats); stats["nll"] is the summed weighted loss in nats, without z-losses."""
-    x_TD, routed = forward(params, bias_LE, batch["tokens"], batch["segments"], c, axis)
+    x_TD, routed = forward(params, bias_LE, batch["tokens"], batch["segments"], c, axis, platform)
     awake = wake({"head_DV": params["head_DV"]}, table(c), c, axis)
-    nll_T, lse_T = kernels.cross_entropy(x_TD, awake["head_DV"], batch["targets"].reshape(-1),
-                                         chunk=max(1, LOGITS // c.vocab_size))
+    nll_T, lse_T = kernels.cross_entropy(x_TD, awake["head_DV"], batch["targets"].reshape(-1), platform=platform)
     weight_T = batch["weights"].reshape(-1)
     nll = jnp.sum(weight_T * nll_T)
     objective = (nll + c.logit_z * jnp.sum(weight_T * lse_T**2)) / norm["weight"]
@@ -243,13 +249,13 @@ def loss(params, bias_LE, batch, norm, c, axis=None):
     return objective, {"nll": nll, "nll_T": nll_T, **routed}
 
 
-def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None)):
+def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None), platform="cpu"):
     """Float32 logits [T,V] of every position, or of position `at`: for sampling and tests, on one device."""
-    x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c)
+    x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c, platform=platform)
     return jnp.dot(x_TD[at], params["head_DV"].astype(c.compute_dtype), preferred_element_type=jnp.float32)
 
 
-def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
+def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None, platform="cpu"):
     """Tokens to the last hidden state, normalised and ready for the head: [B,S] -> ([T,D], routing record).
 
     The record holds, for every layer, margin_LTE and load_LE (what balancing reads) and z_LT; empty if dense.
@@ -262,7 +268,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     rotation = rope_angles(c)
 
     def layer(x_TD, p, bias_E, i):
-        run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis,
+        run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform,
                                             full=i % PERIOD == PERIOD - 1, last=i == c.num_layers - 1)
         return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, p, bias_E)
 
@@ -286,12 +292,13 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     return x_TD, jax.tree.map(lambda *r: jnp.concatenate(r), *records)
 
 
-def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
+def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
     """One layer: attention, then shared expert and routed experts side by side on the same normed input."""
     p = wake(p, table(c)["layers"], c, axis)
     with jax.named_scope("attention"):
         a_TD = gated_norm(x_TD, p["attn_norm_gain_D"], p["attn_norm_down_DU"], p["attn_norm_up_UD"])
-        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, full, c.partial_key_offset and (full or last))
+        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, platform, full,
+                             c.partial_key_offset and (full or last))
     with jax.named_scope("mlp"):
         m_TD = gated_norm(x_TD, p["mlp_norm_gain_D"], p["mlp_norm_down_DU"], p["mlp_norm_up_UD"])
         record = {}
@@ -299,13 +306,19 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
             h_TZ = jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])
             x_TD = x_TD + h_TZ @ p["shared_down_ZD"]
         if c.num_experts:
-            y_TD, r, load_E = moe.moe(m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
+            routing = (m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
+            if axis is None:
+                y_TD, r, load_E = moe.moe(*routing, platform)
+                dropped = jnp.int32(0)
+            else:
+                y_TD, r, load_E, dropped = moe.parallel_moe(*routing, "expert", c.exchange, c.capacity_factor,
+                                                            platform)
             x_TD = x_TD + y_TD
-            record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T}
+            record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T, "dropped_L": dropped}
     return x_TD, record
 
 
-def attend(a_TD, p, segment_BS, rotation, c, full, offset):
+def attend(a_TD, p, segment_BS, rotation, c, platform, full, offset):
     """Grouped-query attention with QK-norm, RoPE, exclusive self-attention and a gate per head."""
     B, S = segment_BS.shape
     N, M, H = c.num_heads, c.num_kv_heads, c.head_dim
@@ -316,7 +329,8 @@ def attend(a_TD, p, segment_BS, rotation, c, full, offset):
         k_BSMH = key_offset(k_BSMH, segment_BS)
     q_BSNH = rope(rms(q_BSNH, 1e-6), rotation) * c.qk_scale
     k_BSMH = rope(rms(k_BSMH, 1e-6), rotation)
-    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window)
+    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window,
+                               platform=platform)
 
     # Exclusive self-attention: remove from each head's output its part along the token's own value vector;
     # what a token is, the residual stream already carries. In float32, and as einsums: the same lines with

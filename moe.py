@@ -2,11 +2,14 @@
 
 Run:  python moe.py                one layer against its twin, then against every harder routing; time
 Read: route -> dispatch -> gather and scatter-free gradients -> moe.         Truth: dense_moe.
-Token-choice and dropless: every token reaches its K experts, whatever the loads are.
+Then, for many devices: parallel_moe -> ring, ragged. Token-choice; on one device every token reaches its K
+experts, whatever the loads are; between devices as long as the fixed buffers last (capacity_factor).
 
 T tokens  D hidden  E experts  K experts per token  F expert width
 A = T*K assignments (token t's j-th choice is number t*K+j)   R rows of the expert-sorted, tile-padded buffer"""
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,9 +18,6 @@ from jax import lax
 
 import balance
 import kernels
-
-TILE = 64       # rows per tile. Small tiles waste fewer padding rows (E*TILE at most), large ones make better
-                # matmuls; 64 beat 128 at 4,096 assignments on a 2-core CPU (9.1 against 14.1 ms [measured])
 
 
 class Routing(NamedTuple):
@@ -47,38 +47,54 @@ class Dispatch(NamedTuple):
     row_TK: jax.Array           # the row of the sorted buffer that holds each assignment
     token_R: jax.Array          # the token that stands in each row; T in rows of padding
     choice_R: jax.Array         # the assignment in each row; A in rows of padding
-    tile_expert: jax.Array      # [R/TILE] the expert that owns each tile of rows
+    tile_expert: jax.Array      # [R/tile] the expert that owns each tile of rows; E for tiles that nobody needs
     load_E: jax.Array           # int32, assignments per expert
 
 
-def dispatch(expert_TK, E):
+def tile_layout(load_E, tile, R):
+    """The first row of every expert in a buffer of R rows, and the owner of each tile: (start_E, [R/tile]).
+
+    Every expert owns at least one tile, so a weight-gradient kernel that writes per tile leaves no expert
+    unwritten. Tiles that are left over at the end carry E: they cost no products."""
+    tiles_E = jnp.maximum(1, -(-load_E // tile))
+    last_E = jnp.cumsum(tiles_E)
+    tile_expert = jnp.sum(jnp.arange(R // tile)[:, None] >= last_E[None, :], axis=1, dtype=jnp.int32)
+    return (last_E - tiles_E) * tile, tile_expert
+
+
+def dispatch(expert_TK, E, tile=kernels.BEST["cpu"].row_tile, capacity=None, skip=0):
     """Sort assignments by expert and pad every expert to whole tiles. All integers, no gradient.
 
+    An id of E means "not here". Of the others, in the order of their experts and then of their tokens, `skip`
+    are passed over, `capacity` (None: all) get rows, and the rest are dropped. Whatever gets no row points to
+    the last row, which is always padding: it reads zeros, and adds to nothing.
+
     One sort of packed keys, expert * A + assignment: stable, and cheaper than an argsort. Loads are counted
-    by comparison (a histogram is a scatter). Every expert owns at least one tile, so a weight-gradient
-    kernel that writes per tile leaves no expert unwritten. R = A rounded up to a tile, plus E tiles, is
-    enough for any loads, and static."""
+    by comparison (a histogram is a scatter). R = capacity rounded up to a tile, plus E tiles, is static,
+    enough for any loads, and a row more than they fill."""
     T, K = expert_TK.shape
     A, flat_A = T * K, expert_TK.reshape(-1)
-    if E * A >= 2**31:
-        raise ValueError(f"dispatch: {E} experts x {A} assignments overflow the int32 sort key; use more devices")
-    R = (-(-A // TILE) + E) * TILE
+    capacity = A if capacity is None else capacity
+    if (E + 1) * A >= 2**31:
+        raise ValueError(f"dispatch: {E} experts x {A} assignments overflow the int32 sort key: more devices")
+    R = (-(-capacity // tile) + E) * tile
     order_A = lax.sort(flat_A * A + jnp.arange(A, dtype=jnp.int32)) % A     # sorted position -> assignment
     load_E = jnp.sum(flat_A[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
 
-    tiles_E = jnp.maximum(1, -(-load_E // TILE))
     first_E = jnp.cumsum(load_E) - load_E                       # first sorted position of each expert
-    start_E = (jnp.cumsum(tiles_E) - tiles_E) * TILE            # first row of each expert
-    tile_expert = jnp.sum(jnp.arange(R // TILE)[:, None] >= jnp.cumsum(tiles_E)[None, :], axis=1)
-    tile_expert = jnp.minimum(tile_expert, E - 1).astype(jnp.int32)         # unused tiles at the end: zero rows
+    passed_E = jnp.clip(skip - first_E, 0, load_E)              # its assignments before and after what gets rows
+    kept_E = jnp.clip(skip + capacity - first_E, 0, load_E) - passed_E
+    start_E, tile_expert = tile_layout(kept_E, tile, R)
+    first_E = first_E + passed_E
 
-    expert_R = jnp.repeat(tile_expert, TILE)
+    expert_R = jnp.repeat(jnp.minimum(tile_expert, E - 1), tile)
     place_R = jnp.arange(R) - start_E[expert_R]                 # how many of this expert's rows stand before
-    filled_R = place_R < load_E[expert_R]
+    filled_R = place_R < kept_E[expert_R]
     choice_R = jnp.where(filled_R, order_A[jnp.where(filled_R, first_E[expert_R] + place_R, 0)], A)
-    sorted_expert_A = flat_A[order_A]
+    sorted_expert_A = jnp.minimum(flat_A[order_A], E - 1)
     row_of_sorted_A = start_E[sorted_expert_A] + jnp.arange(A) - first_E[sorted_expert_A]
-    _, row_A = lax.sort((order_A, row_of_sorted_A), num_keys=1)             # inverse permutation, by sorting back
+    has_row_A = (jnp.arange(A) >= skip) & (jnp.arange(A) < jnp.minimum(skip + capacity, jnp.sum(load_E)))
+    _, row_A = lax.sort((order_A, jnp.where(has_row_A, row_of_sorted_A, R - 1)), num_keys=1)    # sorted back
     return Dispatch(row_A.reshape(T, K), choice_R // K, choice_R, tile_expert, load_E)
 
 
@@ -98,7 +114,8 @@ def spread(x_TD, d):
 
 
 def _spread_backward(d, g_RD):
-    return sum(g_RD[d.row_TK[:, j]] for j in range(d.row_TK.shape[1])), None
+    g_TD = sum(g_RD[d.row_TK[:, j]].astype(jnp.float32) for j in range(d.row_TK.shape[1]))
+    return g_TD.astype(g_RD.dtype), None
 
 
 spread.defvjp(lambda x_TD, d: (spread(x_TD, d), d), _spread_backward)
@@ -113,9 +130,8 @@ def combine(y_RD, gate_TK, d):
 
 def _combine_backward(residuals, g_TD):
     y_RD, gate_TK, d = residuals
-    gate_R = _rows(gate_TK.reshape(-1), d.choice_R)
-    dy_RD = gate_R[:, None] * _rows(g_TD, d.token_R)
-    g_TD = g_TD.astype(jnp.float32)
+    dy_RD = _rows(gate_TK.reshape(-1), d.choice_R)[:, None] * _rows(g_TD, d.token_R)
+    g_TD = g_TD.astype(jnp.float32)         # a sum over [R,D] and a look-up after it would be 3 times slower on CPU
     dgate_TK = jnp.stack([jnp.sum(g_TD * y_RD[d.row_TK[:, j]], axis=-1) for j in range(d.row_TK.shape[1])], axis=1)
     return dy_RD.astype(y_RD.dtype), dgate_TK, None
 
@@ -125,19 +141,22 @@ combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_
 
 # ------------------------------------------------------------------------------------------------ the layer
 
-def moe(x_TD, p, bias_E, K, combine_sum=0.0, impl="tiles"):
+def experts(x_RD, p, tile_expert, platform="cpu", impl=None):
+    """Every row through the SwiGLU of its expert: [R,D] -> [R,D]. Zero rows stay zero."""
+    with jax.named_scope("experts"):
+        return kernels.experts(x_RD, p["gate_EDF"], p["up_EDF"], p["down_EFD"], tile_expert, impl, platform)
+
+
+def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None):
     """The routed experts of one layer: [T,D] -> ([T,D], routing, load_E).
 
+    platform: what the program is compiled for; impl: a grouped_matmul by name, None for the platform's best.
     p: router_DE, gate_EDF, up_EDF, down_EFD (SwiGLU experts). The shared expert is the model's business."""
     E = p["router_DE"].shape[1]
     with jax.named_scope("route"):
         r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
-        d = dispatch(r.expert_TK, E)
-    with jax.named_scope("experts"):
-        x_RD = spread(x_TD, d)
-        h_RF = (jax.nn.silu(kernels.grouped_matmul(x_RD, p["gate_EDF"], d.tile_expert, impl))
-                * kernels.grouped_matmul(x_RD, p["up_EDF"], d.tile_expert, impl))
-        y_RD = kernels.grouped_matmul(h_RF, p["down_EFD"], d.tile_expert, impl)
+        d = dispatch(r.expert_TK, E, kernels.best(platform).row_tile)
+    y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
     with jax.named_scope("combine"):
         return combine(y_RD, r.gate_TK, d), r, d.load_E
 
@@ -152,6 +171,140 @@ def dense_moe(x_TD, p, bias_E, K, combine_sum=0.0):
         y_TD += weight_T[:, None].astype(x_TD.dtype) * (h_TF @ p["down_EFD"][e])
     load_E = jnp.sum(r.expert_TK[:, :, None] == jnp.arange(p["router_DE"].shape[1]), axis=(0, 1))
     return y_TD, r, load_E
+
+
+# ----------------------------------------------------------------------------------------- expert parallelism
+# Inside shard_map, P devices of the mesh axis `axis` share a layer's experts, e = E/P each, and t tokens lie on
+# each. A shard computes at most C = ceil(capacity_factor * t*K) rows over all its experts together. What comes
+# later, in the order of its experts and within an expert of the tokens' devices, is dropped: it adds nothing
+# and the other gates are not rescaled. Both exchanges drop the same assignments. [cited: marin #4016, #4017]
+
+def parallel_moe(x_TD, p, bias_E, K, combine_sum, axis, exchange, capacity_factor, platform="cpu"):
+    """`moe` on one of the devices that share the experts: [t,D] -> ([t,D], routing, load_E, rows dropped here).
+
+    p holds the whole router and this device's e experts. load_E: choices of this device's t tokens."""
+    E, P = p["router_DE"].shape[1], lax.axis_size(axis)
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange={exchange!r}: expected one of {', '.join(map(repr, EXCHANGES))}")
+    if P == 1:
+        return *moe(x_TD, p, bias_E, K, combine_sum, platform), jnp.int32(0)
+    with jax.named_scope("route"):
+        r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
+        load_E = jnp.sum(r.expert_TK.reshape(-1, 1) == jnp.arange(E), axis=0, dtype=jnp.int32)
+    capacity = math.ceil(capacity_factor * r.expert_TK.size)
+    y_TD, dropped = EXCHANGES[exchange](x_TD, p, r, capacity, axis, platform)
+    return y_TD, r, load_E, dropped
+
+
+def ring(x_TD, p, r, capacity, axis, platform):
+    """Gather the tokens of all P devices, compute what is for the experts here, sum each token's outputs at home.
+
+    Moves P times t tokens whatever K is, so it suits few devices and is the simpler twin of `ragged`.
+    capacity = 0 drops nothing: the rows are worked off in waves of t*K, as many as the fullest shard needs; the
+    worst routing needs P of them (one buffer for it would be P times as large, 2.5 GiB at the 129B shape)."""
+    e, P, (t, K) = p["gate_EDF"].shape[0], lax.axis_size(axis), r.expert_TK.shape
+    tile = kernels.best(platform).row_tile
+    x_GD, gate_GK, expert_GK = (lax.all_gather(a, axis, tiled=True) for a in (x_TD, r.gate_TK, r.expert_TK))
+    expert_GK = expert_GK - e * lax.axis_index(axis)                        # G = P*t gathered tokens
+    expert_GK = jnp.where((expert_GK >= 0) & (expert_GK < e), expert_GK, e)
+    arrived = jnp.sum(expert_GK < e)
+
+    def wave(x_GD, gate_GK, p, skip):
+        d = dispatch(expert_GK, e, tile, capacity or t * K, skip)
+        return combine(experts(spread(x_GD, d), p, d.tile_expert, platform), gate_GK, d)
+
+    if capacity:
+        y_GD = wave(x_GD, gate_GK, p, 0)
+    else:
+        def add(y_GD, skip):
+            more = lambda y_GD: y_GD + wave(x_GD, gate_GK, p, skip)
+            return lax.cond(skip < arrived, more, lambda y_GD: y_GD, y_GD), None
+        y_GD, _ = lax.scan(jax.checkpoint(add), jnp.zeros(x_GD.shape, jnp.float32), t * K * jnp.arange(P))
+    # at most K of the P terms are not zero, so summing in the compute type loses what one rounding loses
+    y_TD = lax.psum_scatter(y_GD.astype(x_TD.dtype), axis, scatter_dimension=0, tiled=True)
+    return y_TD, jnp.maximum(0, arrived - capacity) if capacity else jnp.int32(0)
+
+
+class Chunks(NamedTuple):
+    """One device's part of a ragged all-to-all: [E] chunks of rows to send, e for each device in turn, and how
+    long the chunks are that it receives. `to` counts rows in the RECEIVER's buffer although the sender says it:
+    Marin passed the receiver's own view, and their run diverged 1,250 steps later. [cited: marin #4867]"""
+    start: jax.Array            # first row of each chunk, here
+    size: jax.Array             # rows of each chunk
+    to: jax.Array               # first row of each chunk on its receiver
+    arriving: jax.Array         # rows of each chunk that comes in, ordered by (sender, chunk)
+
+
+def ragged_plan(load_SE, capacity, tile, me):
+    """Where every row goes, from how many rows each sender has for each expert: (there, back, tile_expert).
+
+    `there` takes sorted, packed rows (dispatch with tile 1) to the tile-padded buffer of their expert's shard;
+    `back` is its inverse: who sent a chunk receives it where it came from."""
+    S, E = load_SE.shape
+    e = E // S
+    load_PN = load_SE.T.reshape(S, e * S)                       # by shard; in a shard by expert, then by sender
+    before_PN = jnp.cumsum(load_PN, axis=1) - load_PN
+    kept_PeS = jnp.clip(capacity - before_PN, 0, load_PN).reshape(S, e, S)
+    layout = lambda kept_e: tile_layout(kept_e, tile, ragged_rows(capacity, e, tile))
+    start_Pe, tile_expert_P = jax.vmap(layout)(jnp.sum(kept_PeS, axis=2))
+    row_PeS = start_Pe[:, :, None] + jnp.cumsum(kept_PeS, axis=2) - kept_PeS
+    kept_SE, row_SE = (a.reshape(E, S).T for a in (kept_PeS, row_PeS))
+    packed_SE = jnp.maximum(1, load_SE)
+    origin_SE = jnp.cumsum(packed_SE, axis=1) - packed_SE
+    mine = lambda a_SE: lax.dynamic_slice_in_dim(a_SE, e * me, e, axis=1).reshape(-1)
+    there = Chunks(origin_SE[me], kept_SE[me], row_SE[me], mine(kept_SE))
+    back = Chunks(mine(row_SE), mine(kept_SE), mine(origin_SE), kept_SE[me])
+    return there, back, tile_expert_P[me]
+
+
+def ragged_rows(capacity, e, tile):
+    return (-(-capacity // tile) + e) * tile                    # as dispatch has it
+
+
+def ragged(x_TD, p, r, capacity, axis, platform):
+    """Send each row to its expert and back, no more: lax.ragged_all_to_all moves about K of the P*t rows."""
+    e, E = p["gate_EDF"].shape[0], p["router_DE"].shape[1]
+    if not capacity:
+        raise ValueError("exchange='ragged': expected capacity_factor > 0, since it receives into fixed buffers")
+    tile, me = kernels.best(platform).row_tile, lax.axis_index(axis)
+    d = dispatch(r.expert_TK, E, tile=1)
+    there, back, tile_expert = ragged_plan(lax.all_gather(d.load_E, axis), capacity, tile, me)
+    rows = (len(d.token_R), ragged_rows(capacity, e, tile))
+    x_RD = send(spread(x_TD, d), there, back, rows, axis, platform)
+    y_RD = experts(x_RD, p, tile_expert, platform)
+    y_AD = send(y_RD, back, there, rows[::-1], axis, platform)
+    dropped = jnp.sum(d.load_E) - jnp.sum(there.size)
+    return combine(y_AD, r.gate_TK, d), dropped
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def send(x_RD, there, back, rows, axis, platform):
+    """Chunks of rows to other devices; the gradient is sent back. rows: of the buffers (here, there)."""
+    out_RD = jnp.zeros((rows[1], x_RD.shape[1]), x_RD.dtype)
+    move = emulated_ragged_all_to_all if platform == "cpu" else lax.ragged_all_to_all
+    return move(x_RD, out_RD, *there, axis_name=axis)
+
+
+send.defvjp(lambda x, there, back, *static: (send(x, there, back, *static), (there, back)),
+            lambda rows, axis, platform, plans, g: (send(g, *plans[::-1], rows[::-1], axis, platform), None, None))
+
+
+def emulated_ragged_all_to_all(x_RD, out_RD, start, size, to, arriving, axis_name):
+    """lax.ragged_all_to_all as its documentation defines it, by gathering everything: XLA's CPU backend has no
+    such operation. It reads the senders' offsets and never `arriving`, which a test checks against `size`."""
+    me, P = lax.axis_index(axis_name), lax.axis_size(axis_name)
+    x_SRD = lax.all_gather(x_RD, axis_name)
+    mine = lambda a: lax.dynamic_slice_in_dim(lax.all_gather(a, axis_name).reshape(P, P, -1), me, 1, 1).reshape(-1)
+    start, size, to = mine(start), mine(size), mine(to)                     # of the chunks that come here
+    row_R = jnp.arange(out_RD.shape[0])[:, None]
+    hit_RC = (row_R >= to) & (row_R < to + size)                            # at most one chunk covers a row
+    sender = jnp.arange(len(to)) // (len(to) // P)
+    source_R = jnp.sum(jnp.where(hit_RC, sender * x_RD.shape[0] + start + row_R - to, 0), axis=1)
+    rows_RD = x_SRD.reshape(-1, x_RD.shape[1])[source_R]
+    return jnp.where(jnp.any(hit_RC, axis=1)[:, None], rows_RD, out_RD)
+
+
+EXCHANGES = {"ring": ring, "ragged": ragged}
 
 
 # ------------------------------------------------------------------------------------------- python moe.py

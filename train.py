@@ -2,9 +2,10 @@
 
 Run:  python train.py configs/smoke.py [--key=value ...]     train, evaluate, sample, draw; resumes by itself
       python train.py configs/smoke.py --sample --prompt="ROMEO."           continue a text from a checkpoint
+      python train.py configs/moe_129b.py --plan [--compile]        what it costs; through the TPU's compiler too
       python train.py --help                                               every key, its default, its meaning
 Read: main (the table of contents) is last; before it, in its order: config, mesh, optimizer, step, checkpoint,
-evaluation, sampling, the log, the report.
+evaluation, sampling, the log, the report, the plan.
 The state is (step, params, opt, bias_LE); the step is one pure function of state and batch; the batch is a
 pure function of (seed, step). So resuming is restoring a state and going on.
 
@@ -18,6 +19,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -38,7 +40,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as Spec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
 import data
@@ -83,6 +86,10 @@ class TrainConfig:
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
     compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
+    replicas: int = 1                   # mesh axis "replica": copies of the weights, such as one per slice
+    expert_parallel: int = 1            # mesh axis "expert": devices that share one layer's experts
+    topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
+    published: str = ""                 # what others report of this run; --plan prints it beside its own numbers
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step always is one
@@ -98,7 +105,7 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
         for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "keep"):
+                    "keep", "replicas", "expert_parallel"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
                            "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():
@@ -185,8 +192,7 @@ def describe_keys():
 
 # -------------------------------------------------------------------------------------------------------- mesh
 
-PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12,
-              "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}     # dense bfloat16 [cited: data sheets]
+MESH = ("replica", "data", "expert")    # tokens are split over all three; model.table says what splits weights
 
 
 def keep_freed_memory():
@@ -205,26 +211,54 @@ def keep_freed_memory():
         libc.mallopt(option, value)
 
 
-def make_mesh(c, t):
-    """All devices on one axis, "data": rows of the batch and shares of the weights are split over it."""
+def misfit(c, t, n):
+    """Why n devices cannot share this model and this batch, in one line; None if they can."""
+    if n % (t.replicas * t.expert_parallel):
+        return (f"devices: expected a multiple of replicas x expert_parallel = {t.replicas * t.expert_parallel}, "
+                f"found {n}")
     rows = t.batch_size // t.accumulate
+    if rows % n:
+        return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
+    size = {"data": n // t.replicas // t.expert_parallel, "expert": t.expert_parallel}
+    def check(path, w):
+        for axis, length in zip(w.spec, w.shape):
+            if axis and length % size[axis]:
+                return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length} over "
+                        f"{size[axis]} of {axis!r}; use other sizes, replicas or expert_parallel")
+    return next(iter(jax.tree.leaves(model.walk(check, c))), None)
+
+
+def make_mesh(c, t, devices=None):
+    """The devices as replica x data x expert: copies (one per slice, say), FSDP shares, experts.
+
+    "expert" comes last, so neighbours share experts, and mesh_utils lays the axes along a TPU's torus."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    keep_freed_memory()
-    fitting = lambda most: max(n for n in range(1, most + 1) if rows % n == 0 and c.hidden_dim % n == 0)
-    try:        # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
-        jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
-    except RuntimeError:
-        pass    # a backend already runs (tests): take the devices that it has
-    if t.compiled_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
-    have = jax.devices()
-    n = t.devices or (fitting(len(have)) if have[0].platform == "cpu" else len(have))
-    if n > len(have):
-        raise ConfigError(f"devices: expected at most {len(have)} ({have[0].device_kind}), found {n}")
-    for key, size in {"batch_size / accumulate": rows, "hidden_dim": c.hidden_dim}.items():
-        if size % n:
-            raise ConfigError(f"{key}: expected a multiple of the {n} devices, found {size}")
-    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=have[:n])
+    fitting = lambda most: max((n for n in range(1, most + 1) if not misfit(c, t, n)), default=most)
+    if devices is None:
+        keep_freed_memory()
+        try:    # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
+            jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
+        except RuntimeError:
+            pass    # a backend already runs (tests): take the devices that it has
+        if t.compiled_dir:
+            jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
+        devices = jax.devices()
+        n = t.devices or (fitting(len(devices)) if devices[0].platform == "cpu" else len(devices))
+        if n > len(devices):
+            raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), found {n}")
+        devices = devices[:n]
+    if reason := misfit(c, t, len(devices)):
+        raise ConfigError(reason)
+    shape = (t.replicas, len(devices) // t.replicas // t.expert_parallel, t.expert_parallel)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1 and t.replicas % slices:
+        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {t.replicas}")
+    if slices > 1:                              # the replicas are dealt to the slices: only their sums leave one
+        inside = (t.replicas // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH, axis_types=(AxisType.Auto,) * 3)
 
 
 # --------------------------------------------------------------------------------------------------- optimizer
@@ -369,40 +403,43 @@ def state_shardings(c, t, mesh):
 
 
 def make_train_step(c, t, mesh):
-    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over "data".
+    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over the mesh.
 
     Forward, backward and balancing run inside one shard_map, where every collective is a line of code: the
     all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
     whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
     specs = model.walk(lambda path, w: w.spec, c)
     optimizer = make_optimizer(c, t)
+    platform = mesh.devices.flat[0].platform         # of the devices compiled for, not of jax.default_backend()
 
     def gradients(params, bias_LE, batch):
         norm = lax.psum({"weight": jnp.sum(batch["weights"]),
-                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, "data")
+                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
 
         def microbatch(total, rows):
             loss = jax.value_and_grad(model.loss, has_aux=True)
-            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data")
+            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data", platform)
             stats.pop("nll_T")
             return jax.tree.map(jnp.add, total, grads), stats
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, stats = lax.scan(microbatch, zeros, batch)
-        # a share of a split weight was summed over devices by wake's transpose; a copied weight is summed here
-        grads = jax.tree.map(lambda g, spec: g if "data" in spec else lax.psum(g, "data"), grads, specs)
-        out = {"loss": lax.psum(jnp.sum(stats["nll"]), "data") / norm["weight"], "tokens": norm["tokens"]}
+        # over the axes that split a weight, wake's and the exchange's transposes have summed; over those that copy
+        # it, it is summed here, in float32 and once a step
+        grads = jax.tree.map(lambda g, spec: lax.psum(g, tuple(a for a in MESH if a not in spec)), grads, specs)
+        out = {"loss": lax.psum(jnp.sum(stats["nll"]), MESH) / norm["weight"], "tokens": norm["tokens"]}
         if c.num_experts:
-            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), "data")
+            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), MESH)
+            out["dropped_L"] = lax.psum(jnp.sum(stats["dropped_L"], axis=0), MESH)
             valid_T = batch["segments"].reshape(-1) != 0
-            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), "data") / (
+            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), MESH) / (
                 c.num_layers * norm["tokens"])
             if t.balancer == "quantile":
                 margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
-                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, "data")
+                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH)
         return grads, bias_LE, out
 
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                             out_specs=(specs, Spec(), Spec()), check_vma=False)
 
     def train_step(state, batch):
@@ -420,23 +457,27 @@ def put(batch, mesh, accumulate=1):
     """A numpy data.Batch as a dict of device arrays [A,B/A,S], each device holding its own rows."""
     arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
               "weights": batch.weights_BS.astype(np.float32)}
-    sharding = NamedSharding(mesh, Spec(None, "data"))
+    sharding = NamedSharding(mesh, Spec(None, MESH))
     return {k: jax.device_put(v.reshape(accumulate, -1, v.shape[-1]), sharding) for k, v in arrays.items()}
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
 
 def make_eval_step(c, mesh, bytes_V):
-    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read."""
+    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read.
+
+    Nothing is dropped, whatever training does: a held-out loss must not depend on who shares a batch with whom."""
+    c = dataclasses.replace(c, capacity_factor=0.0, exchange="ring")
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
-        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data")
+        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data",
+                              mesh.devices.flat[0].platform)
         scored = rows["weights"]
-        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), "data")
+        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), MESH)
 
     specs = model.walk(lambda path, w: w.spec, c)
-    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                                  out_specs=Spec(), check_vma=False))
 
 
@@ -461,16 +502,18 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
 def make_sampler(c, t, tokenizer):
     """A function (params, bias_LE, prompt, n, seed) -> text. Fixed window, no cache: every token runs the last
     seq_len tokens again, on one device. Slow and short: serving is not this project's business."""
+    one = jax.devices()[0]
+
     @jax.jit
     def next_token(params, bias_LE, window_S, length, key):
         segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
-        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1)
+        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1,
+                                platform=one.platform)
         logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
         hot = jax.random.categorical(key, logits_V / max(t.temperature, 1e-6))
         return jnp.argmax(logits_V) if t.temperature == 0 else hot
 
     def sample(params, bias_LE, prompt, n, seed=0):
-        one = jax.devices()[0]
         params, bias_LE = jax.device_put((params, bias_LE), one)
         tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
         for i in range(n):
@@ -654,7 +697,7 @@ class Log:
         drops = {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}
         sent = self.tokens * self.c.experts_per_token * self.c.num_layers * len(rows)
         return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                "drop": 1.0 - float(load.sum()) / sent, "would_drop": drops,
+                "drop": float(np.sum([r["dropped_L"] for r in rows])) / sent, "would_drop": drops,
                 "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
                 "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
 
@@ -733,6 +776,320 @@ def report(run):
     style = "<style>body{font-family:sans-serif;max-width:75em;margin:2em auto}img{max-width:100%}</style>"
     write_whole(run / "report.html", f"<!doctype html><meta charset='utf-8'>{style}"
                 f"<h1>{html.escape(str(run))}</h1>{''.join(pictures + parts)}")
+
+
+# -------------------------------------------------------------------------------------------------------- plan
+# --plan is arithmetic on the weight table: what a run costs on hardware that is not here. --plan --compile asks
+# the real TPU compiler, which needs no TPU. Both read `topology`.
+
+class Chip(NamedTuple):
+    kinds: tuple            # what jax calls the device
+    flops: float            # dense bfloat16 FLOPs a second
+    memory: float           # bytes of HBM
+    link: float             # bytes a second, one direction of one ICI link; a torus axis has two per chip
+    outside: float          # bytes a second to other slices, over the data center's network
+    compiler: dict          # what libtpu must know besides the shape
+
+
+CHIPS = {       # [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 45e9, 6.25e9,
+               {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 45e9, 3.125e9, {}),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 90e9, 6.25e9, {}),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 90e9, 12.5e9, {}),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 0.0, 0.0, {}),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 0.0, 0.0, {}),
+}
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
+
+
+def hardware(t):
+    """What `topology` names: (slices, chip name, (x, y, z) of one slice). "2xv5p:8x8x8" is two slices."""
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w+):(\d+(?:x\d+)*)", t.topology)
+    if not match or match[2] not in CHIPS:
+        raise ConfigError(f"topology: expected such as 'v4:8x8x16', '2xv5p:8x8x8' or 'h200:1', of the chips "
+                          f"{', '.join(CHIPS)}; found {t.topology!r}")
+    return int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
+
+
+def traffic(c, t, size):
+    """Bytes that each chip receives in a step, as ((mesh axis, what), bytes) pairs. size: of the mesh axes.
+
+    Per microbatch: a weight split over "data" is gathered forward, and again backward under remat; its gradient
+    is reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that copy their weight.
+    Tokens go to experts and back, in both directions of differentiation."""
+    half = jnp.dtype(c.compute_dtype).itemsize
+    again = c.remat == "block"
+    d, P, out = size["data"], size["expert"], {}
+    def add(axis, what, amount):
+        out[axis, what] = out.get((axis, what), 0.0) + amount
+    def weight(path, w):
+        elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
+        if "data" in w.spec:
+            kind = "experts" if w.kind == "expert" else "other weights"
+            gathers = 2 if again and path.startswith("layers/") else 1
+            add("data", f"{kind}, gathered", gathers * t.accumulate * elements * half * (d - 1) / d)
+            add("data", f"{kind}, gradients", t.accumulate * elements * 4 * (d - 1) / d)
+            elements /= d
+        for axis in MESH:
+            if axis not in w.spec:
+                add(axis, "gradients of copies", 2 * elements * 4 * (size[axis] - 1) / size[axis])
+    model.walk(weight, c)
+    if c.num_experts and P > 1:
+        tokens = t.batch_size * c.seq_len / math.prod(size.values())            # a chip's, over all microbatches
+        passes = 4 + again if c.exchange == "ring" else 4 + 2 * again
+        rows = (P - 1) if c.exchange == "ring" else (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
+        add("expert", f"tokens, by {c.exchange}", passes * c.num_layers * tokens * rows * c.hidden_dim * half)
+    return {key: amount for key, amount in out.items() if amount}
+
+
+def axis_rates(chip, slices, shape, size):
+    """Bytes a second that a chip can receive along each mesh axis: two directions of each torus axis that the
+    mesh axis fills, one link where it fills only a part of one, the data center's network between slices."""
+    left, rate = list(shape), {}
+    for axis in reversed(MESH):
+        n = size[axis] // (slices if axis == "replica" else 1)
+        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k) if math.prod(s) == n)
+        fills = next(sets, ())
+        rate[axis] = chip.link * (sum(2 if length > 2 else 1 for length in fills) or 1)
+        for length in fills:
+            left.remove(length)
+    return rate | ({"replica": chip.outside} if slices > 1 else {})
+
+
+def plan(c, t):
+    """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
+    slices, name, shape = hardware(t)
+    chip, n, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
+    if reason := misfit(c, t, chips):
+        raise ConfigError(reason)
+    size = dict(zip(MESH, (t.replicas, chips // t.replicas // t.expert_parallel, t.expert_parallel)))
+    mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
+    state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
+    share = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    held = lambda tree, s: sum(jax.tree.leaves(jax.tree.map(share, tree, s)))
+    shardings = state_shardings(c, t, mesh)
+    weights = held(state.params, shardings.params)
+    tokens = t.batch_size * c.seq_len
+    inputs = (c.num_layers if c.remat == "block" else 0) * (tokens / t.accumulate / chips) * c.hidden_dim
+    received = traffic(c, t, size)
+    rates_ = axis_rates(chip, slices, shape, size)
+    seconds = {axis: sum(b for (a, _), b in received.items() if a == axis) / rates_[axis] for axis in MESH
+               if chips > 1 and size[axis] > 1}
+    ideal = n.mfu_flops * tokens / chips / chip.flops
+    executed = ideal * (4 / 3 if c.remat == "block" else 1)
+    bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
+              "one after the other": executed + sum(seconds.values())}
+    return {"chips": chips, "chip": name, "mesh": size, "tokens_per_step": tokens, "tokens": tokens * t.steps,
+            "total": n.total, "active": n.active, "flops_per_token": n.flops_per_token, "mfu_flops": n.mfu_flops,
+            "memory": {"weights": weights, "moments": held(state.opt, shardings.opt),
+                       "gradients": weights * (2 if t.accumulate > 1 else 1),
+                       "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
+            "received": received, "seconds": seconds, "ideal": ideal, "executed": executed,
+            "step": bounds, "mfu": {how: ideal / s for how, s in bounds.items()}}
+
+
+def show_plan(c, t, compile_too=False):
+    """--plan: print `plan`, in seconds, on any machine; --compile: then `compile_plan`. Returns the exit code."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"                  # libtpu must not look for a TPU, nor jax start one
+    jax.config.update("jax_platforms", "cpu")
+    p, (slices, name, shape) = plan(c, t), hardware(t)
+    chip, size, total = CHIPS[name], p["mesh"], p["flops_per_token"] * p["tokens"]
+    print(f"model     {p['total'] / 1e9:.2f} B parameters, {p['active'] / 1e9:.2f} B active; "
+          f"{p['flops_per_token'] / 1e9:.2f} GFLOP a token, {p['mfu_flops'] / 1e9:.2f} with the head (MFU)")
+    print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens = "
+          f"{total:.2e} FLOP")
+    print(f"machine   {p['chips']:,} x {name} ({t.topology}): " + " x ".join(f"{a} {n}" for a, n in size.items())
+          + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, {t.accumulate} microbatch"
+          + ("es" if t.accumulate > 1 else ""))
+    print(f"memory    of {chip.memory / 2**30:.0f} GiB a chip: " + ", ".join(
+        f"{what} {amount / 2**30:.2f}" for what, amount in p["memory"].items()) + " GiB; the rest: --compile")
+    for (axis, what), amount in p["received"].items():
+        if amount > 1e6:
+            print(f"traffic   {axis:8s} {what:28s} {amount / 1e9:9.2f} GB a step and chip")
+    print(f"time      {p['ideal']:.2f} s of model FLOPs at the peak, {p['executed']:.2f} s with recomputation; "
+          + ", ".join(f"{axis} {s:.2f} s" for axis, s in p["seconds"].items()))
+    for how, seconds in p["step"].items():
+        print(f"bound     {how:20s} {seconds:6.2f} s a step, MFU {100 * p['mfu'][how]:.1f} %, "
+              + (f"{seconds * t.steps / 86_400:.1f} days" if seconds * t.steps > 2e5 else
+                 f"{seconds * t.steps / 3600:.1f} hours"))
+    if t.published:
+        print(f"published {t.published}")
+    return compile_plan(c, t) if compile_too else 0
+
+
+def traced_flops(jaxpr, devices=1):
+    """Matmul FLOPs of a traced program on one device: loops times their length, the likelier-worse branch of a
+    cond, kernels by their own estimate. XLA's cost analysis counts a loop body once, whatever its length."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [j for v in eqn.params.values() for j in (v if isinstance(v, (tuple, list)) else (v,))]
+        inner = [getattr(j, "jaxpr", j) for j in inner]
+        inner = [j for j in inner if hasattr(j, "eqns")]
+        name = eqn.primitive.name
+        if name == "dot_general":
+            ((contracted, _), _), lhs = eqn.params["dimension_numbers"], eqn.invars[0].aval
+            inner_product = math.prod(lhs.shape[i] for i in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner_product / devices
+        elif name == "pallas_call":
+            total += getattr(eqn.params.get("cost_estimate"), "flops", 0) / devices
+        elif name == "cond":
+            total += max(traced_flops(j, devices) for j in inner)
+        else:
+            times = eqn.params.get("length", 1) if name == "scan" else 1
+            total += times * sum(traced_flops(j, 1 if name == "shard_map" else devices) for j in inner)
+    return total
+
+
+class Collective(NamedTuple):
+    op: str             # "all-gather", ...
+    axis: str           # mesh axes of its groups, "data" or "replica+data+expert"; "" if they are no such axes
+    times: int          # how often a step runs it: the product of the loops around it
+    received: float     # bytes that a chip receives each time
+    scope: str          # where in the program it comes from
+
+
+def collectives(text, size):
+    """Every collective of a compiled program (its HLO text), with the loops in which it stands."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
+            name = match[1]
+            bodies[name] = []
+        elif name and line.startswith("  "):
+            bodies[name].append(line)
+    times, called = {}, re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+    def visit(name, factor):
+        times[name] = times.get(name, 0) + factor
+        for line in bodies.get(name, ()):
+            if " while(" in line:
+                condition, body = (re.search(rf"{k}=%?([\w.\-]+)", line)[1] for k in ("condition", "body"))
+                limits = [int(m[1]) for m in map(re.compile(r" constant\((\d+)\)").search, bodies[condition]) if m]
+                visit(body, factor * max(limits, default=1))
+            else:
+                for callee in called.findall(line) + re.findall(r"%([\w.\-]+)", "".join(
+                        re.findall(r"branch_computations=\{([^}]*)\}", line))):
+                    if "to_apply" not in line or " call(" in line:
+                        visit(callee, factor)
+    visit(re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1], 1)
+
+    ids = np.arange(math.prod(size.values())).reshape(tuple(size.values()))
+    axes = {}
+    for k in range(1, 4):
+        for some in itertools.combinations(range(3), k):
+            groups = np.moveaxis(ids, some, range(-k, 0)).reshape(-1, math.prod(ids.shape[i] for i in some))
+            real = "+".join(MESH[i] for i in some if ids.shape[i] > 1)
+            axes.setdefault(frozenset(map(frozenset, groups.tolist())), real)
+    def axis_of(line):
+        if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+            grid = np.arange(ids.size).reshape([int(i) for i in match[3].split(",")])
+            grid = grid.transpose([int(i) for i in match[4].split(",")]) if match[4] else grid
+            groups = grid.reshape(int(match[1]), int(match[2])).tolist()
+        elif match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+            groups = [[int(i) for i in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", match[1])]
+        else:
+            return "", ids.size
+        return axes.get(frozenset(map(frozenset, groups)), ""), len(groups[0])
+
+    kind = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (all-gather|reduce-scatter|all-reduce|all-to-all|"
+                      r"collective-permute|ragged-all-to-all)(-start)?\(")
+    bytes_of = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "s8": 1, "u8": 1, "f16": 2}
+    found = []
+    for name, lines in bodies.items():
+        for line in lines if times.get(name) else ():
+            if match := kind.match(line):
+                sizes = [bytes_of.get(dtype, 4) * math.prod(int(i) for i in dims.split(",") if i)
+                         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])]
+                amount, (axis, n) = max(sizes) if match[3] else sum(sizes), axis_of(line)
+                scale = {"all-gather": (n - 1) / n, "reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n,
+                         "collective-permute": 1}.get(match[2], (n - 1) / n)
+                scope = re.search(r'op_name="([^"]*)"', line)
+                found.append(Collective(match[2], axis, times[name], amount * scale, scope[1] if scope else ""))
+    return found
+
+
+def misplaced(c, found):
+    """Collectives that no line of this program asks for, or that stand in the layer loop and should not.
+
+    In a loop belong the gathers and gradient sums of weights over "data" and the exchange over "expert"; outside
+    of shard_map, the optimizer may sum norms (kilobytes), and MuonH may deal whole matrices out."""
+    small = lambda x: x.received < 2**20
+    inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
+              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert")}
+    return [x for x in found if not small(x) and not (
+        (x.op, x.axis) in inside if x.times > 1 else "shard_map" in x.scope or "orthogonalize" in x.scope)]
+
+
+def compile_plan(c, t):
+    """--plan --compile: the whole train step through the TPU compiler for `topology`, with libtpu and no TPU."""
+    slices, name, shape = hardware(t)
+    if not name.startswith("v"):
+        raise ConfigError(f"topology: expected a TPU to compile for, found {t.topology!r}: no GPU compiler works "
+                          f"without its GPU; run the config there")
+    from jax.experimental import topologies
+    chip, began = CHIPS[name], time.time()
+    try:
+        told = chip.compiler | ({"num_slices": slices} if slices > 1 else {})
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **told)
+    except Exception as error:
+        raise ConfigError(f"topology: {t.topology!r} is not to be had ({str(error).splitlines()[0][:200]}); "
+                          f"it takes: pip install 'jax[tpu]'") from None
+    mesh = make_mesh(c, t, described.devices)
+    size = dict(mesh.shape)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                         jax.eval_shape(lambda: make_state(c, t, jax.random.key(0))), state_shardings(c, t, mesh))
+    sharding = NamedSharding(mesh, Spec(None, MESH))
+    rows = {k: jax.ShapeDtypeStruct((t.accumulate, t.batch_size // t.accumulate, c.seq_len), dtype,
+                                    sharding=sharding)
+            for k, dtype in {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32,
+                             "weights": jnp.float32}.items()}
+    traced = make_train_step(c, t, mesh).trace(state, rows)
+    model_flops = model.count(c).mfu_flops * t.batch_size * c.seq_len / mesh.size
+    executed = traced_flops(traced.jaxpr.jaxpr, mesh.size)
+    lowered = traced.lower()
+    print(f"traced    in {time.time() - began:.0f} s; executes {executed / model_flops:.2f} x the model's FLOPs "
+          f"(matmuls and kernels of the traced program, loops times their length)", flush=True)
+    began = time.time()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        if not used:
+            raise
+        print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "
+              f"too much. {remedy(c, t, mesh.size)}")
+        return 1
+    m, gib = compiled.memory_analysis(), 2**30
+    used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    print(f"compiled  in {time.time() - began:.0f} s for {mesh.size:,} x {mesh.devices.flat[0].device_kind}, "
+          f"jax {jax.__version__}: " + " x ".join(f"{a} {n}" for a, n in size.items()))
+    print(f"memory    {used / gib:.2f} GiB of {chip.memory / gib:.0f} a chip, {100 * used / chip.memory:.0f} %: "
+          f"state {m.argument_size_in_bytes / gib:.2f}, temporary {m.temp_size_in_bytes / gib:.2f}")
+    found = collectives(compiled.as_text(), size)
+    table = {}
+    for x in found:
+        where = "loop" if x.times > 1 else "once"
+        count, amount = table.get((x.axis or "other", x.op, where), (0, 0.0))
+        table[x.axis or "other", x.op, where] = count + x.times, amount + x.times * x.received
+    print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")
+    for (axis, op, where), (count, amount) in sorted(table.items(), key=lambda item: -item[1][1]):
+        print(f"          {axis:24s} {op:20s} {where:5s} {count:12,} {amount / 1e9:19.3f}")
+    stray = misplaced(c, found)
+    for x in sorted(stray, key=lambda x: -x.times * x.received)[:5]:
+        print(f"stray     {x.op} over {x.axis or 'other'}, {x.times} x {x.received / 1e6:.0f} MB: {x.scope[-70:]}")
+    fine = used < 0.85 * chip.memory and not stray
+    print(f"verdict   {'fits' if used <= chip.memory else 'does not fit'}"
+          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t, mesh.size)}")
+          + (f"; {len(stray)} collectives where they should not be" if stray else
+             "; every collective is where it should be"))
+    return 0 if fine else 1
+
+
+def remedy(c, t, chips):
+    rows = t.batch_size // t.accumulate // chips
+    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 else "more chips")
+            + (", --remat=block" if c.remat != "block" else ""))
 
 
 # -------------------------------------------------------------------------------------------------------- main
@@ -884,9 +1241,12 @@ def main(arguments):
         print(describe_keys())
         return 0
     path, *overrides = arguments
-    verb = sample_from if "--sample" in overrides else train
+    verbs = {"--sample", "--plan", "--compile"} & set(overrides)
     try:
-        verb(*load_config(path, [a for a in overrides if a != "--sample"]))
+        c, t = load_config(path, [a for a in overrides if a not in verbs])
+        if "--plan" in verbs:
+            return show_plan(c, t, "--compile" in verbs)
+        (sample_from if "--sample" in verbs else train)(c, t)
         return 0
     except (ConfigError, data.DataError) as error:
         print(f"train.py: {error}", file=sys.stderr)

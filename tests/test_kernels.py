@@ -54,7 +54,7 @@ def test_plain_attention_is_a_loop():
 def test_chunked_cross_entropy_is_plain_cross_entropy(T, chunk):
     x, head, target = normal(T, 12), normal(12, 33), jnp.asarray(rng.integers(0, 33, T))
     for part in (0, 1):
-        close(both(lambda x, h: kernels.cross_entropy(x, h, target, "chunked", chunk)[part], x, head),
+        close(both(lambda x, h: kernels.cross_entropy(x, h, target, "chunked", chunk=chunk)[part], x, head),
               both(lambda x, h: kernels.cross_entropy(x, h, target, "plain")[part], x, head))
 
 

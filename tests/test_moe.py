@@ -48,8 +48,8 @@ def test_dispatch_places_every_assignment_once(T, E, K):
     assert sorted(d.choice_R[d.choice_R < T * K].tolist()) == list(range(T * K))
     rows = d.row_TK.reshape(-1)
     assert (d.choice_R[rows] == np.arange(T * K)).all() and (d.token_R[rows] == np.arange(T * K) // K).all()
-    assert (d.tile_expert[rows // moe.TILE] == expert_TK.reshape(-1)).all()
-    assert set(d.tile_expert.tolist()) == set(range(E)), "an expert without a tile would have no weight gradient"
+    assert (d.tile_expert[rows // (len(d.token_R) // len(d.tile_expert))] == expert_TK.reshape(-1)).all()
+    assert set(range(E)) <= set(d.tile_expert.tolist()), "an expert without a tile would have no weight gradient"
     assert (d.token_R[d.choice_R == T * K] == T).all()
 
 

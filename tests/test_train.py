@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh
 
 import data
 import model
@@ -384,7 +385,7 @@ def test_every_config_loads_and_its_state_builds(path):
     state = jax.eval_shape(lambda: train.make_state(c, t, jax.random.key(0)))
     assert sum(w.size for w in jax.tree.leaves(state.params)) == model.count(c).total
     assert state.bias_LE.shape == (c.num_layers, c.num_experts)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = AbstractMesh((t.replicas, 8, t.expert_parallel), train.MESH)
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(train.state_shardings(c, t, mesh))):
         sharding.shard_shape(leaf.shape)                                             # raises if it does not divide
 

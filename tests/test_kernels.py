@@ -132,7 +132,8 @@ def test_widths_that_blocks_do_not_divide_are_refused():
 def test_the_gpu_kernels_in_interpret_mode():
     (x, tile_expert), w = rows_of([0, 1, 1, 2, 3, 4], 128, 256), normal(4, 256, 256) / 16
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    run = lambda impl: both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, impl).astype(jnp.float32), x, w)
+    real = (jnp.repeat(tile_expert, 128) < 4)[:, None]          # gradients of rows of padding are zero, as in moe
+    run = lambda impl: both(lambda x, w: real * kernels.grouped_matmul(x, w, tile_expert, impl), x, w)
     close(jax.tree.map(lambda a: a.astype(jnp.float32), run("pallas_gpu")[1]),
           jax.tree.map(lambda a: a.astype(jnp.float32), run("plain")[1]), 0.05)
 

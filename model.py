@@ -45,11 +45,15 @@ class ModelConfig:
     rope_theta: float = 10_000.0        # base of RoPE's wavelengths [cited: marin #4697]
     router_z: float = 1e-3              # router z-loss coefficient; V2 sets 0
     logit_z: float = 1e-4               # final-logit z-loss coefficient
+    balancer: str = "quantile"          # rule that keeps experts evenly loaded: a name in balance.RULES
+    balancer_rate: float = 0.0          # of a rule that has one; 0 takes its own from balance.RULES
     half_rope: bool = False             # V2: rotate only the first half of each head
     partial_key_offset: bool = False    # V2: on full layers and the last, the unrotated key half looks one back
     combine_sum: float = 0.0            # V2: rescale a token's K combine weights to this sum (2.5); 0 leaves them
     compute_dtype: str = "float32"      # "float32" or "bfloat16"; weights, norms, router and loss stay float32
     remat: str = "block"                # "block" recomputes each layer in the backward pass; "none" stores it
+    capacity_factor: float = 0.0        # rows of an expert shard's buffer over its mean load; 0: nothing drops
+    exchange: str = "ring"              # how tokens reach other chips' experts: "ring" or "ragged"; see moe.py
 
     def __post_init__(self):
         def need(ok, key, expected):
@@ -59,7 +63,8 @@ class ModelConfig:
                     "gated_norm_rank"):
             need(getattr(self, key) > 0, key, "a positive number")
         need(self.rope_theta > 0, "rope_theta", "a positive number")
-        for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum"):
+        for key in ("num_experts", "shared_dim", "window", "router_z", "logit_z", "combine_sum",
+                    "capacity_factor"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         need(self.seq_len > 1, "seq_len", "at least 2")
         need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"a divisor of num_heads={self.num_heads}")
@@ -74,8 +79,13 @@ class ModelConfig:
             need(self.experts_per_token == 0 and self.expert_dim == 0, "num_experts",
                  "at least 1, since experts_per_token or expert_dim is set")
             need(self.shared_dim > 0, "shared_dim", "a positive number: it is the whole MLP of a dense model")
+        need(self.balancer in moe.balance.RULES, "balancer", f"one of {', '.join(moe.balance.RULES)}")
+        need(self.balancer_rate >= 0, "balancer_rate", "zero or a positive number")
         need(self.compute_dtype in ("float32", "bfloat16"), "compute_dtype", "'float32' or 'bfloat16'")
         need(self.remat in ("block", "none"), "remat", "'block' or 'none'")
+        need(self.exchange in moe.EXCHANGES, "exchange", " or ".join(map(repr, moe.EXCHANGES)))
+        need(self.exchange == "ring" or self.capacity_factor > 0, "capacity_factor",
+             "a positive number, since exchange='ragged' receives into buffers of a fixed size")
 
     @property
     def local_window(self):
@@ -86,7 +96,7 @@ class ModelConfig:
 
 class Weight(NamedTuple):
     shape: tuple
-    spec: Spec              # which axis is split over the mesh's "data" axis (FSDP); Spec() is one copy each
+    spec: Spec              # axes split over the mesh's "data" (FSDP) and "expert"; Spec() is one copy each
     kind: str               # "matrix", "expert", "head", "adam": train.py maps kinds to optimizers
     init: str = "normal"    # "normal": 0.5/sqrt(D), cut at 3 sigma; "ones"; "zeros"
 
@@ -95,11 +105,13 @@ def table(c):
     """Every weight of the model, one line each: nested dict of Weight. All else is a walk over this table.
 
     Sharded weights are cast to the compute type and gathered when used (`wake`); the small replicated ones
-    (gains, router, head gate) stay in float32. Embedding, router, head gate and gains are "adam"."""
+    (gains, router, head gate) stay in float32. Embedding, router, head gate and gains are "adam".
+    "data" splits the last axis but one where sizes allow: the last one, cut to 40 of 5,120, would be padded back
+    to 128 lanes in a TPU's memory, 3.2 times its size."""
     V, D, L, N, E, F, Z, U = (c.vocab_size, c.hidden_dim, c.num_layers, c.num_heads, c.num_experts, c.expert_dim,
                               c.shared_dim, c.gated_norm_rank)
     Q, P = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    rows, cols, each = Spec(None, "data", None), Spec(None, None, "data"), Spec(None, None, "data", None)
+    rows, cols, each = Spec(None, "data", None), Spec(None, None, "data"), Spec(None, "expert", "data", None)
     norm = lambda site: {
         f"{site}_norm_gain_D":  Weight((L, D),       Spec(), "adam", "ones"),
         f"{site}_norm_down_DU": Weight((L, D, U),    rows,   "matrix"),
@@ -109,21 +121,21 @@ def table(c):
         "query_DQ":       Weight((L, D, Q),    rows,   "matrix"),
         "key_DP":         Weight((L, D, P),    rows,   "matrix"),
         "value_DP":       Weight((L, D, P),    rows,   "matrix"),
-        "out_QD":         Weight((L, Q, D),    cols,   "matrix"),
+        "out_QD":         Weight((L, Q, D),    rows,   "matrix"),
         "head_gate_DN":   Weight((L, D, N),    Spec(), "adam", "zeros"),
     }
     if Z:
         layers |= {
             "shared_gate_DZ": Weight((L, D, Z),    rows,   "matrix"),
             "shared_up_DZ":   Weight((L, D, Z),    rows,   "matrix"),
-            "shared_down_ZD": Weight((L, Z, D),    cols,   "matrix"),
+            "shared_down_ZD": Weight((L, Z, D),    rows,   "matrix"),
         }
     if E:
         layers |= {
             "router_DE":      Weight((L, D, E),    Spec(), "adam"),
             "gate_EDF":       Weight((L, E, D, F), each,   "expert"),
             "up_EDF":         Weight((L, E, D, F), each,   "expert"),
-            "down_EFD":       Weight((L, E, F, D), Spec(None, None, None, "data"), "expert"),
+            "down_EFD":       Weight((L, E, F, D), each,   "expert"),
         }
     return {
         "embed_VD":           Weight((V, D), Spec(None, "data"), "adam"),
@@ -222,16 +234,16 @@ def wake(weights, names, c, axis):
 
 # ---------------------------------------------------------------------------------------------- loss, forward
 
-def loss(params, bias_LE, batch, norm, c, axis=None):
+def loss(params, bias_LE, batch, norm, c, axis=None, platform="cpu"):
     """What is minimised, over this device's rows: mean next-token loss + z-losses.
 
     batch: dict of tokens, targets, segments [B,S] int32 and weights [B,S] float32 (0 where there is nothing to
     predict: padding, and the step across a document border). norm: the weight sum and the count of real tokens
     of the WHOLE batch over all devices and microbatches, so that shares add up to the mean however it is cut.
     Returns (scalar, stats); stats["nll"] is the summed weighted loss in nats, without z-losses."""
-    x_TD, routed = forward(params, bias_LE, batch["tokens"], batch["segments"], c, axis)
+    x_TD, routed = forward(params, bias_LE, batch["tokens"], batch["segments"], c, axis, platform)
     awake = wake({"head_DV": params["head_DV"]}, table(c), c, axis)
-    nll_T, lse_T = kernels.cross_entropy(x_TD, awake["head_DV"], batch["targets"].reshape(-1))
+    nll_T, lse_T = kernels.cross_entropy(x_TD, awake["head_DV"], batch["targets"].reshape(-1), platform=platform)
     weight_T = batch["weights"].reshape(-1)
     nll = jnp.sum(weight_T * nll_T)
     objective = (nll + c.logit_z * jnp.sum(weight_T * lse_T**2)) / norm["weight"]
@@ -241,13 +253,13 @@ def loss(params, bias_LE, batch, norm, c, axis=None):
     return objective, {"nll": nll, "nll_T": nll_T, **routed}
 
 
-def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None)):
+def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None), platform="cpu"):
     """Float32 logits [T,V] of every position, or of position `at`: for sampling and tests, on one device."""
-    x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c)
+    x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c, platform=platform)
     return jnp.dot(x_TD[at], params["head_DV"].astype(c.compute_dtype), preferred_element_type=jnp.float32)
 
 
-def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
+def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None, platform="cpu"):
     """Tokens to the last hidden state, normalised and ready for the head: [B,S] -> ([T,D], routing record).
 
     The record holds, for every layer, margin_LTE and load_LE (what balancing reads) and z_LT; empty if dense.
@@ -260,7 +272,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     rotation = rope_angles(c)
 
     def layer(x_TD, p, bias_E, i):
-        run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis,
+        run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform,
                                             full=i % PERIOD == PERIOD - 1, last=i == c.num_layers - 1)
         return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, p, bias_E)
 
@@ -284,12 +296,13 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None):
     return x_TD, jax.tree.map(lambda *r: jnp.concatenate(r), *records)
 
 
-def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
+def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
     """One layer: attention, then shared expert and routed experts side by side on the same normed input."""
     p = wake(p, table(c)["layers"], c, axis)
     with jax.named_scope("attention"):
         a_TD = gated_norm(x_TD, p["attn_norm_gain_D"], p["attn_norm_down_DU"], p["attn_norm_up_UD"])
-        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, full, c.partial_key_offset and (full or last))
+        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, platform, full,
+                             c.partial_key_offset and (full or last))
     with jax.named_scope("mlp"):
         m_TD = gated_norm(x_TD, p["mlp_norm_gain_D"], p["mlp_norm_down_DU"], p["mlp_norm_up_UD"])
         record = {}
@@ -297,13 +310,21 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, full, last):
             h_TZ = jax.nn.silu(m_TD @ p["shared_gate_DZ"]) * (m_TD @ p["shared_up_DZ"])
             x_TD = x_TD + h_TZ @ p["shared_down_ZD"]
         if c.num_experts:
-            y_TD, r, load_E = moe.moe(m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
+            routing = (m_TD, p, bias_E, c.experts_per_token, c.combine_sum)
+            if axis is None:
+                y_TD, r, load_E = moe.moe(*routing, platform, balancer=c.balancer)
+                dropped = jnp.int32(0)
+            else:
+                y_TD, r, load_E, dropped = moe.parallel_moe(*routing, "expert", c.exchange, c.capacity_factor,
+                                                            platform, c.balancer)
             x_TD = x_TD + y_TD
-            record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T}
+            record = {"margin_LTE": r.margin_TE, "load_LE": load_E, "z_LT": r.z_T, "dropped_L": dropped}
+            if c.balancer.startswith("aux"):
+                record["prob_LTE"] = r.prob_TE
     return x_TD, record
 
 
-def attend(a_TD, p, segment_BS, rotation, c, full, offset):
+def attend(a_TD, p, segment_BS, rotation, c, platform, full, offset):
     """Grouped-query attention with QK-norm, RoPE, exclusive self-attention and a gate per head."""
     B, S = segment_BS.shape
     N, M, H = c.num_heads, c.num_kv_heads, c.head_dim
@@ -314,7 +335,8 @@ def attend(a_TD, p, segment_BS, rotation, c, full, offset):
         k_BSMH = key_offset(k_BSMH, segment_BS)
     q_BSNH = rope(rms(q_BSNH, 1e-6), rotation) * c.qk_scale
     k_BSMH = rope(rms(k_BSMH, 1e-6), rotation)
-    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window)
+    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, S if full else c.local_window,
+                               platform=platform)
 
     # Exclusive self-attention: remove from each head's output its part along the token's own value vector;
     # what a token is, the residual stream already carries. In float32, and as einsums: the same lines with
@@ -343,19 +365,23 @@ def gated_norm(x_TD, gain_D, down_DU, up_UD):
 
 
 def rope_angles(c):
-    """Cosine and sine of each position's rotation, [S, rotated/2] each."""
+    """Cosine and signed sine of each position's rotation, for both halves of the rotated dimensions: [S,2,rotated/2]."""
     rotated = c.head_dim // 2 if c.half_rope else c.head_dim
     speed = c.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     angle = jnp.arange(c.seq_len, dtype=jnp.float32)[:, None] * speed[None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([jnp.cos(angle)] * 2, axis=1), jnp.stack([-jnp.sin(angle), jnp.sin(angle)], axis=1)
 
 
 def rope(x_BSNH, rotation):
-    """Rotate dimension i with dimension i + rotated/2; dimensions past `rotated` are left alone (half-RoPE)."""
-    cos, sin = (r[None, :x_BSNH.shape[1], None, :] for r in rotation)                   # float32, and so are a, b
-    half = cos.shape[-1]
-    a, b, rest = jnp.split(x_BSNH.astype(jnp.float32), (half, 2 * half), axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_BSNH.dtype)
+    """Rotate dimension i with dimension i + rotated/2; dimensions past `rotated` are left alone (half-RoPE).
+
+    The two halves are an axis of length 2 that is turned round: taking them apart and concatenating them again
+    costs 3 times as much on a CPU, forward and backward [measured]."""
+    cos, sin = (r[None, :x_BSNH.shape[1], None] for r in rotation)                      # float32, and so is `pair`
+    rotated = 2 * cos.shape[-1]
+    pair = x_BSNH[..., :rotated].astype(jnp.float32).reshape(*x_BSNH.shape[:-1], 2, -1)
+    turned = (pair * cos + pair[..., ::-1, :] * sin).reshape(*x_BSNH.shape[:-1], rotated).astype(x_BSNH.dtype)
+    return turned if rotated == x_BSNH.shape[-1] else jnp.concatenate([turned, x_BSNH[..., rotated:]], axis=-1)
 
 
 def key_offset(k_BSMH, segment_BS):

@@ -2,9 +2,12 @@
 
 Run:  python train.py configs/smoke.py [--key=value ...]     train, evaluate, sample, draw; resumes by itself
       python train.py configs/smoke.py --sample --prompt="ROMEO."           continue a text from a checkpoint
+      python train.py configs/moe_129b.py --plan [--compile]        what it costs; through the TPU's compiler too
+      python train.py configs/smoke.py --replay 120                        what was in the batch of step 120
+      ... --coordinator=HOST:PORT --processes=N --process=I      one of N processes; a TPU pod needs no flags
       python train.py --help                                               every key, its default, its meaning
 Read: main (the table of contents) is last; before it, in its order: config, mesh, optimizer, step, checkpoint,
-evaluation, sampling, the log, the report.
+evaluation, sampling, the log, the report, the plan.
 The state is (step, params, opt, bias_LE); the step is one pure function of state and batch; the batch is a
 pure function of (seed, step). So resuming is restoring a state and going on.
 
@@ -12,21 +15,30 @@ B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
 
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
+import faulthandler
+import fcntl
 import functools
+import glob
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +48,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as Spec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
 import data
@@ -51,7 +64,15 @@ class ConfigError(ValueError):
 
 
 class Halted(RuntimeError):
-    """Training must not go on. main prints it as one line and exits with 3."""
+    """Training must not go on: updates without end that are not finite. One line, exit code 3."""
+
+
+class Unsound(RuntimeError):
+    """There are checkpoints and none can be trusted. Nothing has been touched. One line, exit code 4."""
+
+
+class TryAgain(RuntimeError):
+    """What failed may work the next time, and what was saved is sound. One line, exit code 75 (EX_TEMPFAIL)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +88,6 @@ class TrainConfig:
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: str = "v1"                  # fit that gives rates, beta2 and eps: "v1" for AdamH, "v2" for MuonH
     optimizer: str = "adamh"            # "adamh", or "muonh" (matrices by MuonH, the head by AdamH); see recipe
-    balancer: str = "quantile"          # "quantile", or "none"
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
     beta1: float = 0.9062               # of Adam's first moment [cited: marin #4697]
@@ -81,12 +101,24 @@ class TrainConfig:
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
     compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
+    replicas: int = 1                   # mesh axis "replica": copies of the weights, such as one per slice
+    expert_parallel: int = 1            # mesh axis "expert": devices that share one layer's experts
+    topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
+    published: str = ""                 # what others report of this run; --plan prints it beside its own numbers
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step always is one
     eval_tokens: int = 32_768           # of each held-out domain, but all of it at the end
     save_every: int = 500               # steps between checkpoints; the last step always is one
+    save_minutes: float = 0.0           # and after so many minutes, at the next log line; 0 is off
     keep: int = 2                       # newest checkpoints that are kept
+    keep_every: int = 0                 # a checkpoint at every multiple of this step is kept for good; 0 is none
+    checkpoint_dir: str = ""            # where they are kept, also gs://BUCKET/PATH; "" is run_dir/checkpoints
+    max_skips: int = 5                  # updates skipped in a row (see `guard`) that end the run
+    skip_sigma: float = 0.0             # also skip a loss or gradient norm so many sigma high; 0 is off: a spike
+    #                                     is a symptom, and skipping cured none for Marin [cited: marin #1368]
+    stuck_minutes: float = 60.0         # without a step done: print all stacks, exit with 75; 0 is off
+    heartbeat_seconds: int = 100        # without a sign of life: a peer is lost, and all others stop
     prompt: str = "\n"                  # how the sample begins
     sample_tokens: int = 200            # length of the sample; 0 is no sample
     temperature: float = 0.8            # of the sample; 0 takes the likeliest token
@@ -96,12 +128,13 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
         for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "keep"):
+                    "keep", "replicas", "expert_parallel", "max_skips", "heartbeat_seconds"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
-                           "balancer": ("quantile", "none"), "schedule": ("linear", "wsd")}.items():
+                           "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
-        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature"):
+        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature",
+                    "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         for key in ("warmup", "decay", "min_lr_ratio"):
             need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
@@ -152,7 +185,7 @@ def load_config(path, overrides=()):
         key, text = match.groups()
         try:
             value = text if KEYS.get(key) is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except Exception:               # whatever is no Python literal is a word
             value = text
         values[key] = check(key, value, "command line")
     values.setdefault("run_dir", "")
@@ -166,6 +199,9 @@ def load_config(path, overrides=()):
             configs.append(cls(**{f.name: values[f.name] for f in fields if f.name in values}))
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
+    if configs[0].balancer == "aux_global" and configs[1].accumulate > 1:
+        raise ConfigError(f"{path}: accumulate: expected 1, since balancer='aux_global' needs the whole batch's "
+                          f"loads before its first gradient, found {configs[1].accumulate}")
     return tuple(configs)
 
 
@@ -183,29 +219,73 @@ def describe_keys():
 
 # -------------------------------------------------------------------------------------------------------- mesh
 
-PEAK_FLOPS = {"TPU v4": 275e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12,
-              "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}     # dense bfloat16 [cited: data sheets]
+MESH = ("replica", "data", "expert")    # tokens are split over all three; model.table says what splits weights
 
 
-def make_mesh(c, t):
-    """All devices on one axis, "data": rows of the batch and shares of the weights are split over it."""
+def keep_freed_memory():
+    """Let the process keep what it frees, if its only devices are CPUs (glibc; elsewhere nothing happens).
+
+    XLA allocates all temporaries of a step as one block. Past 32 MB glibc maps that block for every step anew, and
+    the kernel clears it page by page: 59,449 page faults, 110 of 380 ms of CPU time, in one step of
+    configs/smoke.py [measured]. One arena that neither maps nor trims keeps the block: 0 faults."""
+    if jax.config.jax_platforms != "cpu" and any(map(importlib.util.find_spec, ("libtpu", "jax_plugins"))):
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    for option, value in {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}.values():
+        libc.mallopt(option, value)
+
+
+def misfit(c, t, n):
+    """Why n devices cannot share this model and this batch, in one line; None if they can."""
+    if n % (t.replicas * t.expert_parallel):
+        return (f"devices: expected a multiple of replicas x expert_parallel = {t.replicas * t.expert_parallel}, "
+                f"found {n}")
     rows = t.batch_size // t.accumulate
+    if rows % n:
+        return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
+    size = {"data": n // t.replicas // t.expert_parallel, "expert": t.expert_parallel}
+    def check(path, w):
+        for axis, length in zip(w.spec, w.shape):
+            if axis and length % size[axis]:
+                return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length} over "
+                        f"{size[axis]} of {axis!r}; use other sizes, replicas or expert_parallel")
+    return next(iter(jax.tree.leaves(model.walk(check, c))), None)
+
+
+def make_mesh(c, t, devices=None):
+    """The devices as replica x data x expert: copies (one per slice, say), FSDP shares, experts.
+
+    "expert" comes last, so neighbours share experts, and mesh_utils lays the axes along a TPU's torus."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fitting = lambda most: max(n for n in range(1, most + 1) if rows % n == 0 and c.hidden_dim % n == 0)
-    try:        # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
-        jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
-    except RuntimeError:
-        pass    # a backend already runs (tests): take the devices that it has
-    if t.compiled_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
-    have = jax.devices()
-    n = t.devices or (fitting(len(have)) if have[0].platform == "cpu" else len(have))
-    if n > len(have):
-        raise ConfigError(f"devices: expected at most {len(have)} ({have[0].device_kind}), found {n}")
-    for key, size in {"batch_size / accumulate": rows, "hidden_dim": c.hidden_dim}.items():
-        if size % n:
-            raise ConfigError(f"{key}: expected a multiple of the {n} devices, found {size}")
-    return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,), devices=have[:n])
+    fitting = lambda most: max((n for n in range(1, most + 1) if not misfit(c, t, n)), default=most)
+    if devices is None:
+        keep_freed_memory()
+        try:    # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
+            jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
+        except RuntimeError:
+            pass    # a backend already runs (tests): take the devices that it has
+        if t.compiled_dir:
+            jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
+        devices = jax.devices()
+        n = t.devices or (fitting(len(devices)) if devices[0].platform == "cpu" else len(devices))
+        if n > len(devices):
+            raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), found {n}")
+        devices = devices[:n]
+    if reason := misfit(c, t, len(devices)):
+        raise ConfigError(reason)
+    shape = (t.replicas, len(devices) // t.replicas // t.expert_parallel, t.expert_parallel)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1 and t.replicas % slices:
+        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {t.replicas}")
+    if slices > 1:                              # the replicas are dealt to the slices: only their sums leave one
+        inside = (t.replicas // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH, axis_types=(AxisType.Auto,) * 3)
 
 
 # --------------------------------------------------------------------------------------------------- optimizer
@@ -288,15 +368,36 @@ NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
 
-def orthogonalize(m):
-    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16."""
+def orthogonalize(m, mesh=None, spec=None):
+    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16.
+
+    On a mesh the matrices of a stack, which lie in shares as `spec` says, are dealt out whole, so that their
+    products need no sums over devices (that would be gigabytes per step), and brought back: two all-to-alls."""
     x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
+    if mesh is not None:
+        x, placed = deal(x, mesh)
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT                                      # the shorter side is squared
     for a, b, c in NEWTON_SCHULZ:
         A = x @ x.mT
         x = a * x + (b * A + c * A @ A) @ x
-    return (x if wide else x.mT).astype(m.dtype)
+    x = x if wide else x.mT
+    if mesh is not None:
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        x = x[:m.shape[0]]
+    return x.astype(m.dtype)
+
+
+def deal(x, mesh):
+    """How to lay a stack so that "data" splits whole matrices: by expert if they divide, else by layer, padded
+    with zero matrices to a multiple. A matrix that stands alone is copied."""
+    if x.ndim == 2:
+        return x, Spec()
+    if x.ndim == 4 and x.shape[1] % (mesh.shape["expert"] * mesh.shape["data"]) == 0:
+        return x, Spec(None, ("expert", "data"))
+    padding = [(0, -x.shape[0] % mesh.shape["data"])] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
 # Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
@@ -306,12 +407,16 @@ GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert"
           "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
 
 
-def make_optimizer(c, t):
+def make_optimizer(c, t, mesh=None):
     """The optax transformation of the whole tree: clip, direction and step, group by group."""
+    specs = specs_by_name(c)
+    @jax.named_scope("orthogonalize")
+    def orthogonal(ms, _):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, m: orthogonalize(m, mesh, specs[model.path_name(path)]), ms)
     r = rates(c, t)
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
-    muon = optax.chain(optax.trace(t.momentum, nesterov=True),
-                       optax.stateless(lambda ms, _: jax.tree.map(orthogonalize, ms)))
+    muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
     ball = lambda direction: hyperball(direction, lambda step: r.hyper_lr * lr_share(t, step))
     rules = {"adam": optax.chain(adam, optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))),
              "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
@@ -327,97 +432,155 @@ class State(NamedTuple):
     params: dict                # float32, the tree of model.table
     opt: typing.Any             # optax state
     bias_LE: jax.Array          # float32, the balancing bias in use: the only one there is
+    recent_2W: jax.Array        # float32, loss and gradient norm of the last W steps, a ring; -1 is not yet
+
+
+WINDOW = 128                    # W: what `guard` compares a step with [cited: OLMo-core's SkipStepOptimizer]
+
+
+def guard(t, state, loss, gnorm):
+    """Whether a step's update may be taken, and the new recent_2W.
+
+    What is not finite never may. With skip_sigma, neither may a loss or gradient norm more than so many standard
+    deviations above its mean over the last W steps, once half of them are known. Outliers enter the window, so
+    a new level is accepted in time instead of being skipped for ever."""
+    now_2, recent = jnp.stack([loss, gnorm]), state.recent_2W
+    good = finite = jnp.all(jnp.isfinite(now_2))
+    if t.skip_sigma:
+        known = recent >= 0
+        count_2 = jnp.maximum(known.sum(1), 2)
+        mean_2 = jnp.where(known, recent, 0).sum(1) / count_2
+        sigma_2 = jnp.sqrt(jnp.where(known, recent - mean_2[:, None], 0) ** 2 @ jnp.ones(WINDOW) / (count_2 - 1))
+        good &= jnp.all((count_2 < WINDOW // 2) | (now_2 <= mean_2 + t.skip_sigma * sigma_2))
+    return good, jnp.where(finite, recent.at[:, state.step % WINDOW].set(now_2), recent)
 
 
 def make_state(c, t, key):
     params = model.init(c, key)
     experts = max(1, c.num_experts)             # a dense model keeps one idle column: orbax refuses empty arrays
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
-                 jnp.zeros((c.num_layers, experts), jnp.float32))
+                 jnp.zeros((c.num_layers, experts), jnp.float32), -jnp.ones((2, WINDOW), jnp.float32))
+
+
+def specs_by_name(c):
+    """{"layers/query_DQ": its PartitionSpec, ...}"""
+    named = jax.tree.leaves(model.walk(lambda path, w: [path, w.spec], c), is_leaf=lambda x: isinstance(x, list))
+    return dict(named)
 
 
 def state_shardings(c, t, mesh):
     """The sharding of every leaf of the state: an optimizer moment lies as its weight lies; all else is copied."""
     specs = model.walk(lambda path, w: w.spec, c)
     abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-    by_name = {model.path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(
-        specs, is_leaf=lambda x: isinstance(x, Spec))}
+    by_name = specs_by_name(c)
     # optax nests the weights' tree, group by group: the path of a moment ends in the path of its weight
     opt = jax.tree_util.tree_map_with_path(
         lambda path, _: by_name.get(model.path_name(path).partition("/")[2], Spec()), abstract.opt)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), State(Spec(), specs, opt, Spec()),
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), State(Spec(), specs, opt, Spec(), Spec()),
                         is_leaf=lambda x: isinstance(x, Spec))
 
 
 def make_train_step(c, t, mesh):
-    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over "data".
+    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over the mesh.
 
     Forward, backward and balancing run inside one shard_map, where every collective is a line of code: the
     all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
     whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
     specs = model.walk(lambda path, w: w.spec, c)
-    optimizer = make_optimizer(c, t)
+    optimizer = make_optimizer(c, t, mesh)
+    platform = mesh.devices.flat[0].platform         # of the devices compiled for, not of jax.default_backend()
 
     def gradients(params, bias_LE, batch):
         norm = lax.psum({"weight": jnp.sum(batch["weights"]),
-                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, "data")
+                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
+
+        def objective(params, rows):
+            loss, stats = model.loss(params, bias_LE, rows, norm, c, "data", platform)
+            stats.pop("nll_T")
+            if "prob_LTE" in stats:
+                valid_T = rows["segments"].reshape(-1) != 0
+                loss += balance.auxiliary(c.balancer, stats.pop("prob_LTE"), stats["margin_LTE"], valid_T,
+                                          norm["tokens"], c.experts_per_token, MESH, c.balancer_rate)
+            return loss, stats
 
         def microbatch(total, rows):
-            loss = jax.value_and_grad(model.loss, has_aux=True)
-            (_, stats), grads = loss(params, bias_LE, rows, norm, c, "data")
-            stats.pop("nll_T")
+            (_, stats), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
             return jax.tree.map(jnp.add, total, grads), stats
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, stats = lax.scan(microbatch, zeros, batch)
-        # a share of a split weight was summed over devices by wake's transpose; a copied weight is summed here
-        grads = jax.tree.map(lambda g, spec: g if "data" in spec else lax.psum(g, "data"), grads, specs)
-        out = {"loss": lax.psum(jnp.sum(stats["nll"]), "data") / norm["weight"], "tokens": norm["tokens"]}
+        # over the axes that split a weight, wake's and the exchange's transposes have summed; over those that copy
+        # it, it is summed here, in float32 and once a step
+        grads = jax.tree.map(lambda g, spec: lax.psum(g, tuple(a for a in MESH if a not in spec)), grads, specs)
+        out = {"loss": lax.psum(jnp.sum(stats["nll"]), MESH) / norm["weight"], "tokens": norm["tokens"]}
         if c.num_experts:
-            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), "data")
+            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), MESH)
+            out["dropped_L"] = lax.psum(jnp.sum(stats["dropped_L"], axis=0), MESH)
             valid_T = batch["segments"].reshape(-1) != 0
-            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), "data") / (
+            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), MESH) / (
                 c.num_layers * norm["tokens"])
-            if t.balancer == "quantile":
-                margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
-                bias_LE = balance.next_bias(margin_LTE, valid_T, bias_LE, c.experts_per_token, "data")
+            margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
+            if c.balancer == "threshold":       # half of its slots are silent: count those that are heard
+                out["load_LE"] = lax.psum(balance.loads(margin_LTE, valid_T), MESH)
+            bias_LE, kept_L = balance.update(c.balancer, margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH,
+                                             c.balancer_rate)
+            out["bias_kept"] = jnp.sum(kept_L)
         return grads, bias_LE, out
 
-    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                             out_specs=(specs, Spec(), Spec()), check_vma=False)
 
     def train_step(state, batch):
         grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"gnorm": optax.tree.norm(grads), "lr_share": lr_share(t, state.step)}
-        return State(state.step + 1, params, opt, bias_LE), metrics
+        gnorm = optax.tree.norm(grads)
+        good, recent_2W = guard(t, state, metrics["loss"], gnorm)
+        # XLA fuses this choice into the update itself, so it costs no pass over memory
+        params, opt, bias_LE = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt, bias_LE),
+                                            (state.params, state.opt, state.bias_LE))
+        metrics |= {"gnorm": gnorm, "lr_share": lr_share(t, state.step), "skipped": ~good}
+        return State(state.step + 1, params, opt, bias_LE, recent_2W), metrics
 
     shardings = state_shardings(c, t, mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, Spec())))
 
 
+def rows_here(batch_size, mesh, accumulate=1):
+    """Which rows of the global batch this process feeds to its devices, microbatch by microbatch: [rows]."""
+    shape = (accumulate, batch_size // accumulate)
+    places = NamedSharding(mesh, Spec(None, MESH)).addressable_devices_indices_map(shape).values()
+    mine = sorted({row for _, rows in places for row in range(shape[1])[rows]})
+    return np.arange(batch_size).reshape(shape)[:, mine].reshape(-1)
+
+
 def put(batch, mesh, accumulate=1):
-    """A numpy data.Batch as a dict of device arrays [A,B/A,S], each device holding its own rows."""
+    """This process's rows of a data.Batch as a dict of global arrays [A,B/A,S], on the devices they belong to."""
     arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
               "weights": batch.weights_BS.astype(np.float32)}
-    sharding = NamedSharding(mesh, Spec(None, "data"))
-    return {k: jax.device_put(v.reshape(accumulate, -1, v.shape[-1]), sharding) for k, v in arrays.items()}
+    sharding = NamedSharding(mesh, Spec(None, MESH))
+    return {k: jax.make_array_from_process_local_data(sharding, v.reshape(accumulate, -1, v.shape[-1]))
+            for k, v in arrays.items()}
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
 
 def make_eval_step(c, mesh, bytes_V):
-    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read."""
+    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read.
+
+    Nothing is dropped, whatever training does: a held-out loss must not depend on who shares a batch with whom."""
+    c = dataclasses.replace(c, capacity_factor=0.0, exchange="ring",
+                            balancer=balance.LEAKS.get(c.balancer, c.balancer))
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
-        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data")
+        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data",
+                              mesh.devices.flat[0].platform)
         scored = rows["weights"]
-        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), "data")
+        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), MESH)
 
     specs = model.walk(lambda path, w: w.spec, c)
-    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, "data")),
+    return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                                  out_specs=Spec(), check_vma=False))
 
 
@@ -425,11 +588,13 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
     """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}}, and their
     unweighted mean as "macro". Bits per byte compare across tokenizers; nats per token do not."""
     rows = t.batch_size // t.accumulate
+    here = rows_here(rows, mesh)
     domains = {}
     for name, stream in mixture.heldout.items():
         sums = np.zeros(3)
         for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
-            sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, put(batch, mesh))])
+            batch = put(data.Batch(*(array[here] for array in batch)), mesh)
+            sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, batch)])
         nats, tokens, size = sums
         domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size,
                          "tokens": int(tokens), "bytes": int(size)}
@@ -442,16 +607,19 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
 def make_sampler(c, t, tokenizer):
     """A function (params, bias_LE, prompt, n, seed) -> text. Fixed window, no cache: every token runs the last
     seq_len tokens again, on one device. Slow and short: serving is not this project's business."""
+    c = dataclasses.replace(c, balancer=balance.LEAKS.get(c.balancer, c.balancer))
+    one = jax.devices()[0]
+
     @jax.jit
     def next_token(params, bias_LE, window_S, length, key):
         segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
-        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1)
+        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1,
+                                platform=one.platform)
         logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
         hot = jax.random.categorical(key, logits_V / max(t.temperature, 1e-6))
         return jnp.argmax(logits_V) if t.temperature == 0 else hot
 
     def sample(params, bias_LE, prompt, n, seed=0):
-        one = jax.devices()[0]
         params, bias_LE = jax.device_put((params, bias_LE), one)
         tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
         for i in range(n):
@@ -473,64 +641,224 @@ def leaves_by_name(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def fingerprint(x):
+    """32 bits of an array's bits and their places: exact, and the same however the array lies on devices.
+
+    Each element is mixed with its place by a one-to-one function (murmur3's finaliser) and all are summed modulo
+    2**32. So any change of one element is seen for certain, any other with probability 1 - 2**-32."""
+    bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):        # counted axis by axis: a flat view would gather a split array
+        place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    bits ^= place * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ bits >> shift) * jnp.uint32(factor)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+@jax.jit
+def fingerprints(leaves):
+    """Of every leaf, in order, [leaves]; and whether all of them are finite."""
+    return (jnp.stack([fingerprint(x) for x in leaves]),
+            jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves if x.dtype != jnp.int32])))
+
+
+def agreed(fine):
+    """Whether all processes say so: what each has read for itself is decided on together."""
+    if jax.process_count() == 1:
+        return fine
+    from jax.experimental import multihost_utils
+    return bool(multihost_utils.process_allgather(np.array(fine)).all())
+
+
 class Checkpoints:
-    """Whole states in run_dir/checkpoints, by orbax: asynchronous, sharded, the newest `keep` kept."""
+    """Whole states by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
+
+    orbax restores a flipped bit without a word, so each checkpoint carries a proof: its step, the run's config
+    and the fingerprint of every array. Only a state that matches its proof is sound, on whatever mesh it is
+    restored. Broken ones are kept, named in .broken, and moved aside when another one is sound."""
 
     def __init__(self, t):
         import orbax.checkpoint as ocp
-        self.ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=t.keep, enable_async_checkpointing=True)
-        try:
-            self.manager = ocp.CheckpointManager(Path(t.run_dir, "checkpoints").resolve(), options=options)
-        except OSError as error:
-            raise ConfigError(f"run_dir: expected a directory that can be written, found {t.run_dir} "
-                              f"({error.strerror})") from None
+        from etils import epath
+        self.ocp, self.t, self.manager, self.broken, self.at = ocp, t, None, {}, None
+        self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
+
+    def steps(self):
+        """Of all checkpoints that were committed, sound or not, newest first."""
+        found = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)
+                       and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
     def newest(self):
-        return self.manager.latest_step()
+        return max(self.steps(), default=None)
 
-    def save(self, state):
-        if self.newest() != int(state.step):
-            self.manager.save(int(state.step), args=self.ocp.args.StandardSave(leaves_by_name(state)))
+    def proof(self, step):
+        """What was written beside the arrays. Raises ValueError if it is not whole."""
+        try:
+            record = json.loads((self.folder / str(step) / "proof" / "metadata").read_text())
+            proof, found = record["proof"], zlib.crc32(json.dumps(record["proof"], sort_keys=True).encode())
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"its proof cannot be read ({one_line(error)})") from None
+        if found != record.get("crc32") or proof["step"] != step:
+            raise ValueError("its proof has been altered")
+        return proof
+
+    def config(self):
+        """The config.json of the newest checkpoint whose proof is whole, or None."""
+        for step in self.steps():
+            with contextlib.suppress(ValueError):
+                return self.proof(step)["config"]
 
     def restore(self, c, t, mesh):
-        """The newest state, or None if there is no checkpoint."""
-        step = self.newest()
-        if step is None:
-            return None
+        """The newest sound state, or None if there is no checkpoint at all. Raises Unsound if none is sound."""
         abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
                               state_shardings(c, t, mesh))
-        leaves = self.manager.restore(step, args=self.ocp.args.StandardRestore(leaves_by_name(target)))
-        return jax.tree.unflatten(jax.tree.structure(target), [leaves[name] for name in leaves_by_name(target)])
+        target_by_name = leaves_by_name(target)
+        for step in self.steps():
+            why = proof = leaves = None
+            try:
+                proof = self.proof(step)["arrays"]
+                # the handler itself: around it orbax has a barrier at which the others would wait for one that
+                # could not read its part
+                leaves = self.ocp.StandardCheckpointHandler().restore(
+                    self.folder / str(step) / "state", args=self.ocp.args.StandardRestore(target_by_name))
+            except Exception as error:                      # whatever orbax and tensorstore raise about damage
+                why = one_line(error)
+            if agreed(why is None):
+                found = np.asarray(fingerprints([leaves[name] for name in target_by_name])[0]).tolist()
+                bad = [n for n, mark in zip(target_by_name, found) if proof.get(n) != mark]
+                if not bad:
+                    self.at = step
+                    return jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in target_by_name])
+                why = f"altered since it was written: {', '.join(bad[:3])}" + ", ..." * (len(bad) > 3)
+            self.broken[step] = why or "another process could not read its part"
+        if self.broken:
+            raise Unsound(f"{self.folder}: none of {len(self.broken)} checkpoints can be trusted, and nothing was "
+                          f"touched. " + "; ".join(f"step {s}: {w}" for s, w in self.broken.items())
+                          + ". To start anew choose another --run_dir")
+
+    def open(self):
+        """Make ready to write: clear what killed writers left, move broken checkpoints aside, delete none."""
+        policies = self.ocp.checkpoint_managers
+        keep = [policies.LatestN(self.t.keep)]
+        keep += [policies.EveryNSteps(self.t.keep_every)] if self.t.keep_every else []
+        options = self.ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, enable_async_checkpointing=True,
+                                                    preservation_policy=policies.AnyPreservationPolicy(keep))
+        try:
+            for step in self.broken if leads() else ():
+                if (self.folder / str(step)).exists():
+                    (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
+            agreed(True)                                    # the others wait for that
+            self.manager = self.ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            raise ConfigError(f"checkpoint_dir: expected a directory that can be written, found {self.folder} "
+                              f"({error.strerror})") from None
+
+    def save(self, state, config):
+        """Begin to write a state. Returns what went wrong with the one before, or "". Halted if not finite."""
+        step, leaves = int(state.step), leaves_by_name(state)
+        if step == self.at:
+            return ""
+        marks, finite = fingerprints(list(leaves.values()))
+        if not finite:
+            raise Halted(f"step {step}: the state is not finite, though every update was; not saved")
+        wrong = self.settle()
+        proof = {"step": step, "config": config, "arrays": dict(zip(leaves, np.asarray(marks).tolist()))}
+        record = {"proof": proof, "crc32": zlib.crc32(json.dumps(proof, sort_keys=True).encode())}
+        args, self.at = self.ocp.args, step
+        try:
+            self.manager.save(step, args=args.Composite(state=args.StandardSave(leaves),
+                                                        proof=args.JsonSave(record)))
+        except Exception as error:
+            wrong = self.give_up(error)
+        return wrong
+
+    def settle(self):
+        """Wait until what save began is written. Returns what went wrong, or ""."""
+        try:
+            if self.manager:
+                self.manager.wait_until_finished()
+            return ""
+        except Exception as error:                          # a full disk, a bucket out of reach
+            return self.give_up(error)
+
+    def give_up(self, error):
+        """A manager does not recover from a failed write: take another, and clear away what is half written."""
+        wrong, self.at = f"step {self.at}: {one_line(error)}", None
+        with contextlib.suppress(Exception):
+            self.manager.close()
+        self.open()
+        return wrong
 
     def close(self):
-        self.manager.wait_until_finished()
-        self.manager.close()
+        if self.manager:
+            self.settle()
+            self.manager.close()
 
 
 # ----------------------------------------------------------------------------------------------- run directory
 
+def leads():
+    """Whether this is the one process that prints and writes files; every process writes its share of a state."""
+    return jax.process_index() == 0
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def append(path, row):
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    if leads():
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
 
 
 def read_rows(path):
-    """The rows of a .jsonl file; a last line that a crash cut short is left out."""
+    """The rows of a .jsonl file; a line that a crash cut short or that is damaged is left out."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try:
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
 
 
 def write_whole(path, text):
     """Replace a file in one motion: a reader sees the old text or the new one, never half."""
-    Path(path).with_suffix(".tmp").write_text(text)
-    Path(path).with_suffix(".tmp").replace(path)
+    if leads():
+        Path(path).with_suffix(".tmp").write_text(text)
+        Path(path).with_suffix(".tmp").replace(path)
+
+
+def write_rows(path, rows):
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def only_trainer(run):
+    """Hold the lock of a run directory. Raises ConfigError if another process trains there."""
+    if not leads():
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / "lock", "a+")
+    except OSError as error:
+        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} "
+                          f"({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(f"{run}: {lock.read().strip() or 'another process'} is training there; wait for it, "
+                              f"stop it, or choose another --run_dir") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
 
 
 @functools.cache
@@ -546,29 +874,29 @@ def git_commit():
 FIXED = ("optimizer", "batch_size", "seed")     # with model and data: what one run cannot change on its way
 
 
-def check_run(c, t, mixture, step):
+def check_run(c, t, mixture, checkpoints):
     """The content of config.json, after making sure that the run in run_dir, if there is one, is this one.
 
-    step: of its newest checkpoint, or None. Reads only; raises ConfigError naming the key that differs."""
-    run = Path(t.run_dir)
+    Reads only; raises ConfigError naming the key that differs."""
+    run, step, old = Path(t.run_dir), checkpoints.newest(), None
     now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
            "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
            "versions": {m.__name__: m.__version__ for m in (jax, np, optax)} | {"python": sys.version.split()[0]}}
-    if (run / "config.json").exists():
-        try:
-            old = json.loads((run / "config.json").read_text())
+    try:                        # a new machine has no config.json yet, and finds it in the checkpoints
+        there = (run / "config.json").exists()
+        old = json.loads((run / "config.json").read_text()) if there else checkpoints.config()
+        if old is not None:
             pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items()]
             pairs += [(k, old["train"].get(k), now["train"][k]) for k in FIXED]
             pairs += [("data", old["data"], now["data"])]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
-                              f"choose another --run_dir") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
+                          f"choose another --run_dir") from None
+    if old is not None:
         for key, then, wanted in pairs:
             if then != wanted:
                 raise ConfigError(f"{run}: holds a run with {key}={then!r}, found {key}={wanted!r}; a run cannot "
                                   f"change this on its way: choose another --run_dir, or delete this one")
-    elif step is not None:
-        raise ConfigError(f"{run}: expected config.json beside checkpoints, found none; choose another --run_dir")
     if step is not None and step > t.steps:
         raise ConfigError(f"steps: expected at least {step}, where the run in {run} stands, found {t.steps}")
     return now
@@ -590,31 +918,39 @@ def write_run(run, now):
 class Log:
     """Metrics of every step, fetched from the devices once per line, so that logging never stalls a step."""
 
-    def __init__(self, run, c, t, mesh, start):
-        self.file, self.c, self.t = run / "metrics.jsonl", c, t
-        kept = [row for row in read_rows(self.file) if row["step"] <= start]      # what comes after is done again
-        write_whole(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, run, c, t, mesh, start, rows_of):
+        self.file, self.events = run / "metrics.jsonl", run / "events.jsonl"
+        self.c, self.t, self.rows_of = c, t, rows_of
+        kept = [row for row in read_rows(self.file) if row.get("step", start) <= start]    # the rest is done again
+        write_rows(self.file, kept)
         self.ema = kept[-1]["ema"] if kept else None
-        self.device = mesh.devices.flat[0]
+        self.in_row, self.skipped = 0, sum(row.get("skipped", 0) for row in kept)
+        self.device = mesh.local_devices[0]
         self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * mesh.size
         self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
         self.pending, self.since = [], time.perf_counter()
 
     def step(self, step, metrics, due, say):
-        """Keep a step's metrics; when a line is due, write it. Raises Halted if any loss was not finite."""
+        """Keep a step's metrics; when a line is due, write it. Raises Halted after max_skips skips in a row."""
         self.pending.append(metrics)
         if not due:
             return
         rows = jax.device_get(self.pending)
         seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
-        for i, loss in enumerate(float(r["loss"]) for r in rows):
-            if not math.isfinite(loss + float(rows[i]["gnorm"])):
-                raise Halted(f"step {step - len(rows) + 1 + i}: the loss is {loss}, the gradient norm "
-                             f"{float(rows[i]['gnorm'])}; not saved. Lower the rates, or look at the batch")
-            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+        for i, (loss, gnorm) in enumerate((float(r["loss"]), float(r["gnorm"])) for r in rows):
+            if rows[i]["skipped"]:
+                self.skip(step - len(rows) + 1 + i, loss, gnorm)
+            else:
+                self.in_row, self.ema = 0, loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+            if rows[i].get("bias_kept"):
+                append(self.file.parent / "events.jsonl", {"event": "bias_kept", "step": step - len(rows) + 1 + i,
+                                                            "layers": int(rows[i]["bias_kept"])})
         last, speed = rows[-1], self.tokens / seconds
-        row = {"step": step, "loss": loss, "ema": self.ema, "lr": self.rates.hyper_lr * float(last["lr_share"]),
-               "adam_lr": self.rates.adam_lr * float(last["lr_share"]), "gnorm": float(last["gnorm"]),
+        finite = lambda x: x if math.isfinite(x) else None                  # JSON knows no nan
+        row = {"step": step, "loss": finite(loss), "ema": self.ema, "gnorm": finite(gnorm),
+               "skipped": sum(int(r["skipped"]) for r in rows),
+               "lr": self.rates.hyper_lr * float(last["lr_share"]),
+               "adam_lr": self.rates.adam_lr * float(last["lr_share"]),
                "tokens": step * self.tokens, "flops": step * self.tokens * self.count.flops_per_token,
                "tokens_per_second": speed, "seconds": seconds, "steps": len(rows), "time": time.time()}
         if self.c.num_experts:
@@ -624,10 +960,21 @@ class Log:
         balanced = f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}% | " if self.c.num_experts else ""
         eta = int(seconds * (self.t.steps - step))
         say(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | "
-            f"loss {loss:.3f} ema {self.ema:.3f} | lr {row['lr']:.1e} | gnorm {row['gnorm']:.2f} | "
+            f"loss {loss:.3f} ema {self.ema or math.nan:.3f} | lr {row['lr']:.1e} | gnorm {gnorm:.2f} | "
             f"{speed / 1e3:.1f} ktok/s | {seconds * 1e3:.0f} ms | mfu {mfu} | {balanced}{self.memory()} | "
-            f"eta {eta // 60}m{eta % 60:02d}s")
+            f"skip {self.skipped} | eta {eta // 60}m{eta % 60:02d}s")
         self.since = time.perf_counter()
+
+    def skip(self, step, loss, gnorm):
+        """An update that was not taken becomes an event that names its rows; too many in a row end the run."""
+        self.in_row, self.skipped = self.in_row + 1, self.skipped + 1
+        why = "an outlier" if math.isfinite(loss + gnorm) else "not finite"
+        append(self.events, {"event": "skip", "step": step, "why": why, "loss": str(loss), "gnorm": str(gnorm),
+                             "rows": self.rows_of(step), "time": time.time()})
+        if self.in_row >= self.t.max_skips:
+            raise Halted(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, {self.in_row} times "
+                         f"in a row; none of these updates was taken. Look at the batch with --replay {step}, or "
+                         f"lower the rates")
 
     def routing(self, rows):
         load = np.stack([r["load_LE"] for r in rows])                   # [steps since the last line, L, E]
@@ -635,7 +982,7 @@ class Log:
         drops = {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}
         sent = self.tokens * self.c.experts_per_token * self.c.num_layers * len(rows)
         return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                "drop": 1.0 - float(load.sum()) / sent, "would_drop": drops,
+                "drop": float(np.sum([r["dropped_L"] for r in rows])) / sent, "would_drop": drops,
                 "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
                 "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
 
@@ -716,24 +1063,354 @@ def report(run):
                 f"<h1>{html.escape(str(run))}</h1>{''.join(pictures + parts)}")
 
 
+# -------------------------------------------------------------------------------------------------------- plan
+# --plan is arithmetic on the weight table: what a run costs on hardware that is not here. --plan --compile asks
+# the real TPU compiler, which needs no TPU. Both read `topology`.
+
+class Chip(NamedTuple):
+    kinds: tuple            # what jax calls the device
+    flops: float            # dense bfloat16 FLOPs a second
+    memory: float           # bytes of HBM
+    link: float             # bytes a second, one direction of one ICI link; a torus axis has two per chip
+    outside: float          # bytes a second to other slices, over the data center's network
+    compiler: dict          # what libtpu must know besides the shape
+
+
+CHIPS = {       # [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 45e9, 6.25e9,
+               {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 45e9, 3.125e9, {}),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 90e9, 6.25e9, {}),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 90e9, 12.5e9, {}),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 0.0, 0.0, {}),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 0.0, 0.0, {}),
+}
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
+
+
+def hardware(t):
+    """What `topology` names: (slices, chip name, (x, y, z) of one slice). "2xv5p:8x8x8" is two slices."""
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w+):(\d+(?:x\d+)*)", t.topology)
+    if not match or match[2] not in CHIPS:
+        raise ConfigError(f"topology: expected such as 'v4:8x8x16', '2xv5p:8x8x8' or 'h200:1', of the chips "
+                          f"{', '.join(CHIPS)}; found {t.topology!r}")
+    return int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
+
+
+def traffic(c, t, size):
+    """Bytes that each chip receives in a step, as ((mesh axis, what), bytes) pairs. size: of the mesh axes.
+
+    Per microbatch: a weight split over "data" is gathered forward, and again backward under remat; its gradient
+    is reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that copy their weight.
+    Tokens go to experts and back, in both directions of differentiation."""
+    half = jnp.dtype(c.compute_dtype).itemsize
+    again = c.remat == "block"
+    d, P, out = size["data"], size["expert"], {}
+    def add(axis, what, amount):
+        out[axis, what] = out.get((axis, what), 0.0) + amount
+    def weight(path, w):
+        elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
+        if "data" in w.spec:
+            kind = "experts" if w.kind == "expert" else "other weights"
+            gathers = 2 if again and path.startswith("layers/") else 1
+            add("data", f"{kind}, gathered", gathers * t.accumulate * elements * half * (d - 1) / d)
+            add("data", f"{kind}, gradients", t.accumulate * elements * 4 * (d - 1) / d)
+            elements /= d
+        for axis in MESH:
+            if axis not in w.spec:
+                add(axis, "gradients of copies", 2 * elements * 4 * (size[axis] - 1) / size[axis])
+    model.walk(weight, c)
+    if c.num_experts and P > 1:
+        tokens = t.batch_size * c.seq_len / math.prod(size.values())            # a chip's, over all microbatches
+        passes = 4 + again if c.exchange == "ring" else 4 + 2 * again
+        rows = (P - 1) if c.exchange == "ring" else (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
+        add("expert", f"tokens, by {c.exchange}", passes * c.num_layers * tokens * rows * c.hidden_dim * half)
+    return {key: amount for key, amount in out.items() if amount}
+
+
+def axis_rates(chip, slices, shape, size):
+    """Bytes a second that a chip can receive along each mesh axis: both directions of each torus axis that the
+    mesh axis fills, one link along a part of a torus axis, the data center's network between slices."""
+    rate, left = {}, [(length, 2 if length > 2 else 1) for length in shape]         # (chips in a row, links)
+    for axis in reversed(MESH):
+        n = size[axis] // (slices if axis == "replica" else 1)
+        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k)
+                if math.prod(length for length, _ in s) == n)
+        if fills := next(sets, None):
+            rate[axis] = chip.link * max(1, sum(links for _, links in fills))
+            for dimension in fills:
+                left.remove(dimension)
+        else:
+            rate[axis] = chip.link
+            if part := next((d for d in left if d[0] % n == 0), None):
+                left[left.index(part)] = part[0] // n, 0
+    return rate | ({"replica": chip.outside} if slices > 1 else {})
+
+
+def plan(c, t):
+    """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
+    slices, name, shape = hardware(t)
+    chip, n, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
+    if reason := misfit(c, t, chips):
+        raise ConfigError(reason)
+    if chips > 1 and not chip.link:
+        raise ConfigError(f"topology: expected one {name} at most, found {chips}: GPU networks are not modelled")
+    size = dict(zip(MESH, (t.replicas, chips // t.replicas // t.expert_parallel, t.expert_parallel)))
+    mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
+    state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
+    share = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    held = lambda tree, s: sum(jax.tree.leaves(jax.tree.map(share, tree, s)))
+    shardings = state_shardings(c, t, mesh)
+    weights = held(state.params, shardings.params)
+    tokens = t.batch_size * c.seq_len
+    inputs = (c.num_layers if c.remat == "block" else 0) * (tokens / t.accumulate / chips) * c.hidden_dim
+    received = traffic(c, t, size)
+    rates_ = axis_rates(chip, slices, shape, size)
+    seconds = {axis: sum(b for (a, _), b in received.items() if a == axis) / rates_[axis] for axis in MESH
+               if chips > 1 and size[axis] > 1}
+    ideal = n.mfu_flops * tokens / chips / chip.flops
+    executed = ideal * (4 / 3 if c.remat == "block" else 1)
+    bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
+              "one after the other": executed + sum(seconds.values())}
+    return {"chips": chips, "chip": name, "mesh": size, "tokens_per_step": tokens, "tokens": tokens * t.steps,
+            "total": n.total, "active": n.active, "flops_per_token": n.flops_per_token, "mfu_flops": n.mfu_flops,
+            "memory": {"weights": weights, "moments": held(state.opt, shardings.opt),
+                       "gradients": weights * (2 if t.accumulate > 1 else 1),
+                       "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
+            "received": received, "seconds": seconds, "ideal": ideal, "executed": executed,
+            "step": bounds, "mfu": {how: ideal / s for how, s in bounds.items()}}
+
+
+def show_plan(c, t, compile_too=False):
+    """--plan: print `plan`, in seconds, on any machine; --compile: then `compile_plan`. Returns the exit code."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"                  # libtpu must not look for a TPU, nor jax start one
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"          # nor lock the TPU that two compilations do not share
+    jax.config.update("jax_platforms", "cpu")
+    p, (slices, name, shape) = plan(c, t), hardware(t)
+    chip, size, total = CHIPS[name], p["mesh"], p["flops_per_token"] * p["tokens"]
+    print(f"model     {p['total'] / 1e9:.2f} B parameters, {p['active'] / 1e9:.2f} B active; "
+          f"{p['flops_per_token'] / 1e9:.2f} GFLOP a token, {p['mfu_flops'] / 1e9:.2f} with the head (MFU)")
+    print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens = "
+          f"{total:.2e} FLOP")
+    print(f"machine   {p['chips']:,} x {name} ({t.topology}): " + " x ".join(f"{a} {n}" for a, n in size.items())
+          + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, {t.accumulate} microbatch"
+          + ("es" if t.accumulate > 1 else ""))
+    print(f"memory    of {chip.memory / 2**30:.0f} GiB a chip: " + ", ".join(
+        f"{what} {amount / 2**30:.2f}" for what, amount in p["memory"].items()) + " GiB; the rest: --compile")
+    for (axis, what), amount in p["received"].items():
+        if amount > 1e6:
+            print(f"traffic   {axis:8s} {what:28s} {amount / 1e9:9.2f} GB a step and chip")
+    print(f"time      {p['ideal']:.2f} s of model FLOPs at the peak, {p['executed']:.2f} s with recomputation; "
+          + ", ".join(f"{axis} {s:.2f} s" for axis, s in p["seconds"].items()))
+    for how, seconds in p["step"].items():
+        print(f"bound     {how:20s} {seconds:6.2f} s a step, MFU {100 * p['mfu'][how]:.1f} %, "
+              + (f"{seconds * t.steps / 86_400:.1f} days" if seconds * t.steps > 2e5 else
+                 f"{seconds * t.steps / 3600:.1f} hours"))
+    if t.published:
+        print(f"published {t.published}")
+    return compile_plan(c, t) if compile_too else 0
+
+
+def traced_flops(jaxpr, devices=1):
+    """Matmul FLOPs of a traced program on one device: loops times their length, the likelier-worse branch of a
+    cond, kernels by their own estimate. XLA's cost analysis counts a loop body once, whatever its length."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [j for v in eqn.params.values() for j in (v if isinstance(v, (tuple, list)) else (v,))]
+        inner = [getattr(j, "jaxpr", j) for j in inner]
+        inner = [j for j in inner if hasattr(j, "eqns")]
+        name = eqn.primitive.name
+        if name == "dot_general":
+            ((contracted, _), _), lhs = eqn.params["dimension_numbers"], eqn.invars[0].aval
+            inner_product = math.prod(lhs.shape[i] for i in contracted)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner_product / devices
+        elif name == "pallas_call":
+            total += getattr(eqn.params.get("cost_estimate"), "flops", 0) / devices
+        elif name == "cond":
+            total += max(traced_flops(j, devices) for j in inner)
+        else:
+            times = eqn.params.get("length", 1) if name == "scan" else 1
+            total += times * sum(traced_flops(j, 1 if name == "shard_map" else devices) for j in inner)
+    return total
+
+
+class Collective(NamedTuple):
+    op: str             # "all-gather", ...
+    axis: str           # mesh axes of its groups, "data" or "replica+data+expert"; "" if they are no such axes
+    times: int          # how often a step runs it: the product of the loops around it
+    received: float     # bytes that a chip receives each time
+    scope: str          # where in the program it comes from
+
+
+def collectives(text, size):
+    """Every collective of a compiled program (its HLO text), with the loops in which it stands."""
+    bodies, name = {}, None
+    for line in text.splitlines():
+        if line.endswith("{") and (match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
+            name = match[1]
+            bodies[name] = []
+        elif name and line.startswith("  "):
+            bodies[name].append(line)
+    times, called = {}, re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+    def visit(name, factor):
+        times[name] = times.get(name, 0) + factor
+        for line in bodies.get(name, ()):
+            if " while(" in line:
+                condition, body = (re.search(rf"{k}=%?([\w.\-]+)", line)[1] for k in ("condition", "body"))
+                limits = [int(m[1]) for m in map(re.compile(r" constant\((\d+)\)").search, bodies[condition]) if m]
+                visit(body, factor * max(limits, default=1))
+            else:
+                for callee in called.findall(line) + re.findall(r"%([\w.\-]+)", "".join(
+                        re.findall(r"branch_computations=\{([^}]*)\}", line))):
+                    if "to_apply" not in line or " call(" in line:
+                        visit(callee, factor)
+    visit(re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1], 1)
+
+    ids = np.arange(math.prod(size.values())).reshape(tuple(size.values()))
+    axes = {}
+    for k in range(1, 4):
+        for some in itertools.combinations(range(3), k):
+            groups = np.moveaxis(ids, some, range(-k, 0)).reshape(-1, math.prod(ids.shape[i] for i in some))
+            real = "+".join(MESH[i] for i in some if ids.shape[i] > 1)
+            axes.setdefault(frozenset(map(frozenset, groups.tolist())), real)
+    def axis_of(line):
+        if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+            grid = np.arange(ids.size).reshape([int(i) for i in match[3].split(",")])
+            grid = grid.transpose([int(i) for i in match[4].split(",")]) if match[4] else grid
+            groups = grid.reshape(int(match[1]), int(match[2])).tolist()
+        elif match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+            groups = [[int(i) for i in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", match[1])]
+        else:
+            return "", ids.size
+        return axes.get(frozenset(map(frozenset, groups)), ""), len(groups[0])
+
+    kind = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (all-gather|reduce-scatter|all-reduce|all-to-all|"
+                      r"collective-permute|ragged-all-to-all)(-start)?\(")
+    bytes_of = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "s8": 1, "u8": 1, "f16": 2}
+    found = []
+    for name, lines in bodies.items():
+        for line in lines if times.get(name) else ():
+            if match := kind.match(line):
+                sizes = [bytes_of.get(dtype, 4) * math.prod(int(i) for i in dims.split(",") if i)
+                         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])]
+                amount, (axis, n) = max(sizes) if match[3] else sum(sizes), axis_of(line)
+                scale = {"all-gather": (n - 1) / n, "reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n,
+                         "collective-permute": 1}.get(match[2], (n - 1) / n)
+                scope = re.search(r'op_name="([^"]*)"', line)
+                found.append(Collective(match[2], axis, times[name], amount * scale, scope[1] if scope else ""))
+    return found
+
+
+def misplaced(c, found):
+    """Collectives that no line of this program asks for, or that stand in the layer loop and should not.
+
+    In a loop belong the gathers and gradient sums of weights over "data" and the exchange over "expert"; outside
+    of shard_map, the optimizer may sum norms (kilobytes), and MuonH may deal whole matrices out. An all-reduce
+    over "data" is what the compiler makes of a reduce-scatter whose shares do not fill 16 rows, two cores' tiles:
+    [5120,1280] over 128 chips becomes a sum of [6144,1280], at twice the bytes [measured: v4, libtpu 0.0.42]."""
+    inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
+              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert"), ("all-reduce", "data")}
+    def fine(x):
+        if x.times > 1:
+            return (x.op, x.axis) in inside
+        return "shard_map" in x.scope or "orthogonalize" in x.scope or (x.op, x.axis) == ("all-reduce", "data")
+    return [x for x in found if x.received >= 2**20 and not fine(x)]
+
+
+def compile_plan(c, t):
+    """--plan --compile: the whole train step through the TPU compiler for `topology`, with libtpu and no TPU."""
+    slices, name, shape = hardware(t)
+    if not name.startswith("v"):
+        raise ConfigError(f"topology: expected a TPU to compile for, found {t.topology!r}: no GPU compiler works "
+                          f"without its GPU; run the config there")
+    from jax.experimental import topologies
+    chip, began = CHIPS[name], time.time()
+    try:
+        told = chip.compiler | ({"num_slices": slices} if slices > 1 else {})
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **told)
+    except Exception as error:
+        raise ConfigError(f"topology: {t.topology!r} is not to be had ({str(error).splitlines()[0][:200]}); "
+                          f"it takes: pip install 'jax[tpu]'") from None
+    mesh = make_mesh(c, t, described.devices)
+    size = dict(mesh.shape)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                         jax.eval_shape(lambda: make_state(c, t, jax.random.key(0))), state_shardings(c, t, mesh))
+    sharding = NamedSharding(mesh, Spec(None, MESH))
+    rows = {k: jax.ShapeDtypeStruct((t.accumulate, t.batch_size // t.accumulate, c.seq_len), dtype,
+                                    sharding=sharding)
+            for k, dtype in {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32,
+                             "weights": jnp.float32}.items()}
+    traced = make_train_step(c, t, mesh).trace(state, rows)
+    model_flops = model.count(c).mfu_flops * t.batch_size * c.seq_len / mesh.size
+    executed = traced_flops(traced.jaxpr.jaxpr, mesh.size)
+    lowered = traced.lower()
+    print(f"traced    in {time.time() - began:.0f} s; executes {executed / model_flops:.2f} x the model's FLOPs "
+          f"(matmuls and kernels of the traced program, loops times their length)", flush=True)
+    began = time.time()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        if not used:
+            raise
+        print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "
+              f"too much. {remedy(c, t, mesh.size)}")
+        return 1
+    m, gib = compiled.memory_analysis(), 2**30
+    used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    print(f"compiled  in {time.time() - began:.0f} s for {mesh.size:,} x {mesh.devices.flat[0].device_kind}, "
+          f"jax {jax.__version__}: " + " x ".join(f"{a} {n}" for a, n in size.items()))
+    print(f"memory    {used / gib:.2f} GiB of {chip.memory / gib:.0f} a chip, {100 * used / chip.memory:.0f} %: "
+          f"state {m.argument_size_in_bytes / gib:.2f}, temporary {m.temp_size_in_bytes / gib:.2f}")
+    found = collectives(compiled.as_text(), size)
+    table = {}
+    for x in found:
+        where = "loop" if x.times > 1 else "once"
+        count, amount = table.get((x.axis or "other", x.op, where), (0, 0.0))
+        table[x.axis or "other", x.op, where] = count + x.times, amount + x.times * x.received
+    print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")
+    for (axis, op, where), (count, amount) in sorted(table.items(), key=lambda item: -item[1][1]):
+        print(f"          {axis:24s} {op:20s} {where:5s} {count:12,} {amount / 1e9:19.3f}")
+    stray = misplaced(c, found)
+    for x in sorted(stray, key=lambda x: -x.times * x.received)[:5]:
+        print(f"stray     {x.op} over {x.axis or 'other'}, {x.times} x {x.received / 1e6:.0f} MB: {x.scope[-70:]}")
+    fine = used < 0.85 * chip.memory and not stray
+    print(f"verdict   {'fits' if used <= chip.memory else 'does not fit'}"
+          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t, mesh.size)}")
+          + (f"; {len(stray)} collectives where they should not be" if stray else
+             "; every collective is where it should be"))
+    return 0 if fine else 1
+
+
+def remedy(c, t, chips):
+    rows = t.batch_size // t.accumulate // chips
+    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 else "more chips")
+            + (", --remat=block" if c.remat != "block" else ""))
+
+
 # -------------------------------------------------------------------------------------------------------- main
 
 def say(line):
     """Print a line to stdout without tearing the progress bar on stderr."""
     from tqdm import tqdm
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    if leads():
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, a first SIGTERM or ctrl-C is appended to the list that this yields, and a second one kills."""
+    """Inside, a first SIGTERM or ctrl-C is appended to the list that this yields, and a second one kills.
+
+    One of many processes leaves SIGTERM to jax, which makes all of them stop at the same step; see `stopping`."""
     caught = []
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    old = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    old = {s: signal.signal(s, catch) for s in watched}
     try:
         yield caught
     finally:
@@ -741,72 +1418,134 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+def stopping(i, caught):
+    """The signal on which to save and stop at step i, or None; the same on all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(i) else None
+    return caught[0] if caught else None
+
+
+@contextlib.contextmanager
+def watchdog(minutes, events):
+    """Yields a function to call whenever something got done. Not called for `minutes`, a process ends itself with
+    exit code 75, all stacks on stderr: on a pod a lost peer or a wedged chip looks like a step without end."""
+    last, over = [time.monotonic()], threading.Event()
+
+    def watch():
+        while not over.wait(min(6 * minutes, 10)):
+            if (still := time.monotonic() - last[0]) > 60 * minutes:
+                faulthandler.dump_traceback()
+                print(f"train.py: nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the stacks are "
+                      f"above. What was saved is sound, and the same command goes on", file=sys.stderr, flush=True)
+                append(events, {"event": "stuck", "seconds": round(still), "time": time.time()})
+                os._exit(75)
+    if minutes:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield lambda: last.__setitem__(0, time.monotonic())
+    finally:
+        over.set()
+
+
 def train(c, t):
     """Run or resume a run to its end. Returns what result.json says, or None if a signal stopped it."""
-    began = time.time()
+    began, run = time.time(), Path(t.run_dir)
     mesh = make_mesh(c, t)                                                                  # where
     mixture = open_data(c, t)                                                               # on what
-    with contextlib.closing(Checkpoints(t)) as checkpoints:                                 # from which point
-        run, now = Path(t.run_dir), check_run(c, t, mixture, checkpoints.newest())
+    with (only_trainer(run), contextlib.closing(Checkpoints(t)) as checkpoints,
+          watchdog(t.stuck_minutes, run / "events.jsonl") as alive):
+        now = check_run(c, t, mixture, checkpoints)
+        state = checkpoints.restore(c, t, mesh)                                             # from which point
+        write_rows(run / "events.jsonl", read_rows(run / "events.jsonl"))                   # mend a torn line
         write_run(run, now)
         introduce(c, t, mesh, mixture)
-        state = checkpoints.restore(c, t, mesh)
+        note = lambda event, **facts: append(run / "events.jsonl", dict(event=event, **facts, time=time.time()))
+        for step, why in checkpoints.broken.items():
+            note("broken_checkpoint", step=step, why=why)
+            say(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-..., an older one is used")
+        checkpoints.open()
         if state is None:
             state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
                             out_shardings=state_shardings(c, t, mesh))()
         start = int(state.step)
-        append(run / "events.jsonl", {"event": "resume" if start else "start", "step": start, "time": began})
+        note("resume" if start else "start", step=start)
         say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
-        log, score = Log(run, c, t, mesh, start), make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
+        log = Log(run, c, t, mesh, start, functools.partial(rows_of, mixture, c, t))
+        score = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
         def hold_out(state, step, limit=None):
             domains = evaluate(state, score, mixture, c, t, mesh, limit)
-            append(run / "events.jsonl", {"event": "eval", "step": step, "domains": domains, "time": time.time()})
+            note("eval", step=step, domains=domains)
             say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
+            alive()
             return domains
 
-        state, signal_number = loop(c, t, mesh, mixture, state, checkpoints, log, hold_out)
-    if signal_number:
-        append(run / "events.jsonl", {"event": "stopped", "signal": signal_number, "step": int(state.step),
-                                      "time": time.time()})
-        say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on.")
-        return None
+        def save(state):
+            if failed := checkpoints.save(state, now):
+                note("save_failed", why=failed)
+                say(f"warning   a checkpoint could not be written ({failed}); the older ones are there, going on")
 
-    result = conclude(c, t, run, mixture, hold_out(state, t.steps))                         # what came of it
-    if t.sample_tokens:
-        sample = make_sampler(c, t, mixture.tokenizer)
-        text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
-        write_whole(run / "sample.txt", text)
-        say(f"sample\n{text}\n")
-    append(run / "events.jsonl", {"event": "done", "step": t.steps, "time": time.time()})
-    report(run)
+        state, signal_number = loop(c, t, mesh, mixture, state, save, log, hold_out, alive)
+        if failed := checkpoints.settle():
+            note("save_failed", why=failed)
+        if checkpoints.at != int(state.step):
+            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones are "
+                           f"there, and the same command goes on from them")
+        if signal_number:
+            note("stopped", signal=signal_number, step=int(state.step))
+            say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on")
+            return None
+
+        domains = hold_out(state, t.steps)                                                  # what came of it
+        if not leads():
+            return None
+        result = conclude(c, t, run, mixture, domains)
+        if t.sample_tokens and jax.process_count() == 1:        # one device samples, and has to hold the weights
+            sample = make_sampler(c, t, mixture.tokenizer)
+            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
+            write_whole(run / "sample.txt", text)
+            say(f"sample\n{text}\n")
+        note("done", step=t.steps)
+        report(run)
     say(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training; everything is in {run}: "
         f"see {run}/report.html")
     return result
 
 
-def loop(c, t, mesh, mixture, state, checkpoints, log, hold_out):
+def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
     """One pure function, again and again. Returns the last state and the signal that ended it early, or None."""
     from tqdm import tqdm
-    train_step, start = make_train_step(c, t, mesh), int(state.step)
+    train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
+    here = rows_here(t.batch_size, mesh, t.accumulate)
     with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
         for i in range(start, t.steps):
-            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed)
+            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, put(rows, mesh, t.accumulate))
-            step, stopping = i + 1, len(caught) > 0
-            save = stopping or step % t.save_every == 0 or step == t.steps
-            log.step(step, metrics, save or step % t.log_every == 0, say)       # refuses what is not finite
+            step, stop = i + 1, stopping(i, caught)
+            due = step == t.steps or step % t.save_every == 0 or t.keep_every > 0 == step % t.keep_every
+            if t.save_minutes and step % t.log_every == 0:
+                due |= not agreed(time.monotonic() - saved < 60 * t.save_minutes)
+            log.step(step, metrics, stop or due or step % t.log_every == 0, say)    # may end the run, unsaved
             bar.update()
-            if save:
-                checkpoints.save(state)
-            if stopping and step < t.steps:
-                return state, caught[0]
+            if stop or due:
+                save(state)
+                saved = time.monotonic()
+            alive()
+            if stop and step < t.steps:
+                return state, int(stop)
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
                 hold_out(state, step, t.eval_tokens)
                 log.since += time.perf_counter() - paused                       # an evaluation is no step time
     return state, None
+
+
+def rows_of(mixture, c, t, step):
+    """Of what the batch of a step is made: [[source, window], ...]."""
+    source_B, window_B = data.windows_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
+    return [[mixture.sources[k].name, int(w)] for k, w in zip(source_B, window_B)]
 
 
 def open_data(c, t):
@@ -824,8 +1563,8 @@ def introduce(c, t, mesh, mixture):
         f"sha256 {mixture.sha256[:12]}")
     say(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
         f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, jax {jax.__version__}, "
-        f"commit {git_commit()}")
+    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes {jax.process_count()}, "
+        f"jax {jax.__version__}, commit {git_commit()}")
 
 
 def conclude(c, t, run, mixture, domains):
@@ -848,37 +1587,108 @@ def conclude(c, t, run, mixture, domains):
 
 
 def sample_from(c, t):
-    """--sample: restore the newest checkpoint of the run and continue t.prompt."""
-    if not Path(t.run_dir, "checkpoints").is_dir():
+    """--sample: restore the newest sound checkpoint of the run and continue t.prompt."""
+    mesh, mixture, checkpoints = make_mesh(c, t), open_data(c, t), Checkpoints(t)
+    if checkpoints.newest() is None:
         raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
-    mesh, mixture = make_mesh(c, t), open_data(c, t)
-    with contextlib.closing(Checkpoints(t)) as checkpoints:
-        check_run(c, t, mixture, checkpoints.newest())
-        state = checkpoints.restore(c, t, mesh)
-    if state is None:
-        raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
+    check_run(c, t, mixture, checkpoints)
+    state = checkpoints.restore(c, t, mesh)
     print(make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
 
 
+def replay(c, t, step):
+    """--replay STEP: build the batch of that step once more and print what was in it, and what came of it."""
+    if not step.isdecimal() or not 1 <= int(step) <= t.steps:
+        raise ConfigError(f"--replay: expected a step from 1 to {t.steps}, found {step}")
+    mixture, step = open_data(c, t), int(step)
+    batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
+    count_V = np.bincount(batch.tokens_BS.reshape(-1), minlength=c.vocab_size)
+    piece = lambda ids: repr(mixture.tokenizer.decode(ids))
+    print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, {int(batch.weights_BS.sum()):,} scored, "
+          f"{int(batch.segments_BS.max(1).sum()):,} documents, {int((count_V > 0).sum()):,} distinct tokens")
+    print("most frequent: " + ", ".join(f"{piece([i])} x {count_V[i]:,}" for i in np.argsort(-count_V)[:8]))
+    for b, (name, window) in enumerate(rows_of(mixture, c, t, step)):
+        ids = batch.tokens_BS[b]
+        top = np.bincount(ids).argmax()
+        print(f"row {b:4d}  {name} window {window:,}  {int(batch.weights_BS[b].sum())} scored, "
+              f"{batch.segments_BS[b].max()} documents, {len(np.unique(ids))} distinct, {piece([top])} x "
+              f"{int((ids == top).sum())}  {piece(ids[:48])}")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        for row in read_rows(Path(t.run_dir, name)):
+            if row.get("step") == step:
+                print(f"{name}: " + json.dumps({k: v for k, v in row.items() if k not in ("rows", "load_LE")}))
+
+
+FLAGS = {"sample": False, "plan": False, "compile": False,                     # name: does a value follow
+         "replay": True, "coordinator": True, "processes": True, "process": True}
+
+
+def split_flags(words):
+    """What is no config key, --flag, --flag=value or --flag value, as a dict; and the words that are left."""
+    given, rest, words = {}, [], list(words)
+    while words:
+        key, equals, value = words[0].removeprefix("--").partition("=")
+        if key not in FLAGS:
+            rest.append(words[0])
+        elif FLAGS[key] and not equals and len(words) > 1:
+            given[key] = words.pop(1)
+        else:
+            given[key] = value
+        del words[0]
+    return given, rest
+
+
+def meet_peers(flags, t):
+    """Join the other processes of this run. Those of a TPU find each other, all others are told by flags."""
+    named = [flags[key] for key in ("coordinator", "processes", "process") if key in flags]
+    if named:
+        if len(named) < 3 or not (named[1] + named[2]).isdecimal() or not int(named[2]) < int(named[1]):
+            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I below N, "
+                              f"found {' '.join(named)!r}")
+        jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))
+        jax.distributed.initialize(named[0], int(named[1]), int(named[2]),
+                                   heartbeat_timeout_seconds=t.heartbeat_seconds)
+        jax.devices()               # so that make_mesh takes these, and does not ask for its own
+    elif glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*") and importlib.util.find_spec("libtpu"):
+        jax.distributed.initialize(heartbeat_timeout_seconds=t.heartbeat_seconds)
+
+
+# README.md says what to do about each, tests/test_faults.py brings each about
+EXIT_CODES = {ConfigError: 2, data.DataError: 2, Halted: 3, Unsound: 4, TryAgain: 75, OSError: 75}
+
+
 def main(arguments):
+    """Returns the exit code: 0 is done, or saved on a signal; all others come with one line that says why."""
     if not arguments or {"--help", "-h"} & set(arguments):
         print(describe_keys())
         return 0
-    path, *overrides = arguments
-    verb = sample_from if "--sample" in overrides else train
     try:
-        verb(*load_config(path, [a for a in overrides if a != "--sample"]))
+        flags, overrides = split_flags(arguments[1:])
+        c, t = load_config(arguments[0], overrides)
+        if "plan" in flags:
+            return show_plan(c, t, "compile" in flags)
+        if "replay" in flags:
+            replay(c, t, flags["replay"])
+            return 0
+        meet_peers(flags, t)
+        (sample_from if "sample" in flags else train)(c, t)
         return 0
-    except (ConfigError, data.DataError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except Halted as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 3
+    except tuple(EXIT_CODES) as error:
+        print(f"train.py: {one_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"train.py: a peer is lost, or the network: {one_line(error)}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("train.py: interrupted; what was saved is there, and the same command goes on", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as ctrl-C, where stop_signals does not rule
+    code = main(sys.argv[1:])
+    if code and jax.process_count() > 1:
+        os._exit(code)          # a goodbye would wait for peers, which may be waiting for this process
+    sys.exit(code)

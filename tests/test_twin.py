@@ -116,8 +116,8 @@ def twin(c):
         said["loss"] += c.router_z * np.mean([np.mean(logsumexp(s)[real] ** 2) for s in score_LBSE])
         biased = score_LBSE + bias_LE[:, None, None, :]
         cutoff = np.sort(biased, axis=-1)[..., [E - K - 1]]             # the (K+1)-th largest
-        margin, q = score_LBSE - cutoff, int(np.sum(real)) * K // E
-        beta = np.array([[np.sort(m[real][:, e])[-q] for e in range(E)] for m in margin])
+        margin, q = biased - cutoff, int(np.sum(real)) * K // E
+        beta = np.array([[np.sort(m[real][:, e])[-q] for e in range(E)] for m in margin]) - bias_LE
         said |= {"z": logsumexp(score_LBSE) ** 2, "margin": margin,
                  "load": np.sum(biased > cutoff, axis=(1, 2)),          # padding is routed too
                  "next bias": -(beta - beta.mean(axis=1, keepdims=True))}

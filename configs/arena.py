@@ -1,0 +1,24 @@
+"""One small mixture of experts for fourteen balancers: python balance.py arena trains it under each, three seeds.
+
+0.6 M parameters, sixteen experts, two per token; the books of smoke.py. Small enough that 45 runs take less than an
+hour on two CPU cores; large enough that experts specialise. Every number not tagged otherwise is [assumed]."""
+
+from configs.smoke import mixture, tokenizer, vocab_size, seq_len, remat          # noqa: F401
+
+hidden_dim = 64
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 32
+shared_dim = 64                     # = hidden_dim, as in smoke.py
+num_experts = 16
+experts_per_token = 2
+expert_dim = 32                     # = hidden_dim / 2, as in smoke.py
+gated_norm_rank = 16
+
+steps = 240
+batch_size = 16                     # x 128 tokens
+log_every = 10
+eval_every = 240
+save_every = 240
+sample_tokens = 0

@@ -1,0 +1,42 @@
+"""Marin's 67B-A2B on 10 T tokens, June to August 2026: 256 experts, MuonH (recipe V2, overtrained).
+
+    python train.py configs/moe_67b_a2b.py --plan [--compile]
+
+Hardware: TPU v4, 1,024 chips (v4-2048). About 78 days at the published 1.5 M tokens a second of half that pod
+[derived]. Expect: Paloma macro 2.269 at 8 T tokens as preregistered, 2.224 after a cooldown from 6.55 T to 64 k
+tokens of context [cited: marin #6044]. Run by us: no.
+
+What differs from the run: its full-attention layers have no position encoding (NoPE) and its local layers rotate
+half of each head; here every layer rotates half. Its batch grew from 4,096 to 8,192 rows at step 15,000, with all
+rates times sqrt(2); here it stays. Its last layer is full even where the period of four makes it local. Its data,
+a mix that changes by phase, was not published: the mix of moe_129b.py stands in."""
+from configs.moe_129b import *
+
+seq_len = 8192                      # [cited: marin #6044], as are the sizes to expert_dim
+hidden_dim = 2560
+num_layers = 26
+num_heads = 20
+num_kv_heads = 5
+shared_dim = 2560
+num_experts = 256
+expert_dim = 1280
+window = 2048                       # [cited: marin #6044]
+half_rope = True                    # [cited: marin #6044, of local layers]
+combine_sum = 2.5                   # [cited: marin #5951]
+router_z = 0.0                      # [cited: marin #5951]
+logit_z = 1e-4                      # back after large gradient norms in overtrained models [cited: marin #6044]
+capacity_factor = 0.0               # one shard holds all experts: nothing can overflow
+
+batch_size = 4096                   # x 8,192 = 33.6 M tokens [cited: marin #6044, until step 15,000]
+steps = 300_000                     # 10.07 T tokens [derived]
+recipe = "v2"                       # MuonH 0.003733, Adam 0.000861 come out of it, within 3 % [derived]
+optimizer = "muonh"                 # [cited: marin #5951]
+warmup = 0.01                       # [cited: marin #5951]
+min_lr_ratio = 0.05                 # [cited: marin #6044]
+clip = 0.0                          # [cited: marin #5951]
+
+topology = "v4:8x8x16"              # [cited: marin #6044]
+replicas = 16                       # [cited: marin #6044]
+expert_parallel = 1                 # [cited: marin #6044]
+exchange = "ring"
+published = "21.5 to 21.9 % MFU, 1.5 M tokens a second on v4-1024 at this batch and layout [cited: marin #6044]"

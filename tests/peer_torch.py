@@ -1,0 +1,365 @@
+"""The recipe in PyTorch: a second witness for every number, and the bar for our speed on a CPU. Needs torch.
+
+    pip install torch==2.13.0
+    python tests/peer_torch.py                                    largest deviations, then the speed table
+    python tests/peer_torch.py configs/smoke.py --rounds=20       the speed of one config only
+
+Written from the recipe (marin #4697) for eager PyTorch on a CPU, not from model.py, of which it takes the names
+of the weights; only V1 is here. Nothing in it is slow on purpose: experts run as a loop over sorted slices, or in
+torch._grouped_mm if that is quicker here, attention in the fused kernel, the optimizer on lists of tensors.
+
+B batch  S sequence  T tokens  D hidden  N query heads  M key/value heads  G=N/M  H head dim  E experts
+K experts per token  V vocabulary  L layers."""
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import balance  # noqa: E402
+import data  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+def from_numpy(weights):
+    """model.py's tree as torch leaves; the stacked layers become a list of dicts."""
+    leaf = lambda w: torch.tensor(np.asarray(w), requires_grad=True)
+    top = {name: leaf(w) for name, w in weights.items() if name != "layers"}
+    L = len(next(iter(weights["layers"].values())))
+    return top | {"layers": [{name: leaf(w[i]) for name, w in weights["layers"].items()} for i in range(L)]}
+
+
+def to_numpy(weights, what=lambda w: w):
+    """The inverse, of `what` of every leaf (itself, its gradient)."""
+    array = lambda w: what(w).detach().numpy().copy()
+    layers = weights["layers"]
+    return {name: array(w) for name, w in weights.items() if name != "layers"} | {
+        "layers": {name: np.stack([array(p[name]) for p in layers]) for name in layers[0]}}
+
+
+# ------------------------------------------------------------------------------------------------ forward
+
+def gated_norm(x_TD, w, site):
+    n_TD = F.rms_norm(x_TD, x_TD.shape[-1:], w[f"{site}_norm_gain_D"], 1e-5)
+    return n_TD * torch.sigmoid(F.silu(n_TD @ w[f"{site}_norm_down_DU"]) @ w[f"{site}_norm_up_UD"])
+
+
+def swiglu(x, gate, up, down):
+    return (F.silu(x @ gate) * (x @ up)) @ down
+
+
+def rope(x_BNSH, cos_SH, sin_SH):
+    """cos and sin of each half stand twice; the sine's first half is negative."""
+    a, b = x_BNSH.chunk(2, dim=-1)
+    return torch.addcmul(x_BNSH * cos_SH, torch.cat((b, a), dim=-1), sin_SH)
+
+
+def attention(a_TD, p, masks, rotation, window, c):
+    """masks: window -> additive [B,1,S,S], 0 where a query sees a key."""
+    N, M, H = c.num_heads, c.num_kv_heads, c.head_dim
+    heads = lambda name, n: (a_TD @ p[name]).view(-1, c.seq_len, n, H)
+    v_BSMH = heads("value_DP", M)
+    qk_norm = lambda x_BSNH: rope(F.rms_norm(x_BSNH, (H,), eps=1e-6).transpose(1, 2), *rotation)
+    q_BNSH, k_BMSH = qk_norm(heads("query_DQ", N)) * c.qk_scale, qk_norm(heads("key_DP", M))
+    y_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2), attn_mask=masks[window],
+                                            enable_gqa=N != M)
+    y, v = y_BNSH.transpose(1, 2).reshape(-1, M, N // M, H), v_BSMH.reshape(-1, M, 1, H)
+    # exclusive self-attention: y - (y.v) v / (v.v + 1e-6), then one gate per head, 1 when its weights are 0
+    y = y - (y * v).sum(-1, keepdim=True) * (v / ((v * v).sum(-1, keepdim=True) + 1e-6))
+    gate_TN = 2 * torch.sigmoid(a_TD @ p["head_gate_DN"])
+    return (y.reshape(-1, N, H) * gate_TN[:, :, None]).reshape(-1, N * H) @ p["out_QD"]
+
+
+def experts_loop(x_RD, p, load):
+    parts = [swiglu(x, *w) for x, *w in zip(x_RD.split(load.tolist()), p["gate_EDF"], p["up_EDF"], p["down_EFD"])]
+    return torch.cat(parts)
+
+
+def experts_grouped(x_RD, p, load):
+    ends = torch.cumsum(load, 0, dtype=torch.int32)
+    h = F.silu(torch._grouped_mm(x_RD, p["gate_EDF"], ends)) * torch._grouped_mm(x_RD, p["up_EDF"], ends)
+    return torch._grouped_mm(h, p["down_EFD"], ends)
+
+
+def moe(x_TD, p, bias_E, c, experts):
+    """Returns what the experts add, the router logits and the margins that balancing reads."""
+    K, E = c.experts_per_token, c.num_experts
+    score_TE = x_TD @ p["router_DE"]
+    with torch.no_grad():
+        value_TK1, expert_TK1 = torch.topk(score_TE + bias_E, K + 1)
+        expert_TK, margin_TE = expert_TK1[:, :K], score_TE - value_TK1[:, K:]
+        flat = expert_TK.reshape(-1)
+        order_A = torch.argsort(flat)
+        token_A, load_E = order_A // K, torch.bincount(flat, minlength=E)
+    gate_A = torch.sigmoid(score_TE.gather(1, expert_TK)).reshape(-1)[order_A]
+    y_AD = experts(x_TD[token_A], p, load_E) * gate_A[:, None]
+    return torch.zeros_like(x_TD).index_add(0, token_A, y_AD), score_TE, margin_TE
+
+
+def forward(w, bias_LE, batch, c, experts=experts_loop):
+    """(logits [T,V], router logits per layer, margins per layer)."""
+    S, H = c.seq_len, c.head_dim
+    segment_BS, position = batch["segments"], torch.arange(S)
+    distance, masks = position[:, None] - position[None, :], {}
+    windows = [S if i % 4 == 3 else c.window or S // 2 for i in range(c.num_layers)]
+    for window in set(windows):
+        seen = (distance >= 0) & (distance < window) & (segment_BS[:, :, None] == segment_BS[:, None, :])
+        masks[window] = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
+    angle = position[:, None] * c.rope_theta ** (-torch.arange(0, H, 2) / H)
+    rotation = angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
+
+    x_TD = gated_norm(F.embedding(batch["tokens"].reshape(-1), w["embed_VD"]), w, "embed")
+    scores, margins = [], []
+    for i, p in enumerate(w["layers"]):
+        x_TD = x_TD + attention(gated_norm(x_TD, p, "attn"), p, masks, rotation, windows[i], c)
+        m_TD = gated_norm(x_TD, p, "mlp")
+        x_TD = x_TD + swiglu(m_TD, p["shared_gate_DZ"], p["shared_up_DZ"], p["shared_down_ZD"])
+        if c.num_experts:
+            y_TD, score_TE, margin_TE = moe(m_TD, p, bias_LE[i], c, experts)
+            x_TD = x_TD + y_TD
+            scores.append(score_TE), margins.append(margin_TE)
+    return gated_norm(x_TD, w, "final") @ w["head_DV"], scores, margins
+
+
+def objective(logits_TV, scores, batch, c):
+    """Mean next-token loss, and the z-losses: final logits over scored tokens, router over real ones."""
+    weight_T, real_T = batch["weights"].reshape(-1), (batch["segments"] != 0).reshape(-1)
+    lse_T = torch.logsumexp(logits_TV, dim=-1)
+    nll_T = lse_T - logits_TV.gather(1, batch["targets"].reshape(-1, 1)).squeeze(1)
+    total = (weight_T * (nll_T + c.logit_z * lse_T**2)).sum() / weight_T.sum()
+    for score_TE in scores:
+        z_T = torch.logsumexp(score_TE, dim=-1) ** 2
+        total = total + c.router_z / c.num_layers * (z_T * real_T).sum() / real_T.sum()
+    return total
+
+
+@torch.no_grad()
+def next_bias(margins, batch, c):
+    """Each expert's q-th largest margin over real tokens, negated and centred."""
+    real_T = (batch["segments"] != 0).reshape(-1)
+    margin_LET = torch.stack(margins)[:, real_T].transpose(1, 2).contiguous()
+    n = margin_LET.shape[-1]
+    q = max(1, n * c.experts_per_token // c.num_experts)
+    beta_LE = margin_LET.kthvalue(n - q + 1).values
+    return beta_LE.mean(dim=1, keepdim=True) - beta_LE
+
+
+# ------------------------------------------------------------------------------------------- AdamH and Adam
+
+class Optimizer:
+    """Adam for embedding, router, head gates and gains; Adam's direction on the hypersphere for every matrix.
+
+    The gradient of each group (Adam, matrices, routed experts) is clipped to norm `clip`."""
+
+    def __init__(self, w, r, t):
+        self.r, self.t, self.steps = r, t, 0
+        self.groups = {"adam": [], "matrix": [], "expert": []}
+        for names in (w, *w["layers"]):
+            for name, leaf in names.items():
+                if name == "layers":
+                    continue
+                adam = name in ("embed_VD", "router_DE", "head_gate_DN") or leaf.ndim == 1
+                self.groups["adam" if adam else "expert" if leaf.ndim == 3 else "matrix"].append(leaf)
+        self.moments = {g: [[torch.zeros_like(w) for w in ws] for _ in "mv"] for g, ws in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self, lr_share):
+        self.steps += 1
+        for group, ws in self.groups.items():
+            if not ws:
+                continue
+            gs, (m, v) = [w.grad for w in ws], self.moments[group]
+            if self.t.clip:
+                norm = torch.stack(torch._foreach_norm(gs)).norm()
+                torch._foreach_mul_(gs, torch.clamp(self.t.clip / norm, max=1.0))
+            torch._foreach_lerp_(m, gs, 1 - self.t.beta1)
+            torch._foreach_mul_(v, self.r.beta2)
+            torch._foreach_addcmul_(v, gs, gs, 1 - self.r.beta2)
+            u = torch._foreach_div(v, 1 - self.r.beta2**self.steps)
+            torch._foreach_sqrt_(u)
+            torch._foreach_add_(u, self.r.eps)
+            torch._foreach_reciprocal_(u)
+            torch._foreach_mul_(u, m)
+            torch._foreach_div_(u, 1 - self.t.beta1**self.steps)
+            if group == "adam":
+                torch._foreach_add_(ws, u, alpha=-self.r.adam_lr * lr_share)
+                continue
+            length = lambda x: torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)      # of every matrix
+            for w, u in zip(ws, u):
+                radius = length(w)
+                w.addcmul_(u, radius / length(u).clamp(min=1e-10), value=-self.r.hyper_lr * lr_share)
+                w.mul_(radius / length(w).clamp(min=1e-10))
+
+
+class Trainer:
+    """Weights, optimizer and balancing bias; step(batch) is one training step."""
+
+    def __init__(self, c, t, weights, experts=experts_loop):
+        self.c, self.t, self.w, self.experts = c, t, from_numpy(weights), experts
+        self.optimizer = Optimizer(self.w, train.rates(c, t), t)
+        self.bias_LE = torch.zeros(c.num_layers, c.num_experts)
+
+    def gradients(self, batch):
+        """Fills the .grad of every weight; returns loss, logits and the next bias."""
+        for w in sum(self.optimizer.groups.values(), []):
+            w.grad = None
+        logits_TV, scores, margins = forward(self.w, self.bias_LE, batch, self.c, self.experts)
+        loss = objective(logits_TV, scores, batch, self.c)
+        loss.backward()
+        return loss.detach(), logits_TV, next_bias(margins, batch, self.c) if margins else self.bias_LE
+
+    def step(self, batch):
+        loss, _, self.bias_LE = self.gradients(batch)
+        self.optimizer.step(float(train.lr_share(self.t, self.optimizer.steps)))
+        return loss
+
+
+# ------------------------------------------------------------------------------------------- the comparison
+
+TINY = dict(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8,
+            shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12, gated_norm_rank=4)
+SHAPES = {      # sizes that differ from TINY's
+    "five layers": {},
+    "one expert per token": dict(num_experts=6, experts_per_token=1, num_heads=3, num_kv_heads=3, num_layers=2,
+                                 head_dim=6, window=5),
+    "half of the experts": dict(num_experts=10, experts_per_token=5, num_heads=8, num_kv_heads=2, num_layers=4,
+                                hidden_dim=20, seq_len=33),
+    "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0, num_layers=2)}
+
+
+def problem(c, rows, seed, padding=True):
+    """Weights that leave no term idle, a bias, and rows of documents that end in padding: all numpy."""
+    rng = np.random.default_rng(seed)
+    w = model.walk(lambda path, w: rng.normal(w.init == "ones", 0.25, w.shape).astype(np.float32), c)
+    bias_LE = rng.normal(0, 0.2, (c.num_layers, c.num_experts)).astype(np.float32)
+    tokens = rng.integers(0, c.vocab_size, (rows, c.seq_len + 1))
+    segments = 1 + np.cumsum(rng.random((rows, c.seq_len)) < 0.1, axis=1)
+    if padding:
+        segments[np.arange(c.seq_len) >= c.seq_len - rng.integers(0, 6, (rows, 1))] = 0
+    inside = np.pad(segments[:, 1:], ((0, 0), (0, 1))) == segments          # the last token has no next one
+    return w, bias_LE, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments,
+                        "weights": (inside & (segments != 0)).astype(np.float32)}
+
+
+def to_torch(batch):
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
+
+
+def deviations(c, seed=0, rows=3, steps=2):
+    """{quantity: largest difference over largest value} between the peer and us, from the same weights in float32.
+
+    Quantities: logits, loss, the gradient of every weight, the next balancing bias; and every weight after
+    `steps` steps of the optimizer, as the share of what the steps moved."""
+    # beta2: at the heuristic's 0.9999 the bias correction 1 - beta2 is itself only good to 1e-4 in float32
+    t = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=20, batch_size=rows, clip=0.3, beta2=0.95)
+    w, bias_LE, batch = problem(c, rows, seed)
+    peer = Trainer(c, t, w)
+    peer.bias_LE = torch.from_numpy(bias_LE)
+    rows_of = jax.tree.map(jax.numpy.asarray, batch)
+    real = rows_of["segments"] != 0
+    norm = {"weight": rows_of["weights"].sum(), "tokens": real.sum().astype(np.float32)}
+    ours = jax.jit(jax.value_and_grad(lambda w: model.loss(w, bias_LE, rows_of, norm, c), has_aux=True))
+    optimizer = train.make_optimizer(c, t)
+    update = jax.jit(optimizer.update)
+    far = lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / max(np.max(np.abs(a)), 1e-30))
+    flat = lambda tree: {model.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+    (loss, stats), grads = ours(w)
+    peer_loss, peer_logits, peer_bias = peer.gradients(to_torch(batch))
+    logits = jax.jit(lambda w: model.logits(w, bias_LE, rows_of["tokens"], rows_of["segments"], c))(w)
+    found = {"logits": far(logits, peer_logits.detach()), "loss": far(loss, peer_loss)}
+    peer_grads = flat(to_numpy(peer.w, lambda w: w.grad))
+    found |= {f"gradient of {name}": far(g, peer_grads[name]) for name, g in flat(grads).items()}
+    if c.num_experts:
+        found["next bias"] = far(balance.next_bias(stats["margin_LTE"], real.reshape(-1), bias_LE,
+                                                   c.experts_per_token), peer_bias)
+    opt, now = optimizer.init(w), w
+    for _ in range(steps):
+        peer.gradients(to_torch(batch))
+        given = to_numpy(peer.w, lambda w: w.grad)              # the same gradients: a sign near 0 is not at stake
+        updates, opt = update(given, opt, now)
+        now = jax.tree.map(np.add, now, updates)
+        peer.optimizer.step(float(train.lr_share(t, peer.optimizer.steps)))
+    moved = flat(to_numpy(peer.w))
+    found |= {f"step of {name}": far(x - flat(w)[name], moved[name] - flat(w)[name]) for name, x in flat(now).items()}
+    return found
+
+
+def our_step(c, t, w, batch):
+    """A function that takes one of our training steps, on all devices that train.py would use."""
+    mesh = train.make_mesh(c, t)
+    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)), out_shardings=train.state_shardings(c, t, mesh))()
+    state = state._replace(params=jax.device_put(w, train.state_shardings(c, t, mesh).params))
+    step, rows = train.make_train_step(c, t, mesh), data.Batch(
+        *(batch[k].astype(np.int32) for k in ("tokens", "targets", "segments")), batch["weights"])
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, train.put(rows, mesh, t.accumulate))
+        return metrics["loss"]
+    return run
+
+
+def race(runners, rounds, steps=3):
+    """{name: seconds of one step}, best of `rounds`; the runners take turns, a few steps each."""
+    best = {}
+    for i in range(rounds + 1):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                last = run()
+            float(last)                                         # waits for our devices; torch is done anyway
+            seconds = (time.perf_counter() - start) / steps
+            best[name] = min(best.get(name, math.inf), seconds) if i else math.inf      # the first round compiles
+    return best
+
+
+def speed(paths, rounds):
+    print(f"whole training step, random tokens; best of {rounds} rounds of 3 steps, interleaved; "
+          f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   ours over the faster torch")
+    for path in paths:
+        c, t = train.load_config(path)
+        w, _, batch = problem(c, t.batch_size, 0, padding=False)
+        w = jax.tree.map(np.asarray, model.init(c, jax.random.key(0)))
+        runners = {"ours": our_step(c, t, w, batch)}
+        kinds = {"loop": experts_loop, "grouped": experts_grouped} if c.num_experts else {"loop": experts_loop}
+        for name, experts in kinds.items():
+            peer = Trainer(c, t, w, experts)
+            runners[name] = lambda peer=peer, batch=to_torch(batch): peer.step(batch)
+        ms = {name: 1e3 * s for name, s in race(runners, rounds).items()}
+        tokens, fastest = t.batch_size * c.seq_len, min(ms[name] for name in kinds)
+        print(f"{path:20s} {tokens:7,} {ms['ours']:8.1f} {ms['loop']:11.1f} {ms.get('grouped', math.nan):8.1f}   "
+              f"{fastest / ms['ours']:.2f} x its tokens per second ({tokens / ms['ours']:.1f} ktok/s)", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", help="of which the speed is compared; smoke and laptop by default")
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+    train.keep_freed_memory()       # before torch starts threads that would have arenas of their own; it gains as we do
+    if not options.configs:
+        print("largest deviation, over the largest value (float32)")
+        for name, sizes in SHAPES.items():
+            found = deviations(model.ModelConfig(**TINY | sizes))
+            worst = lambda kind: max(((v, k) for k, v in found.items() if k.startswith(kind)), default=(math.nan, ""))
+            print(f"{name:24s} logits {found['logits']:.0e}  loss {found['loss']:.0e}  "
+                  f"next bias {worst('next')[0]:.0e}  gradient {worst('gradient')[0]:.0e} "
+                  f"({worst('gradient')[1].split('/')[-1].split(' ')[-1]})  step {worst('step')[0]:.0e}", flush=True)
+    torch.set_num_threads(len(train.os.sched_getaffinity(0)))
+    speed(options.configs or ["configs/smoke.py", "configs/laptop.py"], options.rounds)
+
+
+if __name__ == "__main__":
+    main()

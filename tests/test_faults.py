@@ -1,0 +1,744 @@
+"""Every fault is put into a real run of train.py in a process of its own; nothing may be lost.
+
+After a fault either the same command ends in the state and the logged losses of an undisturbed run, bit for bit
+("survived"), or the program stops with one clear line, a non-zero exit code and every earlier good checkpoint in
+place ("stopped"). Anything else is "lost" and fails. The counts are printed at the end of the session.
+pytest tests/test_faults.py runs a few; -m slow runs them all."""
+import fcntl
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import data
+import train
+from test_train import CONFIG, assert_same_bits, synthetic, text          # noqa: F401 (text is a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+slow = pytest.mark.slow
+STEPS, SAVE = 12, 4
+TINY = f"""
+num_layers = 1
+steps = {STEPS}
+log_every = 1
+eval_every = 6
+save_every = {SAVE}
+keep = 3
+remat = "none"
+sample_tokens = 0
+devices = 1
+"""
+
+
+def command(config, run, *fault, keys=()):
+    script = [ROOT / "tests" / "inject.py", *fault] if fault else [ROOT / "train.py"]
+    return [str(w) for w in (sys.executable, *script, config, f"--run_dir={run}", *keys)]
+
+
+def go(config, run, *fault, keys=()):
+    return subprocess.run(command(config, run, *fault, keys=keys), capture_output=True, text=True, timeout=600,
+                          env=ENVIRONMENT)
+
+
+# tests compile far more than they compute
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def marks(run, step=STEPS):
+    """The fingerprints of all arrays of a checkpoint, as written beside them."""
+    return json.loads((run / "checkpoints" / str(step) / "proof" / "metadata").read_text())["proof"]["arrays"]
+
+
+def outcome(run):
+    """All that must be the same: the last state, and the loss of every step."""
+    rows = train.read_rows(run / "metrics.jsonl")
+    return marks(run), [(r["step"], r["loss"], r["gnorm"], r["ema"]) for r in rows], json.loads(
+        (run / "result.json").read_text())["domains"]
+
+
+def events(run, kind):
+    return [e for e in train.read_rows(run / "events.jsonl") if e["event"] == kind]
+
+
+def saved_steps(run):
+    folder = run / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+@pytest.fixture(scope="session")
+def config(text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("faults") / "tiny.py"
+    path.write_text(CONFIG.format(text=str(text / "nonsense.jsonl"), cache=str(text / "cache"),
+                                  compiled=str(text / "compiled"), run="unused") + TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(config):
+    """The undisturbed run."""
+    run = config.parent / "plain"
+    done = go(config, run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="session")
+def table(request):
+    """Counts (fault, outcome); printed as a table when the session ends."""
+    counts = Counter()
+    yield counts
+    report = request.config.pluginmanager.get_plugin("terminalreporter")
+    faults = dict.fromkeys(fault for fault, _ in counts)
+    lines = ["| fault | injected | survived, bit-equal | stopped with a reason | lost |", "|---|---|---|---|---|"]
+    for name in [*faults, "all"]:
+        n = [sum(v for (fault, how), v in counts.items() if how == kind and name in (fault, "all"))
+             for kind in ("injected", "survived", "stopped")]
+        lines.append(f"| {name} | {n[0]} | {n[1]} | {n[2]} | {n[0] - n[1] - n[2]} |")
+    report.write_line("\n" + "\n".join(lines))
+
+
+def judge(table, fault, how):
+    table[fault, how] += 1
+
+
+def stopped(done, code, words):
+    """A clear line and a code of its own, no traceback."""
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-800:]}\n{done.stderr[-2000:]}"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: ") and re.search(words, last), last
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+def goes_on(config, run, plain, keys=()):
+    """The same command once more ends exactly where the undisturbed run ended."""
+    again = go(config, run, keys=keys)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert outcome(run) == outcome(plain)
+    return again
+
+
+def copy(plain, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    (run / "lock").unlink()
+    return run
+
+
+# ------------------------------------------------------------------------------------- processes that are ended
+
+RNG = random.Random(20261124)
+KILLS = [f"kill={step}" for step in sorted(RNG.sample(range(1, STEPS + 1), 10))]
+
+
+@pytest.mark.parametrize("fault", [KILLS[5], *(pytest.param(f, marks=slow) for f in (*KILLS[:5], *KILLS[6:])),
+                                   *(pytest.param(f"kill-in-save={i}", marks=slow) for i in (1, 2, 3)),
+                                   *(pytest.param(f"kill-in-eval={i}", marks=slow) for i in (1, 2))])
+def test_kill_9(config, plain, table, tmp_path, fault):
+    name = "kill -9 " + {"kill": "at a step", "kill-in-save": "during a save",
+                         "kill-in-eval": "during an evaluation"}[fault.partition("=")[0]]
+    judge(table, name, "injected")
+    assert go(config, tmp_path / "run", fault).returncode == -signal.SIGKILL
+    goes_on(config, tmp_path / "run", plain)
+    judge(table, name, "survived")
+
+
+@slow
+@pytest.mark.parametrize("fault", ["term=1", "term=5", "term=8", "int=7", "term-in-save=1", "term-in-save=2",
+                                   "term-in-save=3", "term-in-eval=1", "term-in-eval=2"])
+def test_sigterm_saves_and_exits_with_0(config, plain, table, tmp_path, fault):
+    run, kind = tmp_path / "run", fault.partition("=")[0]
+    name = {"term": "SIGTERM at a step", "int": "ctrl-C at a step", "term-in-save": "SIGTERM during a save",
+            "term-in-eval": "SIGTERM during an evaluation"}[kind]
+    judge(table, name, "injected")
+    done = go(config, run, fault)
+    last = fault in ("term-in-save=3", "term-in-eval=2")            # after the last step: nothing is left to save
+    assert done.returncode == (130 if fault == "term-in-eval=2" else 0), done.stderr
+    assert last or "saved. The same command goes on" in done.stdout
+    assert saved_steps(run)[-1] == events(run, "stopped")[0]["step"] if not last else STEPS
+    goes_on(config, run, plain)
+    judge(table, name, "survived")
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize("share", [RNG.random() for _ in range(6)], ids=lambda s: f"{s:.2f}")
+def test_signals_at_random_moments(config, plain, table, tmp_path, number, share):
+    """Wherever the process happens to be: imports, compilation, steps, saves, evaluation, the report."""
+    name = f"{number.name} at a random moment of the process"
+    judge(table, name, "injected")
+    run, began = tmp_path / "run", time.time()
+    process = subprocess.Popen(command(config, run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT)
+    time.sleep(share * 12)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=300)
+    print(f"{number.name} after {share * 12:.1f} s of {time.time() - began:.1f}: exit {process.returncode}")
+    assert process.returncode in ((0, 130, -signal.SIGTERM) if number == signal.SIGTERM else (0, -signal.SIGKILL))
+    goes_on(config, run, plain)
+    judge(table, name, "survived")
+
+
+@slow
+@pytest.mark.parametrize("fault, code", [("kill-in-preparation=7", -signal.SIGKILL),
+                                         ("term-in-preparation=9", 130)])
+def test_signals_during_preparation(config, plain, table, tmp_path, fault, code):
+    name = ("kill -9" if fault[0] == "k" else "SIGTERM") + " during data preparation"
+    judge(table, name, "injected")
+    keys = [f"--data_dir={tmp_path / 'data'}"]
+    assert go(config, tmp_path / "run", fault, keys=keys).returncode == code
+    assert not list(tmp_path.glob("data/*/manifest.json")), "half a corpus does not look like a whole one"
+    goes_on(config, tmp_path / "run", plain, keys)
+    judge(table, name, "survived")
+
+
+# ------------------------------------------------------------------------------------------- broken checkpoints
+
+def flip_in_array(part):
+    """One bit of one array of the newest checkpoint, rewritten by orbax: the file is whole, the value is not."""
+    def harm(folder):
+        import orbax.checkpoint as ocp
+        state = folder / "state"
+        handler = ocp.StandardCheckpointer()
+        leaves = {name: np.array(x) for name, x in handler.restore(state.resolve()).items()}
+        name = next(n for n in leaves if n.startswith(f".{part}") and leaves[n].ndim)
+        bits = leaves[name].view(np.uint8).reshape(-1)
+        bits[len(bits) // 2] ^= 1
+        shutil.rmtree(state)
+        handler.save(state.resolve(), leaves)
+        handler.wait_until_finished()
+        handler.close()
+    return harm
+
+
+def flip_at_random(seed):
+    """One bit of the newest checkpoint's largest file of array data."""
+    def harm(folder):
+        path = max((p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d"),
+                   key=lambda p: p.stat().st_size)
+        blob, rng = bytearray(path.read_bytes()), random.Random(seed)
+        blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
+        path.write_bytes(blob)
+    return harm
+
+
+def flip_in_file(name):
+    def harm(folder):
+        for path in sorted(folder.rglob(name)):
+            blob = bytearray(path.read_bytes())
+            blob[len(blob) // 2] ^= 1
+            path.write_bytes(blob)
+    return harm
+
+
+def truncate(folder):
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def lose(pattern):
+    def harm(folder):
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return harm
+
+
+HARM = {"truncated": [truncate],
+        "bit-flipped in a parameter": [flip_in_array("params")],
+        "bit-flipped in the optimizer state": [flip_in_array("opt")],
+        "bit-flipped in the balancing bias": [flip_in_array("bias_LE")],
+        "bit-flipped anywhere in its data": [flip_at_random(seed) for seed in range(6)],
+        "bit-flipped in its metadata": [flip_in_file(n) for n in ("metadata", "_METADATA", "manifest.ocdbt",
+                                                                  "_sharding", "_CHECKPOINT_METADATA")],
+        "with a missing part": [lose("state/ocdbt.process_0"), lose("state/d"), lose("state"), lose("proof")],
+        "with a missing commit mark": [lose("commit_success.txt"), lose("*/commit_success.txt")]}
+CASES = [(name, i) for name, harms in HARM.items() for i in range(len(harms))]
+
+
+@pytest.mark.parametrize("name, i", [case if case[0] == "bit-flipped in a parameter" else
+                                     pytest.param(*case, marks=slow) for case in CASES])
+def test_the_newest_checkpoint_is_broken(config, plain, table, tmp_path, name, i):
+    """It is named, kept, and the one before it is used."""
+    judge(table, f"newest checkpoint {name}", "injected")
+    run = copy(plain, tmp_path)
+    HARM[name][i](run / "checkpoints" / str(STEPS))
+    goes_on(config, run, plain)
+    broken = events(run, "broken_checkpoint")
+    kept = list(run.glob(f"checkpoints/broken-{STEPS}-*"))
+    assert len(broken) == len(kept) == (saved_steps(run) == [4, 8, 12] and len(broken))
+    if "bit-flipped in a p" in name or "opt" in name or "bias" in name:
+        assert broken[0]["step"] == STEPS and "altered since it was written" in broken[0]["why"]
+        assert events(run, "resume")[-1]["step"] == STEPS - SAVE
+    judge(table, f"newest checkpoint {name}", "survived")
+
+
+def test_all_checkpoints_are_broken(config, plain, table, tmp_path):
+    """The program stops and touches nothing, so that a person can look."""
+    judge(table, "all checkpoints broken", "injected")
+    run = copy(plain, tmp_path)
+    for step in (4, 8, 12):
+        flip_at_random(step)(run / "checkpoints" / str(step))
+    files = lambda: {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+    before = files()
+    stopped(go(config, run), 4, "none of 3 checkpoints can be trusted, and nothing was touched. step 12: .*8: ")
+    assert files() == before
+    judge(table, "all checkpoints broken", "stopped")
+
+
+# --------------------------------------------------------------------------------------------------- full disks
+
+@slow
+@pytest.mark.parametrize("fault", ["full-in-save=1", "full-in-save=2", "full-in-save=3"])
+def test_a_full_disk_during_a_save(config, plain, table, tmp_path, fault):
+    """The run goes on and says so; only a failure of the last save ends it, with 75."""
+    judge(table, "disk full during a save, for a while", "injected")
+    run = tmp_path / "run"
+    done = go(config, run, fault)
+    if fault[-1] == "3":
+        stopped(done, 75, "the last checkpoint could not be written")
+        assert saved_steps(run) == [4, 8]
+    else:
+        assert done.returncode == 0 and "a checkpoint could not be written" in done.stdout, done.stderr
+    assert len(events(run, "save_failed")) == 1 and not list(run.glob("checkpoints/*tmp*"))
+    goes_on(config, run, plain)
+    judge(table, "disk full during a save, for a while", "survived")
+
+
+@slow
+def test_a_disk_that_stays_full(config, plain, table, tmp_path):
+    judge(table, "disk full from a save on", "injected")
+    run = tmp_path / "run"
+    stopped(go(config, run, "full-from-save=2"), 75, "File too large|could not be written")
+    assert saved_steps(run) == [4]
+    goes_on(config, run, plain)
+    judge(table, "disk full from a save on", "survived")
+
+
+@slow
+def test_a_full_disk_during_preparation(config, plain, table, tmp_path):
+    judge(table, "disk full during data preparation", "injected")
+    keys = [f"--data_dir={tmp_path / 'data'}"]
+    done = go(config, tmp_path / "run", "full-in-preparation=2", keys=keys)
+    stopped(done, 2, "cannot be written .File too large")
+    assert not list((tmp_path / "data").iterdir()), "nothing half done is left"
+    goes_on(config, tmp_path / "run", plain, keys)
+    judge(table, "disk full during data preparation", "survived")
+
+
+# ------------------------------------------------------------------------------------------ logs, clocks, locks
+
+@slow
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_log_torn_in_the_middle_of_a_line(config, plain, table, tmp_path, name):
+    judge(table, "metrics or events torn in a line", "injected")
+    run = copy(plain, tmp_path)
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    blob = (run / name).read_bytes()
+    (run / name).write_bytes(blob[:len(blob) * 9 // 10] + b"\xff\x00")
+    (run / "result.json").unlink()
+    goes_on(config, run, plain)
+    assert all(json.loads(line) for line in (run / name).read_text().splitlines())
+    judge(table, "metrics or events torn in a line", "survived")
+
+
+@slow
+def test_a_clock_that_goes_backwards(config, plain, table, tmp_path):
+    judge(table, "clock going backwards", "injected")
+    done = go(config, tmp_path / "run", "clock=1")
+    assert done.returncode == 0 and outcome(tmp_path / "run") == outcome(plain), done.stderr
+    assert saved_steps(tmp_path / "run") == [4, 8, 12]
+    judge(table, "clock going backwards", "survived")
+
+
+def test_a_second_trainer_is_refused(config, plain, table, tmp_path):
+    """Quick form: the lock is held by this process. The slow form below has two real trainers."""
+    run = copy(plain, tmp_path)
+    with open(run / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on elsewhere\n")
+        lock.flush()
+        with pytest.raises(train.ConfigError, match="process 1 on elsewhere is training there"):
+            with train.only_trainer(run):
+                pass
+    with train.only_trainer(run):
+        assert f"process {os.getpid()}" in (run / "lock").read_text()
+
+
+@slow
+def test_two_trainers_on_one_run_directory(config, plain, table, tmp_path):
+    judge(table, "two trainers on one run directory", "injected")
+    run = tmp_path / "run"
+    first = subprocess.Popen(command(config, run, "stall=6"), env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    try:
+        while len(train.read_rows(run / "metrics.jsonl")) < 4:
+            time.sleep(0.2)
+        stopped(go(config, run), 2, f"process {first.pid} on .* is training there")
+    finally:
+        first.kill()
+        first.wait()
+    goes_on(config, run, plain)
+    judge(table, "two trainers on one run directory", "stopped")
+
+
+# ------------------------------------------------------------------------------------------------------- shards
+
+def shards(tmp_path, kind):
+    """A mixture of shards of another project, ids 0..255 at random, and how to write it down."""
+    ids = np.random.default_rng(0).integers(0, 256, 20_000).astype("<u2")
+    path = tmp_path / f"{kind}_000.bin"
+    head = struct.pack("<3i", 20240520, 1, len(ids)).ljust(1024, b"\0") if kind == "llmc" else b""
+    path.write_bytes(head + ids.tobytes())
+    return path, f"{kind}:{tmp_path}/{kind}_*.bin"
+
+
+def edit(offset, new):
+    def harm(path):
+        blob = bytearray(path.read_bytes())
+        blob[offset:offset + len(new)] = new
+        path.write_bytes(blob)
+    return harm
+
+
+cut = lambda path: path.write_bytes(path.read_bytes()[:-7])
+SHARD_FAULTS = {
+    "shard truncated": [("llmc", cut, "promises 20,000 tokens"), ("nanogpt", cut, "no whole number"),
+                        ("prepared", cut, "expected .* bytes, found")],
+    "shard with the wrong magic": [("llmc", edit(0, b"\1\2\3\4"), "expected llm.c's magic")],
+    "shard with an id >= vocab": [("llmc", edit(2000, b"\xff\xff"), "65535, but bytes has 0 to 256"),
+                                  ("nanogpt", edit(2000, b"\xff\xff"), "65535, but bytes has 0 to 256")],
+    "shard replaced after the manifest": [("prepared", edit(100, b"x"), "its content has changed")]}
+
+
+@slow
+@pytest.mark.parametrize("fault, i", [(name, i) for name in SHARD_FAULTS for i in range(len(SHARD_FAULTS[name]))])
+def test_broken_shards_are_refused_before_the_first_step(config, plain, table, tmp_path, fault, i):
+    """In the middle of a run: it stops, its checkpoints stay, and with the shard mended it goes on."""
+    judge(table, fault, "injected")
+    kind, harm, words = SHARD_FAULTS[fault][i]
+    run, keys = tmp_path / "run", [f"--data_dir={tmp_path / 'data'}"]
+    if kind != "prepared":
+        path, source = shards(tmp_path, kind)
+        keys += [f"--mixture=(({source!r}, 1.0),)"]
+    assert go(config, run, "term=6", keys=keys).returncode == 0
+    if kind == "prepared":
+        path = next((tmp_path / "data").glob("*/train-*.bin"))
+    good, before = path.read_bytes(), marks(run, 6)
+    harm(path)
+    stopped(go(config, run, keys=keys), 2, words)
+    assert saved_steps(run) == [4, 6] and marks(run, 6) == before
+    path.write_bytes(good)
+    assert go(config, run, keys=keys).returncode == 0
+    judge(table, fault, "stopped")
+
+
+# --------------------------------------------------------------------------- what is not finite, and what spikes
+
+@pytest.fixture(scope="session")
+def setup(config):
+    c, t = train.load_config(config)
+    mesh = train.make_mesh(c, t)
+    return c, t, mesh, train.make_train_step(c, t, mesh)
+
+
+def begin(c, t, mesh):
+    return jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
+                   out_shardings=train.state_shardings(c, t, mesh))()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_leaves_the_state_alone(setup, value):
+    c, t, mesh, step = setup
+    state, _ = step(begin(c, t, mesh), train.put(synthetic(c, t, 0), mesh))
+    before = jax.tree.map(np.array, state)
+    batch = synthetic(c, t, 1)
+    state, metrics = step(state, train.put(batch._replace(weights_BS=batch.weights_BS * value), mesh))
+    assert bool(metrics["skipped"]) and not np.isfinite(float(metrics["loss"]))
+    assert_same_bits(before[1:], state[1:])
+    assert int(state.step) == int(before.step) + 1
+    state, metrics = step(state, train.put(batch, mesh))
+    assert not bool(metrics["skipped"]) and (np.asarray(state.bias_LE) != before.bias_LE).any()
+
+
+@slow
+def test_a_gradient_that_is_not_finite_leaves_the_state_alone(setup, monkeypatch):
+    """The loss is sound, its gradient is not: an infinity enters one weight's gradient on the way back."""
+    c, t, mesh, _ = setup
+    poison = jax.custom_vjp(lambda w: w)
+    poison.defvjp(lambda w: (w, None), lambda _, g: (g.at[(0,) * g.ndim].set(np.inf),))
+    loss = train.model.loss
+    monkeypatch.setattr(train.model, "loss", lambda params, *rest: loss(
+        params | {"final_norm_gain_D": poison(params["final_norm_gain_D"])}, *rest))
+    state = begin(c, t, mesh)
+    before = jax.tree.map(np.array, state)
+    state, metrics = train.make_train_step(c, t, mesh)(state, train.put(synthetic(c, t, 0), mesh))
+    assert np.isfinite(float(metrics["loss"])) and not np.isfinite(float(metrics["gnorm"]))
+    assert bool(metrics["skipped"])
+    assert_same_bits(before[1:], state[1:])
+
+
+def test_the_outlier_rule_by_hand(config):
+    """6 sigma over 128 steps, after 64 of them; an outlier enters the window, what is not finite does not."""
+    c, t = train.load_config(config, ["--skip_sigma=6.0"])
+    rng = np.random.default_rng(0)
+    state = train.State(0, None, None, None, -np.ones((2, train.WINDOW), np.float32))
+    check = jax.jit(lambda state, loss, gnorm: train.guard(t, state, loss, gnorm))
+    history = []
+    for step in range(300):
+        loss, gnorm = 3 + 0.1 * rng.standard_normal(2)
+        loss += {40: 5, 150: 5, 151: 0.45}.get(step, 0)
+        gnorm += {200: 5}.get(step, 0)
+        loss = {250: np.nan}.get(step, loss)
+        good, recent = check(state, np.float32(loss), np.float32(gnorm))
+        expected = np.isfinite(loss)
+        window = np.array(history[-train.WINDOW:], np.float32)
+        if expected and len(history) >= 64:
+            expected = ((loss, gnorm) <= window.mean(0) + 6 * window.std(0, ddof=1)).all()
+        assert bool(good) == expected, step
+        assert (not expected) == (step in (150, 200, 250))
+        history.append((loss, gnorm) if np.isfinite(loss) else history[-train.WINDOW])
+        state = state._replace(step=step + 1, recent_2W=np.asarray(recent))
+    off = train.load_config(config)[1]
+    assert bool(jax.jit(lambda s: train.guard(off, s, 1e9, 1e9))(state)[0]), "off unless asked for"
+
+
+@slow
+@pytest.mark.parametrize("fault", ["nan=6", "inf=6", "nan=6-7"])
+def test_a_bad_batch_is_skipped_named_and_can_be_replayed(config, plain, table, tmp_path, fault):
+    judge(table, "loss or gradient not finite", "injected")
+    run = tmp_path / "run"
+    done = go(config, run, fault, keys=["--max_skips=3"])
+    assert done.returncode == 0, done.stderr
+    skips = events(run, "skip")
+    assert [e["step"] for e in skips] == ([6, 7] if fault[-1] == "7" else [6]) and skips[0]["why"] == "not finite"
+    assert len(skips[0]["rows"]) == 8 and skips[0]["rows"][0][0] == "nonsense"
+    rows = {r["step"]: r for r in train.read_rows(run / "metrics.jsonl")}
+    assert rows[6]["loss"] is None and rows[6]["skipped"] == 1 and rows[12]["loss"] < rows[1]["loss"]
+    replay = go(config, run, keys=["--replay", "6"])
+    assert replay.returncode == 0 and replay.stdout.startswith("step 6: 8 rows of 32 tokens")
+    first = skips[0]["rows"][0]
+    assert f"row    0  {first[0]} window {first[1]}  " in replay.stdout and '"event": "skip"' in replay.stdout
+    judge(table, "loss or gradient not finite", "survived")
+
+
+@slow
+def test_bad_batches_in_a_row_end_the_run_with_3(config, plain, table, tmp_path):
+    judge(table, "not finite, many steps in a row", "injected")
+    run = tmp_path / "run"
+    stopped(go(config, run, "nan=6-12", keys=["--max_skips=3"]), 3, "step 8: the loss is nan.*3 times in a row")
+    assert saved_steps(run) == [4], "step 8, the third bad one, is not saved"
+    goes_on(config, run, plain)
+    judge(table, "not finite, many steps in a row", "survived")
+
+
+@slow
+def test_an_outlier_is_skipped_if_asked_for(config, table, tmp_path):
+    keys = ["--steps=100", "--skip_sigma=6.0", "--save_every=1000", "--eval_every=1000"]
+    judge(table, "loss spike (skip_sigma=6)", "injected")
+    assert go(config, tmp_path / "run", "noise=90", keys=keys).returncode == 0
+    assert [(e["step"], e["why"]) for e in events(tmp_path / "run", "skip")] == [(90, "an outlier")]
+    judge(table, "loss spike (skip_sigma=6)", "survived")
+
+
+def test_a_state_that_is_not_finite_never_becomes_a_checkpoint(config, tmp_path, setup):
+    c, t, mesh, _ = setup
+    t = train.dataclasses.replace(t, run_dir=str(tmp_path / "run"))
+    state = begin(c, t, mesh)
+    state = state._replace(params=state.params | {"head_DV": state.params["head_DV"].at[0, 0].set(np.nan)})
+    checkpoints = train.Checkpoints(t)
+    checkpoints.open()
+    with pytest.raises(train.Halted, match="the state is not finite"):
+        checkpoints.save(state, {})
+    checkpoints.close()
+    assert checkpoints.newest() is None
+
+
+# ------------------------------------------------------------------------------------- fingerprints and restore
+
+@pytest.mark.parametrize("shape, dtype", [((), np.int32), ((7,), np.float32), ((6, 8), np.float32),
+                                          ((4, 8, 16), np.uint16), ((2, 8, 4, 2), np.int32)])
+def test_a_fingerprint_sees_every_bit_and_no_mesh(shape, dtype):
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 256, int(np.prod(shape)) * np.dtype(dtype).itemsize, dtype=np.uint8)
+    x = bits.view(dtype).reshape(shape)
+    mark = jax.jit(train.fingerprint)
+    want = 0                                                     # by hand, an element at a time
+    for i, word in enumerate(x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}").tolist()):
+        word ^= i * 0x9E3779B9 & 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            word = (word ^ word >> shift) * factor & 0xFFFFFFFF
+        want = want + word & 0xFFFFFFFF
+    assert int(mark(x)) == want
+    for i in rng.integers(0, bits.size * 8, 40):                 # any flipped bit changes it
+        flipped = bits.copy()
+        flipped[i // 8] ^= 1 << i % 8
+        assert int(mark(flipped.view(dtype).reshape(shape))) != want
+    for n, axis in ((2, 1), (4, 1), (8, 1), (2, 0), (4, 2)):     # the same on every mesh
+        if axis < len(shape) and shape[axis] % n == 0:
+            spec = jax.sharding.PartitionSpec(*[None] * axis, "data")
+            mesh = jax.make_mesh((n,), ("data",), devices=jax.devices()[:n])
+            assert int(mark(jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)))) == want
+
+
+def test_a_state_is_restored_onto_other_meshes_bit_for_bit(config, plain, tmp_path):
+    run, states = copy(plain, tmp_path), []
+    for devices in (1, 2, 8):
+        c, t = train.load_config(config, [f"--run_dir={run}", f"--devices={devices}"])
+        state = train.Checkpoints(t).restore(c, t, train.make_mesh(c, t))
+        assert int(state.step) == STEPS
+        assert len(state.params["embed_VD"].sharding.device_set) == devices
+        states.append(jax.tree.map(np.asarray, state))
+    assert_same_bits(states[0], states[1])
+    assert_same_bits(states[0], states[2])
+
+
+def test_which_checkpoints_are_kept(config, tmp_path, setup):
+    """The newest two, and for good every fourth step."""
+    c, t, mesh, _ = setup
+    t = train.dataclasses.replace(t, run_dir=str(tmp_path / "run"), keep=2, keep_every=4)
+    checkpoints, state = train.Checkpoints(t), begin(c, t, mesh)
+    checkpoints.open()
+    for step in range(1, 8):
+        assert checkpoints.save(state._replace(step=np.int32(step)), {}) == ""
+    checkpoints.close()
+    assert saved_steps(tmp_path / "run") == [4, 6, 7]
+
+
+@slow
+def test_checkpoints_by_time_and_by_step(config, plain, tmp_path):
+    """A save is due at the first log line after so many minutes, and at every step that is kept for good."""
+    keys = ["--save_every=1000", "--save_minutes=0.00001", "--log_every=4", "--keep=1", "--keep_every=6"]
+    assert go(config, tmp_path / "run", keys=keys).returncode == 0
+    assert saved_steps(tmp_path / "run") == [6, 12] and marks(tmp_path / "run") == marks(plain)
+    assert go(config, tmp_path / "more", keys=[*keys, "--keep=4"]).returncode == 0
+    assert saved_steps(tmp_path / "more") == [4, 6, 8, 12]
+
+
+def test_a_new_machine_finds_the_config_in_the_checkpoints(config, plain, tmp_path):
+    """With checkpoint_dir in a bucket the run directory is gone with the machine, the run is not."""
+    c, t = train.load_config(config, [f"--run_dir={tmp_path}/new", f"--checkpoint_dir={plain}/checkpoints"])
+    mixture = train.open_data(c, t)
+    assert train.check_run(c, t, mixture, train.Checkpoints(t))["data"] == mixture.sha256
+    c = train.dataclasses.replace(c, head_dim=16)
+    with pytest.raises(train.ConfigError, match="holds a run with head_dim=8, found head_dim=16"):
+        train.check_run(c, t, mixture, train.Checkpoints(t))
+
+
+def test_buckets_are_not_paths(config):
+    t = train.load_config(config, ["--checkpoint_dir=gs://bucket/run/checkpoints"])[1]
+    assert str(train.Checkpoints(t).folder) == "gs://bucket/run/checkpoints"
+
+
+# ----------------------------------------------------------------------------------- exit codes and stuck steps
+
+@slow
+def test_a_stuck_step_is_reported_with_stacks(config, table, tmp_path):
+    judge(table, "a step without end", "injected")
+    done = go(config, tmp_path / "run", "stall=6", keys=["--stuck_minutes=0.5"])
+    assert done.returncode == 75 and "nothing got done for" in done.stderr
+    assert 'inject.py", line' in done.stderr and "in stall" in done.stderr, "the stack says where"
+    assert events(tmp_path / "run", "stuck") and saved_steps(tmp_path / "run") == [4]
+    judge(table, "a step without end", "stopped")
+
+
+@pytest.mark.parametrize("step, words", [("0", "expected a step from 1 to 12"), ("x", "found x"),
+                                         ("99", "found 99")])
+def test_replay_refuses_what_is_no_step(config, capsys, step, words):
+    assert train.main([str(config), f"--replay={step}"]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--coordinator=localhost:1"], ["--processes=2", "--process=0"],
+                                   ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+                                   ["--coordinator=localhost:1", "--processes=two", "--process=0"]])
+def test_half_a_cluster_is_refused(config, capsys, flags):
+    assert train.main([str(config), *flags]) == 2
+    assert "expected all three" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- determinism, and what it costs
+
+@slow
+@pytest.mark.parametrize("keys", [["--accumulate=2"], ["--devices=2"], ["--devices=4", "--accumulate=2"]],
+                         ids=lambda keys: " ".join(keys))
+def test_a_resume_on_another_split_stays_within_2e_6(config, plain, tmp_path, keys):
+    """Sums in another order: not the same bits, the same numbers. The data order is the same in any case."""
+    run = tmp_path / "run"
+    assert go(config, run, "term=6").returncode == 0
+    assert go(config, run, keys=keys).returncode == 0
+    here, there = (np.array([[r["loss"], r["gnorm"]] for r in train.read_rows(d / "metrics.jsonl")])
+                   for d in (run, plain))
+    print(f"resumed with {' '.join(keys)}: losses and gradient norms within {np.abs(here - there).max():.1e}")
+    assert len(here) == STEPS and np.abs(here - there).max() < 2e-6
+
+
+@slow
+def test_the_same_command_twice_gives_the_same_bits(config, plain, tmp_path):
+    assert go(config, tmp_path / "run").returncode == 0
+    assert outcome(tmp_path / "run") == outcome(plain)
+
+
+@slow
+def test_memory_is_flat_over_2000_steps(config, tmp_path):
+    """With 200 log lines, 20 checkpoints and 10 evaluations on the way; sampled from outside, once a second."""
+    run, pages = tmp_path / "run", []
+    process = subprocess.Popen(command(config, run, keys=["--steps=2000", "--log_every=10", "--save_every=100",
+                                                          "--eval_every=200"]), env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        rows = train.read_rows(run / "metrics.jsonl")           # readable while it is written
+        if rows and rows[-1]["step"] < 2000:
+            pages.append((rows[-1]["step"], int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])))
+        time.sleep(1)
+    assert process.returncode == 0
+    step, resident = np.array(pages, float).T
+    resident *= os.sysconf("SC_PAGE_SIZE") / 2**20
+    late = step > 500
+    slope = np.polyfit(step[late], resident[late], 1)[0] * 1000
+    print(f"resident memory {resident[late].min():.0f} to {resident[late].max():.0f} MiB after step 500, "
+          f"{slope:+.1f} MiB per 1,000 steps ({late.sum()} samples)")
+    assert slope < 8, "MiB per 1,000 steps"
+
+
+@slow
+def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path, monkeypatch):
+    """Of the time of a step of configs/smoke.py at its own settings, as CPU time of all threads: writing a line
+    every log_every steps, and fingerprinting and writing a checkpoint every save_every steps."""
+    c, t = train.load_config(ROOT / "configs/smoke.py", [f"--run_dir={tmp_path / 'run'}", "--devices=2"])
+    mesh = train.make_mesh(c, t)
+    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
+                    out_shardings=train.state_shardings(c, t, mesh))()
+    step, checkpoints, cost = train.make_train_step(c, t, mesh), train.Checkpoints(t), {}
+    (tmp_path / "run").mkdir()
+    checkpoints.open()
+    log = train.Log(tmp_path / "run", c, t, mesh, 0, None)
+    say, used = (lambda line: None), time.process_time
+
+    def clock(name, call):
+        began = used()
+        result = call()
+        cost.setdefault(name, []).append(used() - began)
+        return result
+    for i in range(12):
+        batch = train.put(synthetic(c, t, i), mesh)
+        state, metrics = clock("step", lambda: jax.block_until_ready(step(state, batch)))
+        clock("line", lambda: log.step(i + 1, metrics, i % t.log_every == 0 or i > 3, say))
+        if i % 3 == 2:
+            clock("save", lambda: (checkpoints.save(state, {}), checkpoints.settle()))
+    best = {name: min(times[1:]) for name, times in cost.items()}
+    share = {"line": best["line"] / t.log_every / best["step"], "save": best["save"] / t.save_every / best["step"]}
+    print(f"CPU seconds: {best}; share of the steps: logging {share['line']:.2%}, checkpoints {share['save']:.2%}")
+    checkpoints.close()
+    assert share["line"] + share["save"] < 0.02

@@ -546,7 +546,7 @@ def _fastest(forms, budget=4.0):
 
 def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8))):
     try:
-        jax.config.update("jax_num_cpu_devices", 2)                         # as train.py splits a batch on two cores
+        jax.config.update("jax_num_cpu_devices", 2)             # as train.py splits a batch over two cores
     except RuntimeError:
         pass                                                                # a backend runs: take what there is
     print(f"The q-th largest of every column, float32 [T,E], q = T*K/E, on one {jax.devices()[0].device_kind}.\n"
@@ -571,7 +571,7 @@ def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8
         for name, seconds in best.items():
             print(f"  {name:28s}{seconds / best['bisection, exact']:8.2f} x   error {error.get(name, 0.0):.1e}")
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    print(f"\nShare of a training step: update on {mesh.size} devices, over the fastest logged step of a finished run")
+    print(f"\nShare of a training step: update on {mesh.size} device(s), over the fastest logged step of a run")
     for name, (L, T, E, K) in {"smoke": (4, 2048, 8, 2), "laptop": (6, 4096, 16, 2)}.items():
         f = lambda m_LTE, bias_LE: update("quantile", m_LTE, jnp.ones(m_LTE.shape[1], bool), bias_LE, K, "data")[0]
         f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(Spec(None, "data"), Spec()), out_specs=Spec(),

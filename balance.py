@@ -6,7 +6,7 @@ Read: select -> qth_largest -> update -> estimators -> rivals -> how balanced is
 The bias is state, not a parameter: one float32 array [L,E] in the train state, touched by no gradient and no
 optimizer, added to the router's scores when experts are chosen and never when their outputs are mixed.
 
-T tokens  E experts  K experts per token  L layers   q = T*K/E, the load every expert should carry
+T tokens  E experts  K experts per token  L layers  C tried keys   q = T*K/E, the load every expert should carry
 s_TE router scores   alpha_T a token's cutoff   beta_E an expert's threshold   bias_E = -beta_E
 margin_TE = s + bias - alpha"""
 
@@ -94,9 +94,9 @@ def _unsortable(key):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def count_reaching(key_LTE, tried):
-    """How many tokens' keys reach each tried key: [L,T,E], [*,L,E] -> int32 [*,L,E]."""
-    return jnp.sum(key_LTE >= tried[:, :, None, :], axis=2, dtype=jnp.int32)
+def count_reaching(key_LTE, tried_CLE):
+    """How many tokens' keys reach each of C tried keys: [L,T,E], [C,L,E] -> int32 [C,L,E]."""
+    return jnp.sum(key_LTE >= tried_CLE[:, :, None, :], axis=2, dtype=jnp.int32)
 
 
 def qth_largest(x_LTE, valid_T, q, axis=None, count=count_reaching, bits=1):
@@ -114,11 +114,11 @@ def qth_largest(x_LTE, valid_T, q, axis=None, count=count_reaching, bits=1):
 
     def decide(i, best_LE):
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
-        tried = best_LE | (jnp.arange(1, 2**bits, dtype=jnp.uint32)[:, None, None] << shift)
-        reached = count(key_LTE, tried)
+        tried_CLE = best_LE | (jnp.arange(1, 2**bits, dtype=jnp.uint32)[:, None, None] << shift)
+        reached = count(key_LTE, tried_CLE)
         if axis is not None:
             reached = lax.psum(reached, axis)                            # the balancer's only communication
-        return jnp.max(jnp.where(reached >= q, tried, best_LE), axis=0)
+        return jnp.max(jnp.where(reached >= q, tried_CLE, best_LE), axis=0)
 
     start_LE = jnp.zeros((x_LTE.shape[0], x_LTE.shape[2]), jnp.uint32)
     return _unsortable(lax.fori_loop(0, 32 // bits, decide, start_LE))

@@ -6,7 +6,7 @@ Read: select -> qth_largest -> update -> estimators -> rivals -> how balanced is
 The bias is state, not a parameter: one float32 array [L,E] in the train state, touched by no gradient and no
 optimizer, added to the router's scores when experts are chosen and never when their outputs are mixed.
 
-T tokens  E experts  K experts per token  L layers   q = T*K/E, the load every expert should carry
+T tokens  E experts  K experts per token  L layers  C tried keys   q = T*K/E, the load every expert should carry
 s_TE router scores   alpha_T a token's cutoff   beta_E an expert's threshold   bias_E = -beta_E
 margin_TE = s + bias - alpha"""
 
@@ -94,9 +94,9 @@ def _unsortable(key):
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def count_reaching(key_LTE, tried):
-    """How many tokens' keys reach each tried key: [L,T,E], [*,L,E] -> int32 [*,L,E]."""
-    return jnp.sum(key_LTE >= tried[:, :, None, :], axis=2, dtype=jnp.int32)
+def count_reaching(key_LTE, tried_CLE):
+    """How many tokens' keys reach each of C tried keys: [L,T,E], [C,L,E] -> int32 [C,L,E]."""
+    return jnp.sum(key_LTE >= tried_CLE[:, :, None, :], axis=2, dtype=jnp.int32)
 
 
 def qth_largest(x_LTE, valid_T, q, axis=None, count=count_reaching, bits=1):
@@ -114,11 +114,11 @@ def qth_largest(x_LTE, valid_T, q, axis=None, count=count_reaching, bits=1):
 
     def decide(i, best_LE):
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
-        tried = best_LE | (jnp.arange(1, 2**bits, dtype=jnp.uint32)[:, None, None] << shift)
-        reached = count(key_LTE, tried)
+        tried_CLE = best_LE | (jnp.arange(1, 2**bits, dtype=jnp.uint32)[:, None, None] << shift)
+        reached = count(key_LTE, tried_CLE)
         if axis is not None:
             reached = lax.psum(reached, axis)                            # the balancer's only communication
-        return jnp.max(jnp.where(reached >= q, tried, best_LE), axis=0)
+        return jnp.max(jnp.where(reached >= q, tried_CLE, best_LE), axis=0)
 
     start_LE = jnp.zeros((x_LTE.shape[0], x_LTE.shape[2]), jnp.uint32)
     return _unsortable(lax.fori_loop(0, 32 // bits, decide, start_LE))
@@ -546,7 +546,7 @@ def _fastest(forms, budget=4.0):
 
 def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8))):
     try:
-        jax.config.update("jax_num_cpu_devices", 2)                         # as train.py splits a batch on two cores
+        jax.config.update("jax_num_cpu_devices", 2)             # as train.py splits a batch over two cores
     except RuntimeError:
         pass                                                                # a backend runs: take what there is
     print(f"The q-th largest of every column, float32 [T,E], q = T*K/E, on one {jax.devices()[0].device_kind}.\n"
@@ -571,7 +571,7 @@ def _bench(sizes=((4096, 64, 4), (65536, 64, 4), (65536, 256, 8), (65536, 384, 8
         for name, seconds in best.items():
             print(f"  {name:28s}{seconds / best['bisection, exact']:8.2f} x   error {error.get(name, 0.0):.1e}")
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    print(f"\nShare of a training step: update on {mesh.size} devices, over the fastest logged step of a finished run")
+    print(f"\nShare of a training step: update on {mesh.size} device(s), over the fastest logged step of a run")
     for name, (L, T, E, K) in {"smoke": (4, 2048, 8, 2), "laptop": (6, 4096, 16, 2)}.items():
         f = lambda m_LTE, bias_LE: update("quantile", m_LTE, jnp.ones(m_LTE.shape[1], bool), bias_LE, K, "data")[0]
         f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(Spec(None, "data"), Spec()), out_specs=Spec(),
@@ -616,7 +616,7 @@ def _arena(config="configs/arena.py", seeds=3, folder="out/arena"):
     table = {label: {
         "loss": column(label, lambda r, rows: r["loss"]), "bpb": column(label, lambda r, rows: r["bpb"]),
         "all": column(label, lambda r, rows: np.mean([row["maxvio"] for row in rows])).mean() / floor,
-        "end": column(label, lambda r, rows: r["maxvio"]).mean() / floor,
+        "end": column(label, lambda r, rows: r["maxvio"]) / floor,
         **{f: column(label, lambda r, rows: late(rows, lambda row: row["would_drop"][f])).mean()
            for f in ("1", "1.15", "1.33")},
         "dead": column(label, lambda r, rows: max(row["dead"] for row in rows)).mean(),
@@ -632,21 +632,19 @@ def _arena(config="configs/arena.py", seeds=3, folder="out/arena"):
         gap = row["loss"] - base["loss"]
         error = gap.std(ddof=1) / seeds**0.5 if seeds > 1 else math.nan
         print(f"{label + '*' * (label in LEAKS):16s}{row['loss'].mean():7.4f}{gap.mean():+9.4f} +- {error:.4f}"
-              f"{row['bpb'].mean():10.4f}{row['all']:11.1f}{row['end']:6.1f}{row['1']:10.1%}{row['1.15']:7.1%}"
-              f"{row['1.33']:7.1%}{row['dead']:6.1f}{row['ms']:8.0f}")
-    better = lambda key, f: ", ".join(n for n in labels[1:] if f(table[n][key], base[key])) or "none"
-    print(f"lower loss than quantile with every seed: {better('loss', lambda a, b: (a < b).all())}\n"
-          f"lower MaxVio at the end: {better('end', lambda a, b: a < b)}")
+              f"{row['bpb'].mean():10.4f}{row['all']:11.1f}{row['end'].mean():6.1f}{row['1']:10.1%}"
+              f"{row['1.15']:7.1%}{row['1.33']:7.1%}{row['dead']:6.1f}{row['ms']:8.0f}")
+    better = lambda key: ", ".join(n for n in labels[1:] if (table[n][key] < base[key]).all()) or "none"
+    print(f"better than quantile with every seed, in loss: {better('loss')}; in last MaxVio: {better('end')}")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
     for i, label in enumerate(labels):
         style = dict(color=plt.cm.tab20(i), lw=2.5 if label == "quantile" else 1.2)
         every = np.mean([[row["maxvio"] for row in lines[label, seed]] for seed in range(seeds)], axis=0)
         left.semilogy([row["step"] for row in lines[label, 0]], every, label=label, **style)
-        right.errorbar(table[label]["end"], table[label]["loss"].mean(), table[label]["loss"].std(), fmt="o",
-                       color=style["color"])
-        right.annotate(label, (table[label]["end"], table[label]["loss"].mean()), xytext=(4, 3),
-                       textcoords="offset points", fontsize=8)
+        end, loss = table[label]["end"].mean(), table[label]["loss"]
+        right.errorbar(end, loss.mean(), loss.std(), fmt="o", color=style["color"])
+        right.annotate(label, (end, loss.mean()), xytext=(4, 3), textcoords="offset points", fontsize=8)
     left.axhline(floor, color="black", ls=":", lw=0.8)
     left.set(title="MaxVio, mean of seeds and layers; dotted: sampling floor", xlabel="step")
     left.legend(ncols=2, fontsize=7)

@@ -1351,8 +1351,8 @@ def compile_plan(c, t):
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = (re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))         # both in GiB, the second without
-                or re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G", str(error)))    # the state
+        used = (re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))             # or without the state:
+                or re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G", str(error)))
         if not used:
             raise
         print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "

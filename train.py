@@ -1081,7 +1081,7 @@ CHIPS = {       # [cited: vendors' data sheets for FLOPs and memory, "How to sca
                {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 45e9, 3.125e9, {}),
     "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 90e9, 6.25e9, {}),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 90e9, 12.5e9, {}),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 90e9, 12.5e9, {}),
     "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 0.0, 0.0, {}),
     "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 0.0, 0.0, {}),
 }
@@ -1351,7 +1351,8 @@ def compile_plan(c, t):
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
+        used = (re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))             # or without the state:
+                or re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G", str(error)))
         if not used:
             raise
         print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "

@@ -111,7 +111,8 @@ def speed(repo, rounds):
     ms = {k: 1e3 * s for k, s in peer.race({"ours": step, "nanoGPT": nano_step}, rounds, steps=10).items()}
     sizes = {"ours": model.count(c).total, "nanoGPT": sum(w.numel() for w in network.parameters())}
     for name in ms:
-        print(f"{name:8s} {sizes[name]:9,} parameters  {ms[name]:6.1f} ms a step  {rows * S / ms[name]:5.1f} ktok/s")
+        print(f"{name:8s} {sizes[name]:9,} parameters  {ms[name]:6.1f} ms a step  "
+              f"{rows * S / ms[name]:5.1f} ktok/s")
     print(f"ours reaches {ms['nanoGPT'] / ms['ours']:.2f} x nanoGPT's tokens per second "
           f"(best of {rounds} rounds of 10 steps, interleaved; torch {torch.__version__}, jax {jax.__version__})")
 

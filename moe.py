@@ -1,6 +1,6 @@
 """Mixture of experts: route, dispatch, compute, combine.                     Imports: kernels, balance.
 
-Run:  python moe.py                one layer against its twin, then against every harder routing; time
+Run:  python moe.py                one layer beside its rivals, then under kind and unkind routing: times, errors
 Read: route -> dispatch -> gather and scatter-free gradients -> moe.         Truth: dense_moe.
 Then, for many devices: parallel_moe -> ring, ragged. Token-choice; on one device every token reaches its K
 experts, whatever the loads are; between devices as long as the fixed buffers last (capacity_factor).
@@ -62,7 +62,7 @@ def tile_layout(load_E, tile, R):
     return (last_E - tiles_E) * tile, tile_expert
 
 
-def dispatch(expert_TK, E, tile=kernels.BEST["cpu"].row_tile, capacity=None, skip=0):
+def dispatch(expert_TK, E, tile=64, capacity=None, skip=0):
     """Sort assignments by expert and pad every expert to whole tiles. All integers, no gradient.
 
     An id of E means "not here". Of the others, in the order of their experts and then of their tokens, `skip`
@@ -131,7 +131,7 @@ def combine(y_RD, gate_TK, d):
 def _combine_backward(residuals, g_TD):
     y_RD, gate_TK, d = residuals
     dy_RD = _rows(gate_TK.reshape(-1), d.choice_R)[:, None] * _rows(g_TD, d.token_R)
-    g_TD = g_TD.astype(jnp.float32)         # a sum over [R,D] and a look-up after it would be 3 times slower on CPU
+    g_TD = g_TD.astype(jnp.float32)     # summing [R,D] and looking up afterwards takes 3 times as long on a CPU
     dgate_TK = jnp.stack([jnp.sum(g_TD * y_RD[d.row_TK[:, j]], axis=-1) for j in range(d.row_TK.shape[1])], axis=1)
     return dy_RD.astype(y_RD.dtype), dgate_TK, None
 
@@ -143,8 +143,15 @@ combine.defvjp(lambda y_RD, gate_TK, d: (combine(y_RD, gate_TK, d), (y_RD, gate_
 
 def experts(x_RD, p, tile_expert, platform="cpu", impl=None):
     """Every row through the SwiGLU of its expert: [R,D] -> [R,D]. Zero rows stay zero."""
+    gate_EDF, up_EDF, down_EFD = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
+    if platform == "tpu" and gate_EDF.shape[2] % 128:
+        # F = 1,600 of the 32B run: the kernels' blocks are multiples of 128. Zero columns add nothing, and at a
+        # multiple of 256 (1,792, 12 % more products) blocks stay large
+        wide = -gate_EDF.shape[2] % 256
+        gate_EDF, up_EDF = (jnp.pad(w, ((0, 0), (0, 0), (0, wide))) for w in (gate_EDF, up_EDF))
+        down_EFD = jnp.pad(down_EFD, ((0, 0), (0, wide), (0, 0)))
     with jax.named_scope("experts"):
-        return kernels.experts(x_RD, p["gate_EDF"], p["up_EDF"], p["down_EFD"], tile_expert, impl, platform)
+        return kernels.experts(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl, platform)
 
 
 def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None):
@@ -155,7 +162,7 @@ def moe(x_TD, p, bias_E, K, combine_sum=0.0, platform="cpu", impl=None):
     E = p["router_DE"].shape[1]
     with jax.named_scope("route"):
         r = route(x_TD, p["router_DE"], bias_E, K, combine_sum)
-        d = dispatch(r.expert_TK, E, kernels.best(platform).row_tile)
+        d = dispatch(r.expert_TK, E, kernels.row_tile(platform, r.expert_TK.size, E))
     y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
     with jax.named_scope("combine"):
         return combine(y_RD, r.gate_TK, d), r, d.load_E
@@ -203,7 +210,7 @@ def ring(x_TD, p, r, capacity, axis, platform):
     capacity = 0 drops nothing: the rows are worked off in waves of t*K, as many as the fullest shard needs; the
     worst routing needs P of them (one buffer for it would be P times as large, 2.5 GiB at the 129B shape)."""
     e, P, (t, K) = p["gate_EDF"].shape[0], lax.axis_size(axis), r.expert_TK.shape
-    tile = kernels.best(platform).row_tile
+    tile = kernels.row_tile(platform, t * K, e)
     x_GD, gate_GK, expert_GK = (lax.all_gather(a, axis, tiled=True) for a in (x_TD, r.gate_TK, r.expert_TK))
     expert_GK = expert_GK - e * lax.axis_index(axis)                        # G = P*t gathered tokens
     expert_GK = jnp.where((expert_GK >= 0) & (expert_GK < e), expert_GK, e)
@@ -266,7 +273,7 @@ def ragged(x_TD, p, r, capacity, axis, platform):
     e, E = p["gate_EDF"].shape[0], p["router_DE"].shape[1]
     if not capacity:
         raise ValueError("exchange='ragged': expected capacity_factor > 0, since it receives into fixed buffers")
-    tile, me = kernels.best(platform).row_tile, lax.axis_index(axis)
+    tile, me = kernels.row_tile(platform, r.expert_TK.size, e), lax.axis_index(axis)
     d = dispatch(r.expert_TK, E, tile=1)
     there, back, tile_expert = ragged_plan(lax.all_gather(d.load_E, axis), capacity, tile, me)
     rows = (len(d.token_R), ragged_rows(capacity, e, tile))
@@ -309,37 +316,86 @@ EXCHANGES = {"ring": ring, "ragged": ragged}
 
 # ------------------------------------------------------------------------------------------- python moe.py
 
-def _demonstrate():
-    import time
+def _rivals(x_TD, p, expert_TK, gate_TK, cotangent_TD):
+    """{name: function without arguments}: the same layer, routing given, forward and backward, in other ways."""
+    (T, D), (E, _, F), K = x_TD.shape, p["gate_EDF"].shape, expert_TK.shape[1]
+    weights = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
 
-    T, D, E, K, F = 2048, 128, 16, 4, 64
-    keys = jax.random.split(jax.random.key(0), 6)
+    def routed(impl):
+        def f(x_TD, gate_TK, gate, up, down):
+            d = dispatch(expert_TK, E, kernels.row_tile("cpu", T * K, E))
+            y_RD = kernels.experts(spread(x_TD, d), gate, up, down, d.tile_expert, impl)
+            return jnp.vdot(combine(y_RD, gate_TK, d), cotangent_TD)
+        return f
+
+    def dense(x_TD, gate_TK, gate, up, down):
+        gate_TE = jnp.sum(jnp.where(expert_TK[:, :, None] == jnp.arange(E), gate_TK[:, :, None], 0), axis=1)
+        h_ETF = jax.nn.silu(jnp.einsum("TD,EDF->ETF", x_TD, gate)) * jnp.einsum("TD,EDF->ETF", x_TD, up)
+        return jnp.vdot(jnp.einsum("ETF,EFD,TE->TD", h_ETF, down, gate_TE), cotangent_TD)
+
+    def bare(rows_RD, gate, up, down):                # as many products, by one expert, and nothing else
+        return jnp.sum(((rows_RD @ gate) * (rows_RD @ up)) @ down)
+
+    def jitted(f, *args):
+        g = jax.jit(jax.value_and_grad(f, argnums=range(len(args))))
+        return lambda: g(*args)
+
+    given = x_TD, gate_TK, *weights
+    forms = {"loop (the default)": jitted(routed("loop"), *given), "tiles": jitted(routed("tiles"), *given),
+             "dense einsum": jitted(dense, *given), "lax.ragged_dot": jitted(routed("ragged_dot"), *given),
+             "bare matmuls": jitted(bare, jnp.tile(x_TD, (K, 1)), *(w[0] for w in weights))}
+    try:
+        import numpy as np
+        import torch
+    except ImportError:
+        print("torch is not installed: no column for it (pip install torch)")
+        return forms
+    tensor = lambda a: torch.tensor(np.asarray(a))
+    x, gates, *matrices = leaves = [tensor(a).requires_grad_() for a in given]
+    flat, cotangent = tensor(expert_TK).long().reshape(-1), tensor(cotangent_TD)
+
+    def grouped_mm():
+        order = torch.argsort(flat)
+        ends = torch.bincount(flat, minlength=E).cumsum(0).to(torch.int32)
+        multiply = lambda rows, w: torch._grouped_mm(rows, w, offs=ends)
+        rows = x[order // K]
+        h = torch.nn.functional.silu(multiply(rows, matrices[0])) * multiply(rows, matrices[1])
+        y = multiply(h, matrices[2]) * gates.reshape(-1)[order][:, None]
+        total = (torch.zeros_like(x).index_add(0, order // K, y) * cotangent).sum()
+        return total, torch.autograd.grad(total, leaves)
+    return forms | {"torch._grouped_mm": grouped_mm}
+
+
+def _demonstrate():
+    T, D, E, K, F = 4096, 256, 16, 4, 128
+    keys = jax.random.split(jax.random.key(0), 7)
     shapes = {"router_DE": (D, E), "gate_EDF": (E, D, F), "up_EDF": (E, D, F), "down_EFD": (E, F, D)}
-    p = {k: jax.random.normal(key, shape) * 0.05 for key, (k, shape) in zip(keys, shapes.items())}
-    x_TD = jax.random.normal(keys[4], (T, D))
+    p = {k: jax.random.normal(key, shape) * shape[-2]**-0.5 for key, (k, shape) in zip(keys, shapes.items())}
+    x_TD, cotangent_TD = jax.random.normal(keys[4], (T, D)), jax.random.normal(keys[5], (T, D))
     shrug = jnp.zeros(E)
     skew = jnp.where(jnp.arange(E) < K, 100.0, 0.0)             # K experts take every token, E-K get none
     _, margin_TE = balance.select(x_TD @ p["router_DE"], shrug, K)
     fair = balance.next_bias(margin_TE[None], jnp.ones(T, bool), shrug[None], K)[0]
 
-    def run(layer):
-        return jax.jit(jax.value_and_grad(
-            lambda x, p, bias: jnp.sum(jnp.sin(layer(x, p, bias, K)[0])), argnums=(0, 1)))
-    forms = {"moe": run(moe), "dense_moe": run(dense_moe)}
-    print(f"T={T} D={D} E={E} K={K} F={F}, forward and backward, {jax.devices()[0].device_kind}; best of 10")
-    print(f"{'routing':22s} {'smallest, largest load':>24s} {'moe ms':>8s} {'dense ms':>9s} {'ratio':>6s}   error")
-    for name, bias in {"no balancing": shrug, "quantile balancing": fair, f"{K} experts take all": skew}.items():
+    print(f"T={T} D={D} E={E} K={K} F={F}, float32, {jax.devices()[0].device_kind}; best of 10, interleaved")
+    print("The experts of one layer, routing given, forward and backward:")
+    r = route(x_TD, p["router_DE"], fair, K)
+    times = kernels.stopwatch(_rivals(x_TD, p, r.expert_TK, r.gate_TK, cotangent_TD))
+    ours = times["loop (the default)"]
+    for name, seconds in times.items():
+        print(f"  {name:20s} {seconds * 1e3:8.1f} ms   the default takes {ours / seconds:5.2f} of it")
+
+    print("The whole layer against dense_moe, forward and backward:")
+    run = lambda layer: jax.jit(jax.value_and_grad(
+        lambda x, p, bias: jnp.vdot(layer(x, p, bias, K)[0], cotangent_TD), argnums=(0, 1)))
+    fast, dense = run(moe), run(dense_moe)
+    routings = {"no balancing": shrug, "quantile balancing": fair, f"{K} experts take all": skew}
+    times = kernels.stopwatch({name: lambda bias=bias: fast(x_TD, p, bias) for name, bias in routings.items()})
+    for name, bias in routings.items():
         load = dispatch(route(x_TD, p["router_DE"], bias, K).expert_TK, E).load_E
-        out = {k: jax.tree.leaves(f(x_TD, p, bias)) for k, f in forms.items()}
-        error = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(*out.values()))
-        best = dict.fromkeys(forms, float("inf"))
-        for _ in range(10):
-            for k, f in forms.items():
-                t0 = time.perf_counter()
-                jax.block_until_ready(f(x_TD, p, bias))
-                best[k] = min(best[k], time.perf_counter() - t0)
-        a, b = best["moe"] * 1e3, best["dense_moe"] * 1e3
-        print(f"{name:22s} {f'{load.min()}, {load.max()}':>24s} {a:8.1f} {b:9.1f} {a / b:6.2f}   {error:.0e}")
+        pairs = zip(jax.tree.leaves(fast(x_TD, p, bias)), jax.tree.leaves(dense(x_TD, p, bias)))
+        error = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+        print(f"  {name:20s} {times[name] * 1e3:8.1f} ms   loads {load.min()} to {load.max()}, error {error:.0e}")
 
 
 if __name__ == "__main__":

@@ -341,15 +341,36 @@ NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, 
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
 
-def orthogonalize(m):
-    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16."""
+def orthogonalize(m, mesh=None, spec=None):
+    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16.
+
+    On a mesh the matrices of a stack, which lie in shares as `spec` says, are dealt out whole, so that their
+    products need no sums over devices (that would be gigabytes per step), and brought back: two all-to-alls."""
     x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
+    if mesh is not None:
+        x, placed = deal(x, mesh)
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT                                      # the shorter side is squared
     for a, b, c in NEWTON_SCHULZ:
         A = x @ x.mT
         x = a * x + (b * A + c * A @ A) @ x
-    return (x if wide else x.mT).astype(m.dtype)
+    x = x if wide else x.mT
+    if mesh is not None:
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+        x = x[:m.shape[0]]
+    return x.astype(m.dtype)
+
+
+def deal(x, mesh):
+    """How to lay a stack so that "data" splits whole matrices: by expert if they divide, else by layer, padded
+    with zero matrices to a multiple. A matrix that stands alone is copied."""
+    if x.ndim == 2:
+        return x, Spec()
+    if x.ndim == 4 and x.shape[1] % (mesh.shape["expert"] * mesh.shape["data"]) == 0:
+        return x, Spec(None, ("expert", "data"))
+    padding = [(0, -x.shape[0] % mesh.shape["data"])] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
 # Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
@@ -359,12 +380,16 @@ GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert"
           "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
 
 
-def make_optimizer(c, t):
+def make_optimizer(c, t, mesh=None):
     """The optax transformation of the whole tree: clip, direction and step, group by group."""
+    specs = specs_by_name(c)
+    @jax.named_scope("orthogonalize")
+    def orthogonal(ms, _):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, m: orthogonalize(m, mesh, specs[model.path_name(path)]), ms)
     r = rates(c, t)
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
-    muon = optax.chain(optax.trace(t.momentum, nesterov=True),
-                       optax.stateless(lambda ms, _: jax.tree.map(orthogonalize, ms)))
+    muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
     ball = lambda direction: hyperball(direction, lambda step: r.hyper_lr * lr_share(t, step))
     rules = {"adam": optax.chain(adam, optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))),
              "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
@@ -389,12 +414,17 @@ def make_state(c, t, key):
                  jnp.zeros((c.num_layers, experts), jnp.float32))
 
 
+def specs_by_name(c):
+    """{"layers/query_DQ": its PartitionSpec, ...}"""
+    named = jax.tree.leaves(model.walk(lambda path, w: [path, w.spec], c), is_leaf=lambda x: isinstance(x, list))
+    return dict(named)
+
+
 def state_shardings(c, t, mesh):
     """The sharding of every leaf of the state: an optimizer moment lies as its weight lies; all else is copied."""
     specs = model.walk(lambda path, w: w.spec, c)
     abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-    by_name = {model.path_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(
-        specs, is_leaf=lambda x: isinstance(x, Spec))}
+    by_name = specs_by_name(c)
     # optax nests the weights' tree, group by group: the path of a moment ends in the path of its weight
     opt = jax.tree_util.tree_map_with_path(
         lambda path, _: by_name.get(model.path_name(path).partition("/")[2], Spec()), abstract.opt)
@@ -409,7 +439,7 @@ def make_train_step(c, t, mesh):
     all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
     whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
     specs = model.walk(lambda path, w: w.spec, c)
-    optimizer = make_optimizer(c, t)
+    optimizer = make_optimizer(c, t, mesh)
     platform = mesh.devices.flat[0].platform         # of the devices compiled for, not of jax.default_backend()
 
     def gradients(params, bias_LE, batch):
@@ -844,16 +874,21 @@ def traffic(c, t, size):
 
 
 def axis_rates(chip, slices, shape, size):
-    """Bytes a second that a chip can receive along each mesh axis: two directions of each torus axis that the
-    mesh axis fills, one link where it fills only a part of one, the data center's network between slices."""
-    left, rate = list(shape), {}
+    """Bytes a second that a chip can receive along each mesh axis: both directions of each torus axis that the
+    mesh axis fills, one link along a part of a torus axis, the data center's network between slices."""
+    rate, left = {}, [(length, 2 if length > 2 else 1) for length in shape]         # (chips in a row, links)
     for axis in reversed(MESH):
         n = size[axis] // (slices if axis == "replica" else 1)
-        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k) if math.prod(s) == n)
-        fills = next(sets, ())
-        rate[axis] = chip.link * (sum(2 if length > 2 else 1 for length in fills) or 1)
-        for length in fills:
-            left.remove(length)
+        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k)
+                if math.prod(length for length, _ in s) == n)
+        if fills := next(sets, None):
+            rate[axis] = chip.link * max(1, sum(links for _, links in fills))
+            for dimension in fills:
+                left.remove(dimension)
+        else:
+            rate[axis] = chip.link
+            if part := next((d for d in left if d[0] % n == 0), None):
+                left[left.index(part)] = part[0] // n, 0
     return rate | ({"replica": chip.outside} if slices > 1 else {})
 
 
@@ -863,6 +898,8 @@ def plan(c, t):
     chip, n, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
     if reason := misfit(c, t, chips):
         raise ConfigError(reason)
+    if chips > 1 and not chip.link:
+        raise ConfigError(f"topology: expected one {name} at most, found {chips}: GPU networks are not modelled")
     size = dict(zip(MESH, (t.replicas, chips // t.replicas // t.expert_parallel, t.expert_parallel)))
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
@@ -892,6 +929,7 @@ def plan(c, t):
 def show_plan(c, t, compile_too=False):
     """--plan: print `plan`, in seconds, on any machine; --compile: then `compile_plan`. Returns the exit code."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"                  # libtpu must not look for a TPU, nor jax start one
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"          # nor lock the TPU that two compilations do not share
     jax.config.update("jax_platforms", "cpu")
     p, (slices, name, shape) = plan(c, t), hardware(t)
     chip, size, total = CHIPS[name], p["mesh"], p["flops_per_token"] * p["tokens"]
@@ -1012,12 +1050,16 @@ def misplaced(c, found):
     """Collectives that no line of this program asks for, or that stand in the layer loop and should not.
 
     In a loop belong the gathers and gradient sums of weights over "data" and the exchange over "expert"; outside
-    of shard_map, the optimizer may sum norms (kilobytes), and MuonH may deal whole matrices out."""
-    small = lambda x: x.received < 2**20
+    of shard_map, the optimizer may sum norms (kilobytes), and MuonH may deal whole matrices out. An all-reduce
+    over "data" is what the compiler makes of a reduce-scatter whose shares do not fill 16 rows, two cores' tiles:
+    [5120,1280] over 128 chips becomes a sum of [6144,1280], at twice the bytes [measured: v4, libtpu 0.0.42]."""
     inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
-              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert")}
-    return [x for x in found if not small(x) and not (
-        (x.op, x.axis) in inside if x.times > 1 else "shard_map" in x.scope or "orthogonalize" in x.scope)]
+              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert"), ("all-reduce", "data")}
+    def fine(x):
+        if x.times > 1:
+            return (x.op, x.axis) in inside
+        return "shard_map" in x.scope or "orthogonalize" in x.scope or (x.op, x.axis) == ("all-reduce", "data")
+    return [x for x in found if x.received >= 2**20 and not fine(x)]
 
 
 def compile_plan(c, t):

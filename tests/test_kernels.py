@@ -37,6 +37,15 @@ def test_chunked_attention_is_plain_attention(S, N, M, window, kind):
           floor=0.1)        # values are about 1; with a window of one, dq and dk are 0 but for rounding
 
 
+@pytest.mark.parametrize("impl", ["splash", "cudnn"])        # splash interpreted; cudnn's arguments, on XLA
+@pytest.mark.parametrize("window", [100, pytest.param(256, marks=pytest.mark.slow)])
+def test_borrowed_attention_is_plain_attention(impl, window):
+    q, k, v = normal(1, 256, 4, 128), normal(1, 256, 2, 128), normal(1, 256, 2, 128)
+    seg = segments("documents", 1, 256)
+    close(both(lambda *a: kernels.attention(*a, seg, window, impl), q, k, v),
+          both(lambda *a: kernels.attention(*a, seg, window, "plain"), q, k, v))
+
+
 def test_plain_attention_is_a_loop():
     S, N, M, H, window = 17, 4, 2, 8, 5
     q, k, v = np.asarray(normal(1, S, N, H)), np.asarray(normal(1, S, M, H)), np.asarray(normal(1, S, M, H))
@@ -51,12 +60,21 @@ def test_plain_attention_is_a_loop():
     close(kernels.attention(q, k, v, seg, window, "plain"), want)
 
 
-@pytest.mark.parametrize("T, chunk", [(64, 16), (50, 16), (10, 16), (17, 1)])
-def test_chunked_cross_entropy_is_plain_cross_entropy(T, chunk):
-    x, head, target = normal(T, 12), normal(12, 33), jnp.asarray(rng.integers(0, 33, T))
+@pytest.mark.parametrize("impl, T, chunk", [("chunked", 64, 16), ("chunked", 50, 16), ("chunked", 10, 16),
+                                            ("chunked", 17, 1), ("vocabulary", 50, 11), ("vocabulary", 50, 16),
+                                            ("vocabulary", 9, 32), ("vocabulary", 9, 40)])
+def test_cross_entropy_in_pieces_is_plain_cross_entropy(impl, T, chunk):
+    """Pieces that divide their axis, that do not, and one piece; V = 33. Loss and normaliser (the z-loss's)."""
+    x, head, target = normal(T, 12), normal(12, 33), jnp.asarray(rng.integers(0, 33, T)).at[-1].set(32)
     for part in (0, 1):
-        close(both(lambda x, h: kernels.cross_entropy(x, h, target, "chunked", chunk=chunk)[part], x, head),
+        close(both(lambda x, h: kernels.cross_entropy(x, h, target, impl, chunk=chunk)[part], x, head),
               both(lambda x, h: kernels.cross_entropy(x, h, target, "plain")[part], x, head))
+
+
+def test_vocabulary_blocks_survive_large_logits():
+    x, head, target = jnp.full((4, 2), 300.0), jnp.asarray([[-1.0] * 7 + [1.0]] * 2), jnp.full(4, 7)
+    nll, lse = kernels.cross_entropy(x, head, target, "vocabulary", chunk=3)
+    assert np.asarray(nll).tolist() == [0.0] * 4 and np.asarray(lse).tolist() == [600.0] * 4
 
 
 def test_plain_cross_entropy_is_log_softmax():
@@ -67,11 +85,99 @@ def test_plain_cross_entropy_is_log_softmax():
     close((nll, got_lse), (lse - logits[np.arange(9), target], lse))
 
 
-@pytest.mark.parametrize("tiles", [[0, 0, 1, 3], [2, 2, 2, 2], [0, 1, 2, 3], [3]])
-def test_grouped_matmul_is_every_expert_then_choose(tiles):
-    x, w, tile_expert = normal(8 * len(tiles), 6), normal(4, 6, 5), jnp.asarray(tiles, jnp.int32)
-    close(both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "tiles"), x, w),
+TILES = [[0, 0, 1, 2, 3], [0, 1, 2, 3, 3, 3, 4], [0, 1, 1, 1, 1, 2, 3, 4, 4]]       # of 4 experts; 4 is nobody
+
+
+def rows_of(tiles, r, D):
+    """Rows for these tiles, nobody's rows zero as dispatch leaves them, and the tiles as an array."""
+    x = normal(r * len(tiles), D)
+    return x * (jnp.repeat(jnp.asarray(tiles), r) < 4)[:, None], jnp.asarray(tiles, jnp.int32)
+
+
+@pytest.mark.parametrize("impl", ["tiles", "pallas_tpu", "ragged_dot"])
+@pytest.mark.parametrize("tiles", TILES)
+def test_grouped_matmul_is_every_expert_then_choose(tiles, impl):
+    (x, tile_expert), w = rows_of(tiles, 8, 6), normal(4, 6, 5)
+    close(both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, impl), x, w),
           both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "plain"), x, w))
+
+
+def test_the_tpu_kernels_add_up_over_several_blocks():
+    """Both widths span several blocks: the sums in the scratch memory start and end where they should."""
+    D, F = 3 * 640, 768
+    blocks = [kernels._axis_block(size, most, jnp.float32, "") for size, most in ((D, 1280), (F, 1280), (F, 640))]
+    assert blocks == [640, 384, 256]
+    (x, tile_expert), w = rows_of([0, 0, 1, 2, 3, 4], 8, D), normal(4, D, F) * D**-0.5
+    close(both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "pallas_tpu"), x, w),
+          both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "plain"), x, w))
+
+
+def test_the_tpu_kernels_write_every_element():
+    """Memory that nobody wrote is NaN here, as it is garbage on a device: no expert and no row may be left out."""
+    from jax.experimental.pallas import tpu as pltpu
+    (x, tile_expert), w = rows_of([0, 1, 2, 2, 2, 3, 4, 4], 8, 16), normal(4, 16, 24)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        got = both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "pallas_tpu", "tpu"), x, w)
+    close(got, both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "plain"), x, w))
+
+
+def test_widths_that_blocks_do_not_divide_are_refused():
+    (x, tile_expert), w = rows_of([0, 1, 2, 3], 8, 2600), normal(4, 2600, 128)
+    with pytest.raises(ValueError, match="expected a multiple of 128, found 2600"):
+        kernels.grouped_matmul(x, w, tile_expert, "pallas_tpu")
+    with pytest.raises(ValueError, match="tiles of 128, found float32 in tiles of 8"):
+        kernels.grouped_matmul(x, w, tile_expert, "pallas_gpu")
+
+
+@pytest.mark.slow
+def test_the_gpu_kernels_in_interpret_mode():
+    (x, tile_expert), w = rows_of([0, 1, 1, 2, 3, 4], 128, 256), normal(4, 256, 256) / 16
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    real = (jnp.repeat(tile_expert, 128) < 4)[:, None]          # gradients of rows of padding are zero, as in moe
+    run = lambda impl: both(lambda x, w: real * kernels.grouped_matmul(x, w, tile_expert, impl), x, w)
+    close(jax.tree.map(lambda a: a.astype(jnp.float32), run("pallas_gpu")[1]),
+          jax.tree.map(lambda a: a.astype(jnp.float32), run("plain")[1]), 0.05)
+
+
+@pytest.mark.slow
+def test_the_gpu_kernels_lower_for_cuda():
+    """Checks types, layouts and the size of shared memory; a GPU is needed to compile what comes out."""
+    (x, tile_expert), w = rows_of([0, 1, 1, 2, 3, 4], 128, 2048), normal(4, 2048, 1024)
+    f = lambda x, w: jnp.sum(kernels.grouped_matmul(x, w, tile_expert, None, "gpu").astype(jnp.float32))
+    traced = jax.jit(jax.grad(f, (0, 1))).trace(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 2
+
+
+@pytest.mark.parametrize("impl", ["loop", "tiles", "pallas_tpu"])
+@pytest.mark.parametrize("tiles", TILES)
+def test_experts_are_three_grouped_matmuls(tiles, impl):
+    x, tile_expert = rows_of(tiles, 8, 12)
+    gate, up, down = normal(4, 12, 10), normal(4, 12, 10), normal(4, 10, 12)
+    close(both(lambda *a: kernels.experts(*a, tile_expert, impl), x, gate, up, down),
+          both(lambda *a: kernels.experts(*a, tile_expert, "plain"), x, gate, up, down), 1e-4)
+
+
+@pytest.mark.parametrize("shape, candidates", [((2, 64, 8), 5), ((1, 2048, 4), 15), ((3, 40, 6), 1)])
+def test_counting_several_candidates_at_once(shape, candidates):
+    L, T, E = shape
+    whole = lambda *shape: jnp.asarray(rng.integers(0, 2**32, shape, np.uint32))
+    key = whole(L, T, E).at[0, 0].set(0).at[0, 1].set(2**32 - 1)
+    tried = whole(candidates, L, E).at[0, 0].set(key[0, 2])                      # ">=": equal keys count
+    got = kernels.count_reaching(key, tried, "pallas_tpu")
+    assert (got == kernels.count_reaching(key, tried, "plain")).all()
+    assert (got == np.sum(np.asarray(key) >= np.asarray(tried)[:, :, None], axis=2)).all()
+
+
+def test_four_bits_a_pass_select_what_balance_selects():
+    import balance
+    x, valid, q = normal(3, 200, 6), jnp.asarray(rng.random(200) < 0.8), jnp.int32(37)
+    key = jnp.where(valid[None, :, None], balance._sortable(x), 0)
+    best = jnp.zeros((3, 6), jnp.uint32)
+    for shift in range(28, -1, -4):
+        tried = best | (jnp.arange(1, 16, dtype=jnp.uint32)[:, None, None] << shift)
+        reached = kernels.count_reaching(key, tried, "pallas_tpu") >= q
+        best |= jnp.sum(reached, axis=0, dtype=jnp.uint32) << shift
+    assert (balance._unsortable(best) == balance.qth_largest(x, valid, q)).all()
 
 
 def test_an_unknown_implementation_is_an_error():
@@ -82,3 +188,26 @@ def test_an_unknown_implementation_is_an_error():
         kernels.cross_entropy(normal(4, 2), normal(2, 3), jnp.zeros(4, int), "fast")
     with pytest.raises(ValueError, match="impl='fast'"):
         kernels.grouped_matmul(normal(4, 2), normal(1, 2, 3), jnp.zeros(1, int), "fast")
+    with pytest.raises(ValueError, match="impl='fast'"):
+        kernels.experts(normal(4, 2), *[normal(1, 2, 2)] * 3, jnp.zeros(1, int), "fast")
+    with pytest.raises(ValueError, match="impl='fast'"):
+        kernels.count_reaching(jnp.zeros((1, 2, 2), jnp.uint32), jnp.zeros((1, 1, 2), jnp.uint32), "fast")
+    with pytest.raises(ValueError, match="platform='vax': expected one of 'cpu', 'tpu', 'gpu'"):
+        kernels.attention(x, x, x, jnp.ones((1, 4), int), 4, platform="vax")
+
+
+@pytest.mark.parametrize("chip", kernels.CHIPS)
+def test_the_roofline_counts_what_the_model_counts(chip):
+    """Model FLOPs of a layer's scores, its experts and the head, per token, are those of model.count."""
+    import model
+    c = model.ModelConfig(vocab_size=128_256, seq_len=4096, hidden_dim=5120, num_layers=1, num_heads=40,
+                          num_kv_heads=10, head_dim=128, shared_dim=5120, num_experts=64, experts_per_token=4,
+                          expert_dim=2560)
+    rows = {name: flops for name, flops, *_ in kernels.roofline(chip)}
+    D, S = c.hidden_dim, c.seq_len
+    rest = 6 * D * 5120 + 2 * D * 128 * (40 + 20) + 2 * 40 * 128 * D + 3 * S * 40 + 2 * D * 64      # not kernels
+    experts = rows["experts, gate and up"] + rows["experts, down"]
+    ours = rows["attention, full"] + experts + rows["loss over 128,256 words"]
+    assert ours / 16_384 + 3 * rest == model.count(c).mfu_flops
+    for _, model_flops, in_view, executed, size in kernels.roofline(chip):
+        assert in_view <= model_flops and size > 0 and executed > 0.8 * in_view

@@ -365,7 +365,7 @@ def gated_norm(x_TD, gain_D, down_DU, up_UD):
 
 
 def rope_angles(c):
-    """Cosine and signed sine of each position's rotation, for both halves of the rotated dimensions: [S,2,rotated/2]."""
+    """Cosine and signed sine of each position's rotation, for both halves of what is rotated: [S,2,rotated/2]."""
     rotated = c.head_dim // 2 if c.half_rope else c.head_dim
     speed = c.rope_theta ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
     angle = jnp.arange(c.seq_len, dtype=jnp.float32)[:, None] * speed[None, :]

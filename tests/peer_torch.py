@@ -261,7 +261,8 @@ def deviations(c, seed=0, rows=3, steps=2):
     Quantities: logits, loss, the gradient of every weight, the next balancing bias; and every weight after
     `steps` steps of the optimizer, as the share of what the steps moved."""
     # beta2: at the heuristic's 0.9999 the bias correction 1 - beta2 is itself only good to 1e-4 in float32
-    t = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=20, batch_size=rows, clip=0.3, beta2=0.95)
+    t = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=20, batch_size=rows, clip=0.3,
+                          beta2=0.95)
     w, bias_LE, batch = problem(c, rows, seed)
     peer = Trainer(c, t, w)
     peer.bias_LE = torch.from_numpy(bias_LE)
@@ -291,15 +292,17 @@ def deviations(c, seed=0, rows=3, steps=2):
         now = jax.tree.map(np.add, now, updates)
         peer.optimizer.step(float(train.lr_share(t, peer.optimizer.steps)))
     moved = flat(to_numpy(peer.w))
-    found |= {f"step of {name}": far(x - flat(w)[name], moved[name] - flat(w)[name]) for name, x in flat(now).items()}
+    found |= {f"step of {name}": far(x - flat(w)[name], moved[name] - flat(w)[name])
+              for name, x in flat(now).items()}
     return found
 
 
 def our_step(c, t, w, batch):
     """A function that takes one of our training steps, on all devices that train.py would use."""
     mesh = train.make_mesh(c, t)
-    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)), out_shardings=train.state_shardings(c, t, mesh))()
-    state = state._replace(params=jax.device_put(w, train.state_shardings(c, t, mesh).params))
+    shardings = train.state_shardings(c, t, mesh)
+    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)), out_shardings=shardings)()
+    state = state._replace(params=jax.device_put(w, shardings.params))
     step, rows = train.make_train_step(c, t, mesh), data.Batch(
         *(batch[k].astype(np.int32) for k in ("tokens", "targets", "segments")), batch["weights"])
 
@@ -327,7 +330,8 @@ def race(runners, rounds, steps=3):
 def speed(paths, rounds):
     print(f"whole training step, random tokens; best of {rounds} rounds of 3 steps, interleaved; "
           f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   ours over the faster torch")
+    print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   "
+          "ours over the faster torch")
     for path in paths:
         c, t = train.load_config(path)
         w, _, batch = problem(c, t.batch_size, 0, padding=False)
@@ -348,15 +352,14 @@ def main():
     parser.add_argument("configs", nargs="*", help="of which the speed is compared; smoke and laptop by default")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
-    train.keep_freed_memory()       # before torch starts threads that would have arenas of their own; it gains as we do
+    train.keep_freed_memory()       # before torch's threads have arenas of their own; torch gains from it as we do
     if not options.configs:
         print("largest deviation, over the largest value (float32)")
         for name, sizes in SHAPES.items():
             found = deviations(model.ModelConfig(**TINY | sizes))
-            worst = lambda kind: max(((v, k) for k, v in found.items() if k.startswith(kind)), default=(math.nan, ""))
-            print(f"{name:24s} logits {found['logits']:.0e}  loss {found['loss']:.0e}  "
-                  f"next bias {worst('next')[0]:.0e}  gradient {worst('gradient')[0]:.0e} "
-                  f"({worst('gradient')[1].split('/')[-1].split(' ')[-1]})  step {worst('step')[0]:.0e}", flush=True)
+            worst = lambda kind: max((v for k, v in found.items() if k.startswith(kind)), default=math.nan)
+            print(f"{name:24s}" + "  ".join(f"{kind} {worst(kind):.0e}" for kind in (
+                "logits", "loss", "next bias", "gradient", "step")), flush=True)
     torch.set_num_threads(len(train.os.sched_getaffinity(0)))
     speed(options.configs or ["configs/smoke.py", "configs/laptop.py"], options.rounds)
 

@@ -10,9 +10,9 @@ rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
-def close(got, want, tolerance=2e-5):
+def close(got, want, tolerance=2e-5, floor=1e-9):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(b)) + 1e-9))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(b)) + floor))
 
 
 def both(f, *args):
@@ -33,7 +33,8 @@ def segments(kind, B, S):
 def test_chunked_attention_is_plain_attention(S, N, M, window, kind):
     q, k, v, seg = normal(2, S, N, 8), normal(2, S, M, 8), normal(2, S, M, 8), segments(kind, 2, S)
     close(both(lambda *a: kernels.attention(*a, seg, window, "chunked"), q, k, v),
-          both(lambda *a: kernels.attention(*a, seg, window, "plain"), q, k, v))
+          both(lambda *a: kernels.attention(*a, seg, window, "plain"), q, k, v),
+          floor=0.1)        # values are about 1; with a window of one, dq and dk are 0 but for rounding
 
 
 @pytest.mark.parametrize("impl", ["splash", "cudnn"])        # splash interpreted; cudnn's arguments, on XLA

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import platform
 import runpy
 import subprocess
@@ -35,6 +36,7 @@ REFERENCE = 1e20        # C is measured in this unit while fitting, so that A st
 VOCAB = 128_256         # Llama-3's, the tokenizer of every public table below
 CONVENTION = ("C: training FLOPs, 3x forward, causal square counted whole, head only when dense; "
               "N: active parameters, head in, embedding out")
+UNITS = {"nats": "nats per token", "bpb": "bits per byte"}
 MUST_NOT = "this fit must not forecast"                # how the flags begin that `register` refuses
 
 
@@ -144,7 +146,7 @@ SHAPE_COLUMNS = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "head_
 NUMBERS = (dict.fromkeys(("flops", "budget_flops", "params", "tokens"), (1, 1e40))
            | dict(loss=(1e-3, 100), bpb=(0, 100), bytes_per_token=(0, 1e3), vocab_size=(0.99, 1e9))
            | dict.fromkeys(SHAPE_COLUMNS, (0.99, 1e6)) | dict.fromkeys(MAY_BE_ZERO, (-1, 1e6)))
-WORDS = ("kind", "seed", "eval", "tokenizer")
+MEASURED, WORDS = ("params", "tokens", "loss", "bytes_per_token", "bpb"), ("kind", "seed", "eval", "tokenizer")
 
 
 def read_csv(path):
@@ -167,18 +169,16 @@ def read_csv(path):
     for line, cells in lines[1:]:
         row, where = dict(zip(head, cells)), f"{path} line {line}"
         need(len(cells) == len(head), where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
-        kind = row.get("kind") or "isoflop"
-        need(kind in ("isoflop", "held_out", "excluded"), where, "kind isoflop, held_out or excluded", kind,
-             "correct the cell")
+        need(row.get("kind", "") in ("", "isoflop", "held_out", "excluded"), where,
+             "kind isoflop, held_out or excluded", row.get("kind"), "correct the cell")
         value = {key: number(row[key], where, key, *ends) for key, ends in NUMBERS.items()
                  if row.get(key) or key in (C_column, "loss")}
         if not {"params", "tokens"} <= value.keys():
             value = derived(value, value[C_column], where) | value
-        runs.append(Run(
-            value[C_column], value["params"], value["tokens"], value["loss"], value.get("budget_flops", 0.0),
-            kind, *(row.get(key, "") for key in ("seed", "eval", "tokenizer")),
-            value.get("bytes_per_token", 0.0), value.get("bpb", 0.0), str(path),
-            {key: cell for key, cell in row.items() if key not in NUMBERS and key not in WORDS}))
+        runs.append(Run(value[C_column], budget=value.get("budget_flops", 0.0), source=str(path),
+                        **{key: value[key] for key in MEASURED if key in value},
+                        **{key: row[key] for key in WORDS if row.get(key)},
+                        extra={key: row[key] for key in head if key not in NUMBERS and key not in WORDS}))
     return runs
 
 
@@ -210,10 +210,10 @@ def read_run_dir(folder):
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
-    known = {key: number(result.pop(key, None), path, key, *NUMBERS[key])
-             for key in ("flops", "params", "tokens", "loss", "bytes_per_token", "bpb")}
+    known = {key: number(result.pop(key, None), path, key, *NUMBERS[key]) for key in ("flops", *MEASURED)}
     return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
-               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "", extra=result)
+               tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "",
+               extra=result | {"run_dir": str(folder)})
 
 
 def checked(runs, source):
@@ -714,9 +714,9 @@ def report(r):
     """The printed page of an analysis."""
     law, choice = r["envelope"], r["choices"]
     print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; "
-          f"{METHODS[choice['method']]} in {choice['axis']}, {r['unit']}\n{CONVENTION}; "
-          f"k from {r['k_range'][0]:.2f} to {r['k_range'][1]:.2f}\n\n"
-          "     C  runs       D*         N*   D*/N*    loss*  curvature")
+          f"{METHODS[choice['method']]} in {choice['axis']}, {UNITS[r['unit']]}\n{CONVENTION}"
+          + ("; k from {:.2f} to {:.2f}".format(*r["k_range"]) if r["N_star"] else "") +
+          "\n\n     C  runs       D*         N*   D*/N*    loss*  curvature")
     for v in r["vertices"]:
         print(f"{v['budget']:8.3g} {v['runs']:3d} {v['tokens']:10.4e} {v['params']:10.4e} "
               f"{v['tokens'] / v['params']:6.1f}  {v['loss']:8.5f} {v['curvature']:8.4f}  "
@@ -758,11 +758,12 @@ def report(r):
 def fit_of(a, targets):
     """What the options that `fit` and `register` share ask for."""
     need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
-    runs = ([read_run_dir(folder) for folder in a.runs] if a.runs
+    source = f"--runs ({len(a.runs)} directories)" if a.runs else a.table
+    runs = ([replace(read_run_dir(folder), source=source) for folder in a.runs] if a.runs
             else reference(a.table) if a.table in TABLES else read_csv(a.table))
     E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
     choices = Choices(a.method, a.axis, a.window, E, a.space)
-    return analyse(runs, choices, targets, a.unit, " ".join(a.runs or [a.table]), a.draws)
+    return analyse(runs, choices, targets, a.unit, source, a.draws)
 
 
 # ------------------------------------------------------------------------------------------------------- bias
@@ -1103,10 +1104,6 @@ def scientific(C):
     return rf"${float(digits):g}\times10^{{{int(power)}}}$".replace(r"1\times", "")
 
 
-def unit_name(r):
-    return "nats per token" if r["unit"] == "nats" else "bits per byte"
-
-
 def draw_bowls(ax, r):
     """Every run of the ladder, the curve through each budget, its vertex, and what was excluded."""
     axis, shades = r["choices"]["axis"], np.linspace(0.1, 0.9, len(r["vertices"]))
@@ -1124,7 +1121,7 @@ def draw_bowls(ax, r):
         ax.plot(*columns(r["_left_out"], axis, "loss"), "o", ms=3, mfc="none", color="0.7",
                 label="excluded from the fit")
         ax.legend()
-    ax.set(xscale="log", ylabel=f"macro loss ({unit_name(r)})",
+    ax.set(xscale="log", ylabel=f"macro loss ({UNITS[r['unit']]})",
            title="isoFLOP bowls, $C$ in FLOPs (stars: vertices)",
            xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
     ax.margins(x=0.16)
@@ -1158,7 +1155,7 @@ def draw_envelope(ax, r, as_error=False):
     if as_error:
         ax.set(ylabel="distance from the forecast (%)", title="the same, as an error")
     else:
-        ax.set(ylabel=f"macro loss ({unit_name(r)})", title="compute-optimal loss")
+        ax.set(ylabel=f"macro loss ({UNITS[r['unit']]})", title="compute-optimal loss")
         ax.legend()
 
 
@@ -1173,7 +1170,7 @@ def draw_asymptote(ax, r):
     ax.plot(r["envelope"]["E"], last["loss"], "s", color=BLUE, mfc="w", label=f"{last['loss']:.4f} fitted")
     for outcome in last["outcomes"][:1]:
         ax.axhline(outcome["loss"], color=RED, lw=1.2, label=f"{outcome['loss']:.4f} came (not fitted)")
-    ax.set(xlabel=f"assumed asymptote $E$ ({unit_name(r)})", title="what the asymptote decides",
+    ax.set(xlabel=f"assumed asymptote $E$ ({UNITS[r['unit']]})", title="what the asymptote decides",
            ylabel=f"macro loss at $C$ = {scientific(last['C'])} FLOPs")
     ax.legend()
     ax.set_visible(bool(near))                          # a surface has no profile
@@ -1302,7 +1299,7 @@ def parser():
     add("--window", type=positive, metavar="F", help="only runs within this factor of the vertex")
     add("--asymptote", default="free", help="E: free or a value")
     add("--fit-space", dest="space", choices=("log", "linear"), default="log")
-    add("--unit", choices=("nats", "bpb"), default="nats")
+    add("--unit", choices=UNITS, default="nats", help="of the loss; bpb is bits per byte")
     add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
     add = planning.add_argument
     add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
@@ -1354,6 +1351,9 @@ def main(words):
         return 0
     except BadInput as error:
         complaint = error
+    except BrokenPipeError:                             # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as error:
         complaint = BadInput("python", "the packages of requirements.txt", error, "pip install -r it")
     except OSError as error:

@@ -474,7 +474,7 @@ def finished_run(folder, run, **more):
     return folder
 
 
-def test_run_directories_fit_as_tables_do(tmp_path):
+def test_run_directories_fit_as_tables_do(tmp_path, capsys):
     runs = scaling.simulate(scaling.SURFACES["Chinchilla"], 4, points=5)
     folders = [finished_run(tmp_path / str(i), replace(r, flops=r.flops * (1 + 0.01 * (i % 3))))
                for i, r in enumerate(runs)]
@@ -486,7 +486,9 @@ def test_run_directories_fit_as_tables_do(tmp_path):
     f = r["forecasts"][0]
     assert len(r["vertices"]) == 5 and f["bytes_per_param"] == 4 * f["tokens_per_param"]
     assert [f["C"] for f in r["forecasts"]] == [1e22, 1e23, 1e24]
-    assert r["table"][0]["extra"] == {"domains": {"kjv": {"loss": 2.5}}, "commit": "abc"}
+    assert r["table"][0]["extra"] == {"domains": {"kjv": {"loss": 2.5}}, "commit": "abc",
+                                      "run_dir": str(folders[0])}
+    refused(["fit", "--runs", folders[0]], "--runs (1 directories): budget 1e+17: expected at least 3", capsys)
     for broken in ("{", "[]", "null", '{"flops": 1e400}', '{"loss": "x"}', "[" * 5000, "NaN",
                    '{"flops": ' + "9" * 5000 + "}"):
         (folders[0] / "result.json").write_text(broken)

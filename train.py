@@ -23,6 +23,7 @@ import glob
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -577,7 +578,12 @@ class Checkpoints:
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        self.ocp, self.t, self.manager, self.broken, self.at = ocp, t, None, {}, None
+        # what orbax's threads log with stacks is caught and said in one line here; tensorstore's callbacks, late
+        # for an event loop that such an error has closed, print theirs through sys.excepthook
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.excepthook = lambda kind, error, trace: (str(error) == "Event loop is closed"
+                                                     or sys.__excepthook__(kind, error, trace))
+        self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 
     def steps(self):
@@ -640,8 +646,9 @@ class Checkpoints:
         policies = self.ocp.checkpoint_managers
         keep = [policies.LatestN(self.t.keep)]
         keep += [policies.EveryNSteps(self.t.keep_every)] if self.t.keep_every else []
-        options = self.ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, enable_async_checkpointing=True,
-                                                    preservation_policy=policies.AnyPreservationPolicy(keep))
+        options = self.ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=not self.failed, enable_async_checkpointing=True,
+            preservation_policy=policies.AnyPreservationPolicy(keep))
         try:
             for step in self.broken if leads() else ():
                 if (self.folder / str(step)).exists():
@@ -661,6 +668,7 @@ class Checkpoints:
         if not finite:
             raise Halted(f"step {step}: the state is not finite, though every update was; not saved")
         wrong = self.settle()
+        self.sweep()
         proof = {"step": step, "config": config, "arrays": dict(zip(leaves, np.asarray(marks).tolist()))}
         record = {"proof": proof, "crc32": zlib.crc32(json.dumps(proof, sort_keys=True).encode())}
         args, self.at = self.ocp.args, step
@@ -682,16 +690,23 @@ class Checkpoints:
 
     def give_up(self, error):
         """A manager does not recover from a failed write: take another, and clear away what is half written."""
-        wrong, self.at = f"step {self.at}: {one_line(error)}", None
+        wrong, self.at, self.failed = f"step {self.at}: {one_line(error)}", None, True
         with contextlib.suppress(Exception):
             self.manager.close()
         self.open()
         return wrong
 
+    def sweep(self):
+        """Remove what a failed write left half done. Its threads may still be at it: then the next time."""
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if leads() and self.failed else ():
+            with contextlib.suppress(OSError):
+                path.rmtree(missing_ok=True)
+
     def close(self):
         if self.manager:
             self.settle()
             self.manager.close()
+            self.sweep()
 
 
 # ----------------------------------------------------------------------------------------------- run directory

@@ -1267,6 +1267,7 @@ def main(arguments):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as ctrl-C, where stop_signals does not rule
     code = main(sys.argv[1:])
-    if code and jax.process_count() > 1:
-        os._exit(code)          # a goodbye would wait for peers, which may be waiting for this process
-    sys.exit(code)
+    if code:                    # a goodbye would wait for peers that wait for this process, or for threads of a
+        sys.stdout.flush()      # failed write, and let them speak after the one line that counts
+        sys.stderr.flush()
+        os._exit(code)

@@ -1072,8 +1072,8 @@ def train(c, t):
         if failed := checkpoints.settle():
             note("save_failed", why=failed)
         if checkpoints.at != int(state.step):
-            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones are "
-                           f"there, and the same command goes on from them")
+            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones "
+                           f"are there, and the same command goes on from them")
         if signal_number:
             note("stopped", signal=signal_number, step=int(state.step))
             say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on")

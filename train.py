@@ -26,6 +26,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -682,7 +683,12 @@ class Checkpoints:
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        self.ocp, self.t, self.manager, self.broken, self.at = ocp, t, None, {}, None
+        # what orbax's threads log with stacks is caught and said in one line here; tensorstore's callbacks, late
+        # for an event loop that such an error has closed, print theirs through sys.excepthook
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.excepthook = lambda kind, error, trace: (str(error) == "Event loop is closed"
+                                                     or sys.__excepthook__(kind, error, trace))
+        self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 
     def steps(self):
@@ -745,8 +751,9 @@ class Checkpoints:
         policies = self.ocp.checkpoint_managers
         keep = [policies.LatestN(self.t.keep)]
         keep += [policies.EveryNSteps(self.t.keep_every)] if self.t.keep_every else []
-        options = self.ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, enable_async_checkpointing=True,
-                                                    preservation_policy=policies.AnyPreservationPolicy(keep))
+        options = self.ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=not self.failed, enable_async_checkpointing=True,
+            preservation_policy=policies.AnyPreservationPolicy(keep))
         try:
             for step in self.broken if leads() else ():
                 if (self.folder / str(step)).exists():
@@ -766,6 +773,7 @@ class Checkpoints:
         if not finite:
             raise Halted(f"step {step}: the state is not finite, though every update was; not saved")
         wrong = self.settle()
+        self.sweep()
         proof = {"step": step, "config": config, "arrays": dict(zip(leaves, np.asarray(marks).tolist()))}
         record = {"proof": proof, "crc32": zlib.crc32(json.dumps(proof, sort_keys=True).encode())}
         args, self.at = self.ocp.args, step
@@ -787,16 +795,23 @@ class Checkpoints:
 
     def give_up(self, error):
         """A manager does not recover from a failed write: take another, and clear away what is half written."""
-        wrong, self.at = f"step {self.at}: {one_line(error)}", None
+        wrong, self.at, self.failed = f"step {self.at}: {one_line(error)}", None, True
         with contextlib.suppress(Exception):
             self.manager.close()
         self.open()
         return wrong
 
+    def sweep(self):
+        """Remove what a failed write left half done. Its threads may still be at it: then the next time."""
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if leads() and self.failed else ():
+            with contextlib.suppress(OSError):
+                path.rmtree(missing_ok=True)
+
     def close(self):
         if self.manager:
             self.settle()
             self.manager.close()
+            self.sweep()
 
 
 # ----------------------------------------------------------------------------------------------- run directory
@@ -1492,8 +1507,8 @@ def train(c, t):
         if failed := checkpoints.settle():
             note("save_failed", why=failed)
         if checkpoints.at != int(state.step):
-            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones are "
-                           f"there, and the same command goes on from them")
+            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones "
+                           f"are there, and the same command goes on from them")
         if signal_number:
             note("stopped", signal=signal_number, step=int(state.step))
             say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on")
@@ -1690,6 +1705,7 @@ def main(arguments):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as ctrl-C, where stop_signals does not rule
     code = main(sys.argv[1:])
-    if code and jax.process_count() > 1:
-        os._exit(code)          # a goodbye would wait for peers, which may be waiting for this process
-    sys.exit(code)
+    if code:                    # a goodbye would wait for peers that wait for this process, or for threads of a
+        sys.stdout.flush()      # failed write, and let them speak after the one line that counts
+        sys.stderr.flush()
+        os._exit(code)

@@ -10,8 +10,8 @@
 #   keep    NAME ZONE TYPE RETRIES CONFIG ...      run, and start again after what is worth it (see `again`)
 #   delete  NAME ZONE                              give the machines back; they cost money until then
 #
-# --dry-run before the verb prints every gcloud command and runs none. Checkpoints must live in a bucket that all workers reach:
-# --checkpoint_dir=gs://BUCKET/RUN, in the zone's region. The images ship Python 3.10 and train.py needs 3.11, so
+# --dry-run before the verb prints every gcloud command and runs none. Checkpoints must live in a bucket that all
+# workers reach: --checkpoint_dir=gs://BUCKET/RUN, in the zone's region. The images ship Python 3.10 and train.py needs 3.11, so
 # `setup` makes its own environment. Slices of one request are NAME-0, NAME-1, ...; the verbs address all of them.
 set -euo pipefail
 

@@ -33,7 +33,7 @@ SECONDS, BYTES = 20, 3 << 30            # that one case may take: no hang, no un
 # ------------------------------------------------------------------------------------------------------- damage
 
 TOKENS = [b"", b"\x00", b"\xff\xfe", b"-1", b"0", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'""', b'"x"',
-          b"99999999999999999999", b"\n", b",", b'"', b"[" * 2000, b"(" * 300, b"-" * 5000, "é".encode(), b"../..",
+          b"99999999999999999999", b"\n", b",", b'"', b"[" * 2000, b"(" * 300, b"-" * 5000, "é".encode(),
           struct.pack("<i", -1), struct.pack("<q", 2**62), struct.pack("<i", 20240801)]
 EDIT = st.tuples(st.sampled_from(["flip", "cut", "insert", "replace", "delete", "repeat"]),
                  st.floats(0, 1, exclude_max=True), st.integers(0, 2**16), st.sampled_from(TOKENS))

@@ -16,9 +16,12 @@ def close(got, want, tolerance=2e-5, floor=1e-9):
 
 
 def both(f, *args):
-    """Value and all gradients of sum(sin(f))."""
-    g = jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=tuple(range(len(args))))
-    return jax.jit(g)(*args)
+    """Value of f, all gradients of sum(sin(f)). Not the sum: it may cancel, and then rounding looks large."""
+    def total(*a):
+        y = f(*a)
+        return jnp.sum(jnp.sin(y)), y
+    gradients, value = jax.jit(jax.grad(total, argnums=tuple(range(len(args))), has_aux=True))(*args)
+    return value, gradients
 
 
 def segments(kind, B, S):

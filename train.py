@@ -578,7 +578,7 @@ class Checkpoints:
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is said in a line here
+        logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is one line here
         self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 

@@ -683,11 +683,7 @@ class Checkpoints:
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        # what orbax's threads log with stacks is caught and said in one line here; tensorstore's callbacks, late
-        # for an event loop that such an error has closed, print theirs through sys.excepthook
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        sys.excepthook = lambda kind, error, trace: (str(error) == "Event loop is closed"
-                                                     or sys.__excepthook__(kind, error, trace))
+        logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is one line here
         self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 

@@ -13,6 +13,7 @@ whole held-out Shakespeare as train.py scores ours: in windows one after another
 Times instead one training step of the two at that laptop shape, in turns: nanoGPT's GPT with its AdamW and its
 clip, and our model without experts, of as many parameters, with ours. Both eager or compiled as they come."""
 import argparse
+import contextlib
 import math
 import pickle
 import subprocess
@@ -75,26 +76,27 @@ def bits_per_byte(repo, held_out):
     return nats / math.log(2) / (len(held_out.encode()) - 1), saved["best_val_loss"]
 
 
-def speed(repo, rounds):
+def speed(repo, rounds, name):
+    """With a name, be that runner of peer_torch.race; without one, let "ours" and "nanoGPT" take turns."""
     import jax
 
     import model
     import peer_torch as peer
     import train as our
     our.keep_freed_memory()
-    # our model.py is loaded, so nanoGPT's, of the same name, comes by its path
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("nanogpt_model", repo / "model.py")
-    nano = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nano)
-
     rows, S, V = 12, 64, 65
     c = model.ModelConfig(vocab_size=V, seq_len=S, hidden_dim=128, num_layers=4, num_heads=4, num_kv_heads=4,
                           head_dim=32, shared_dim=320, gated_norm_rank=16, remat="none")
     t = our.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=10_000, batch_size=rows)
     _, _, batch = peer.problem(c, rows, 0, padding=False)
-    step = peer.our_step(c, t, jax.tree.map(np.asarray, model.init(c, jax.random.key(0))), batch)
+    if name == "ours":
+        return peer.work(peer.our_step(c, t, batch))
 
+    # our model.py is loaded, so nanoGPT's, of the same name, comes by its path
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("nanogpt_model", repo / "model.py")
+    nano = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nano)
     torch.set_num_threads(len(our.os.sched_getaffinity(0)))
     network = nano.GPT(nano.GPTConfig(block_size=S, vocab_size=V, n_layer=4, n_head=4, n_embd=128, dropout=0.0,
                                       bias=False))
@@ -108,13 +110,18 @@ def speed(repo, rounds):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
-    ms = {k: 1e3 * s for k, s in peer.race({"ours": step, "nanoGPT": nano_step}, rounds, steps=10).items()}
+    if name == "nanoGPT":
+        with contextlib.redirect_stdout(sys.stderr):
+            nano_step()
+        return peer.work(nano_step)
     sizes = {"ours": model.count(c).total, "nanoGPT": sum(w.numel() for w in network.parameters())}
+    commands = {name: [Path(__file__).resolve(), repo, "--speed", f"--runner={name}"] for name in sizes}
+    ms = {k: 1e3 * s for k, s in peer.race(commands, rounds, steps=10).items()}
     for name in ms:
         print(f"{name:8s} {sizes[name]:9,} parameters  {ms[name]:6.1f} ms a step  "
               f"{rows * S / ms[name]:5.1f} ktok/s")
-    print(f"ours reaches {ms['nanoGPT'] / ms['ours']:.2f} x nanoGPT's tokens per second "
-          f"(best of {rounds} rounds of 10 steps, interleaved; torch {torch.__version__}, jax {jax.__version__})")
+    print(f"ours reaches {ms['nanoGPT'] / ms['ours']:.2f} x nanoGPT's tokens per second (best of {rounds} rounds of "
+          f"10 steps, in turns, a process each; torch {torch.__version__}, jax {jax.__version__})")
 
 
 if __name__ == "__main__":
@@ -123,9 +130,10 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=150, help="wall-clock time of configs/smoke.py")
     parser.add_argument("--speed", action="store_true", help="time one step of both at nanoGPT's laptop shape")
     parser.add_argument("--rounds", type=int, default=12, help="of --speed")
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.speed:
-        sys.exit(speed(options.repo.resolve(), options.rounds))
+        sys.exit(speed(options.repo.resolve(), options.rounds, options.runner))
     held_out = write_dataset(options.repo.resolve())
     steps = 2000
     for _ in range(2):

@@ -12,6 +12,7 @@ B batch  S sequence  T tokens  D hidden  N query heads  M key/value heads  G=N/M
 K experts per token  V vocabulary  L layers."""
 import argparse
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -220,7 +221,8 @@ class Trainer:
 
     def step(self, batch):
         loss, _, self.bias_LE = self.gradients(batch)
-        self.optimizer.step(float(train.lr_share(self.t, self.optimizer.steps)))
+        warm = max(1, round(self.t.warmup * self.t.steps))                      # the linear schedule
+        self.optimizer.step(np.interp(self.optimizer.steps + 1, [0, warm, self.t.steps], [0, 1, 0]))
         return loss
 
 
@@ -297,12 +299,11 @@ def deviations(c, seed=0, rows=3, steps=2):
     return found
 
 
-def our_step(c, t, w, batch):
+def our_step(c, t, batch):
     """A function that takes one of our training steps, on all devices that train.py would use."""
     mesh = train.make_mesh(c, t)
     shardings = train.state_shardings(c, t, mesh)
     state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)), out_shardings=shardings)()
-    state = state._replace(params=jax.device_put(w, shardings.params))
     step, rows = train.make_train_step(c, t, mesh), data.Batch(
         *(batch[k].astype(np.int32) for k in ("tokens", "targets", "segments")), batch["weights"])
 
@@ -313,46 +314,77 @@ def our_step(c, t, w, batch):
     return run
 
 
-def race(runners, rounds, steps=3):
-    """{name: seconds of one step}, best of `rounds`; the runners take turns, a few steps each."""
-    best = {}
-    for i in range(rounds + 1):
-        for name, run in runners.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                last = run()
-            float(last)                                         # waits for our devices; torch is done anyway
-            seconds = (time.perf_counter() - start) / steps
-            best[name] = min(best.get(name, math.inf), seconds) if i else math.inf      # the first round compiles
+def work(run):
+    """Be a runner: for every line on standard input, take so many steps and answer with the seconds of one."""
+    for _ in range(3):
+        float(run())                                            # compiles, and fills the caches
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            last = run()
+        float(last)                                             # waits for our devices; torch is done anyway
+        print((time.perf_counter() - start) / int(line), flush=True)
+
+
+def race(commands, rounds, steps):
+    """{name: seconds of one step}, the best of `rounds`. Each command is a process that calls `work`; they take
+    turns and sleep meanwhile: in one process the threads and the memory of one library slow down the other."""
+    runners = {name: subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, text=True,
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+               for name, words in commands.items()}
+    for runner in runners.values():
+        while runner.stdout.readline().strip() != "ready":
+            if runner.poll() is not None:
+                sys.exit(f"a runner ended with {runner.returncode}")
+    best = dict.fromkeys(runners, math.inf)
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            print(steps, file=runner.stdin, flush=True)
+            best[name] = min(best[name], float(runner.stdout.readline()))
+    for runner in runners.values():
+        runner.stdin.close()
+        runner.wait()
     return best
 
 
 def speed(paths, rounds):
-    print(f"whole training step, random tokens; best of {rounds} rounds of 3 steps, interleaved; "
+    print(f"whole training step, random tokens; best of {rounds} rounds of 3 steps, in turns, a process each; "
           f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   "
           "ours over the faster torch")
     for path in paths:
         c, t = train.load_config(path)
-        w, _, batch = problem(c, t.batch_size, 0, padding=False)
-        w = jax.tree.map(np.asarray, model.init(c, jax.random.key(0)))
-        runners = {"ours": our_step(c, t, w, batch)}
-        kinds = {"loop": experts_loop, "grouped": experts_grouped} if c.num_experts else {"loop": experts_loop}
-        for name, experts in kinds.items():
-            peer = Trainer(c, t, w, experts)
-            runners[name] = lambda peer=peer, batch=to_torch(batch): peer.step(batch)
-        ms = {name: 1e3 * s for name, s in race(runners, rounds).items()}
-        tokens, fastest = t.batch_size * c.seq_len, min(ms[name] for name in kinds)
+        names = ["ours", "loop"] + (["grouped"] if c.num_experts else [])
+        commands = {name: [Path(__file__), path, f"--runner={name}"] for name in names}
+        ms = {name: 1e3 * s for name, s in race(commands, rounds, steps=3).items()}
+        tokens, fastest = t.batch_size * c.seq_len, min(ms[name] for name in names[1:])
         print(f"{path:20s} {tokens:7,} {ms['ours']:8.1f} {ms['loop']:11.1f} {ms.get('grouped', math.nan):8.1f}   "
               f"{fastest / ms['ours']:.2f} x its tokens per second ({tokens / ms['ours']:.1f} ktok/s)", flush=True)
+
+
+def runner(name, path):
+    """What takes a step of a config: "ours", or the peer with its experts as "loop" or "grouped"."""
+    c, t = train.load_config(path)
+    _, _, batch = problem(c, t.batch_size, 0, padding=False)
+    w = jax.tree.map(np.asarray, model.init(c, jax.random.key(0))) if name != "ours" else None
+    if name == "ours":
+        return our_step(c, t, batch)
+    peer = Trainer(c, t, w, {"loop": experts_loop, "grouped": experts_grouped}[name])
+    rows = to_torch(batch)
+    return lambda: peer.step(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", help="of which the speed is compared; smoke and laptop by default")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
     options = parser.parse_args()
     train.keep_freed_memory()       # before torch's threads have arenas of their own; torch gains from it as we do
+    torch.set_num_threads(len(train.os.sched_getaffinity(0)))
+    if options.runner:
+        return work(runner(options.runner, options.configs[0]))
     if not options.configs:
         print("largest deviation, over the largest value (float32)")
         for name, sizes in SHAPES.items():
@@ -360,7 +392,6 @@ def main():
             worst = lambda kind: max((v for k, v in found.items() if k.startswith(kind)), default=math.nan)
             print(f"{name:24s}" + "  ".join(f"{kind} {worst(kind):.0e}" for kind in (
                 "logits", "loss", "next bias", "gradient", "step")), flush=True)
-    torch.set_num_threads(len(train.os.sched_getaffinity(0)))
     speed(options.configs or ["configs/smoke.py", "configs/laptop.py"], options.rounds)
 
 

@@ -120,8 +120,8 @@ def speed(repo, rounds, name):
     for name in ms:
         print(f"{name:8s} {sizes[name]:9,} parameters  {ms[name]:6.1f} ms a step  "
               f"{rows * S / ms[name]:5.1f} ktok/s")
-    print(f"ours reaches {ms['nanoGPT'] / ms['ours']:.2f} x nanoGPT's tokens per second (best of {rounds} rounds of "
-          f"10 steps, in turns, a process each; torch {torch.__version__}, jax {jax.__version__})")
+    print(f"ours reaches {ms['nanoGPT'] / ms['ours']:.2f} x nanoGPT's tokens per second (best of {rounds} rounds "
+          f"of 10 steps, in turns, a process each; torch {torch.__version__}, jax {jax.__version__})")
 
 
 if __name__ == "__main__":

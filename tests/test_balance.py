@@ -485,7 +485,7 @@ def test_a_threshold_hears_who_passes_and_silences_the_other_slots():
     logits, bias, valid = x @ p["router_DE"], jnp.zeros(E), jnp.ones(256, bool)
     margin = balance.select(logits, bias, K, "threshold")[1]
     bias = balance.update("threshold", margin[None], valid, bias[None], K, rate=1.0)[0][0]
-    r = moe.route(x, p["router_DE"], bias, K, 2.5, "threshold")
+    r = moe.route(x, p["router_DE"], bias, K, 2.5, balancer="threshold")
     heard = np.asarray(logits + bias > 0)
     assert r.expert_TK.shape == (256, 2 * K) and np.abs(heard.sum(0) - 64).max() <= 1
     counts = np.minimum(heard.sum(1), 2 * K)                    # beyond 2K slots nobody is heard
@@ -493,7 +493,7 @@ def test_a_threshold_hears_who_passes_and_silences_the_other_slots():
     sums = np.asarray(r.gate_TK).sum(1)
     np.testing.assert_allclose(sums[counts > 0], 2.5, rtol=1e-5)
     assert (sums[counts == 0] == 0).all()
-    loss = lambda f: lambda x: jnp.sum(jnp.sin(f(x, p, bias, K, 0.0, "threshold")[0]))
+    loss = lambda f: lambda x: jnp.sum(jnp.sin(f(x, p, bias, K, balancer="threshold")[0]))
     run = lambda f: jax.jit(jax.value_and_grad(loss(f)))(x)
     for got, want in zip(run(moe.moe), run(moe.dense_moe)):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -580,9 +580,10 @@ def test_all_padding_keeps_the_bias():
 def test_a_kept_bias_is_an_event(config, tmp_path):
     c, t = load(config)
     mesh = train.make_mesh(c, t)
-    log = train.Log(tmp_path, c, t, mesh, 0)
+    log = train.Log(tmp_path, c, t, mesh, 0, rows_of=None)
     row = {"loss": 1.0, "gnorm": 1.0, "lr_share": 1.0, "router_z": 0.0,
-           "load_LE": np.ones((c.num_layers, c.num_experts))}
+           "load_LE": np.ones((c.num_layers, c.num_experts)), "dropped_L": np.zeros(c.num_layers),
+           "skipped": False}
     for step, kept in ((1, 0), (2, 2), (3, 0)):
         log.step(step, row | {"bias_kept": kept}, step == 3, lambda line: None)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]

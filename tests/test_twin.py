@@ -178,7 +178,7 @@ MUTANTS = {     # another config for model.py; or where to patch it, and what to
     "key offset off": (model, "key_offset", lambda f: lambda k, segment_BS: k),
     "key offset across documents": (model, "key_offset", lambda f: lambda k, seg_BS: f(k, 0 * seg_BS)),
     "no QK-norm": (model, "rms", lambda f: lambda x, eps: x if eps == 1e-6 else f(x, eps)),
-    "the bias does not choose": (model.moe, "moe", lambda f: lambda x, p, b_E, *a: f(x, p, 0 * b_E, *a))}
+    "the bias does not choose": (model.moe, "moe", lambda f: lambda x, p, b_E, *a, **k: f(x, p, 0 * b_E, *a, **k))}
 
 
 @pytest.mark.parametrize("name", MUTANTS)

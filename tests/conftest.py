@@ -13,10 +13,11 @@ jax.devices()                   # start the backend now: train.make_mesh must fi
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes instead of seconds; run with `pytest -m slow`")
+    config.addinivalue_line("markers", "endurance: an hour in all, not part of CI; run with `pytest -m endurance`")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("-m"):
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with `pytest -m slow`"))
+            for name in {"slow", "endurance"} & set(item.keywords):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: run with `pytest -m {name}`"))

@@ -3,7 +3,7 @@
 After a fault either the same command ends in the state and the logged losses of an undisturbed run, bit for bit
 ("survived"), or the program stops with one clear line, a non-zero exit code and every earlier good checkpoint in
 place ("stopped"). Anything else is "lost" and fails. The counts are printed at the end of the session.
-pytest tests/test_faults.py runs a few; -m slow runs them all."""
+pytest tests/test_faults.py runs a few; -m endurance runs them all."""
 import fcntl
 import json
 import os
@@ -27,7 +27,7 @@ import train
 from test_train import CONFIG, assert_same_bits, synthetic, text          # noqa: F401 (text is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
-slow = pytest.mark.slow
+endurance = pytest.mark.endurance         # of this file: about half an hour, and its counts are not settled yet
 STEPS, SAVE = 12, 4
 TINY = f"""
 num_layers = 1
@@ -144,9 +144,9 @@ RNG = random.Random(20261124)
 KILLS = [f"kill={step}" for step in sorted(RNG.sample(range(1, STEPS + 1), 10))]
 
 
-@pytest.mark.parametrize("fault", [KILLS[5], *(pytest.param(f, marks=slow) for f in (*KILLS[:5], *KILLS[6:])),
-                                   *(pytest.param(f"kill-in-save={i}", marks=slow) for i in (1, 2, 3)),
-                                   *(pytest.param(f"kill-in-eval={i}", marks=slow) for i in (1, 2))])
+@pytest.mark.parametrize("fault", [KILLS[5], *(pytest.param(f, marks=endurance) for f in (*KILLS[:5], *KILLS[6:])),
+                                   *(pytest.param(f"kill-in-save={i}", marks=endurance) for i in (1, 2, 3)),
+                                   *(pytest.param(f"kill-in-eval={i}", marks=endurance) for i in (1, 2))])
 def test_kill_9(config, plain, table, tmp_path, fault):
     name = "kill -9 " + {"kill": "at a step", "kill-in-save": "during a save",
                          "kill-in-eval": "during an evaluation"}[fault.partition("=")[0]]
@@ -156,7 +156,7 @@ def test_kill_9(config, plain, table, tmp_path, fault):
     judge(table, name, "survived")
 
 
-@slow
+@endurance
 @pytest.mark.parametrize("fault", ["term=1", "term=5", "term=8", "int=7", "term-in-save=1", "term-in-save=2",
                                    "term-in-save=3", "term-in-eval=1", "term-in-eval=2"])
 def test_sigterm_saves_and_exits_with_0(config, plain, table, tmp_path, fault):
@@ -173,7 +173,7 @@ def test_sigterm_saves_and_exits_with_0(config, plain, table, tmp_path, fault):
     judge(table, name, "survived")
 
 
-@slow
+@endurance
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 @pytest.mark.parametrize("share", [RNG.random() for _ in range(6)], ids=lambda s: f"{s:.2f}")
 def test_signals_at_random_moments(config, plain, table, tmp_path, number, share):
@@ -192,7 +192,7 @@ def test_signals_at_random_moments(config, plain, table, tmp_path, number, share
     judge(table, name, "survived")
 
 
-@slow
+@endurance
 @pytest.mark.parametrize("fault, code", [("kill-in-preparation=7", -signal.SIGKILL),
                                          ("term-in-preparation=9", 130)])
 def test_signals_during_preparation(config, plain, table, tmp_path, fault, code):
@@ -269,7 +269,7 @@ CASES = [(name, i) for name, harms in HARM.items() for i in range(len(harms))]
 
 
 @pytest.mark.parametrize("name, i", [case if case[0] == "bit-flipped in a parameter" else
-                                     pytest.param(*case, marks=slow) for case in CASES])
+                                     pytest.param(*case, marks=endurance) for case in CASES])
 def test_the_newest_checkpoint_is_broken(config, plain, table, tmp_path, name, i):
     """It is named, kept, and the one before it is used."""
     judge(table, f"newest checkpoint {name}", "injected")
@@ -300,7 +300,7 @@ def test_all_checkpoints_are_broken(config, plain, table, tmp_path):
 
 # --------------------------------------------------------------------------------------------------- full disks
 
-@slow
+@endurance
 @pytest.mark.parametrize("fault", ["full-in-save=1", "full-in-save=2", "full-in-save=3"])
 def test_a_full_disk_during_a_save(config, plain, table, tmp_path, fault):
     """The run goes on and says so; only a failure of the last save ends it, with 75."""
@@ -318,7 +318,7 @@ def test_a_full_disk_during_a_save(config, plain, table, tmp_path, fault):
     judge(table, "disk full during a save, for a while", "survived")
 
 
-@slow
+@endurance
 def test_a_disk_that_stays_full(config, plain, table, tmp_path):
     judge(table, "disk full from a save on", "injected")
     run = tmp_path / "run"
@@ -328,7 +328,7 @@ def test_a_disk_that_stays_full(config, plain, table, tmp_path):
     judge(table, "disk full from a save on", "survived")
 
 
-@slow
+@endurance
 def test_a_full_disk_during_preparation(config, plain, table, tmp_path):
     judge(table, "disk full during data preparation", "injected")
     keys = [f"--data_dir={tmp_path / 'data'}"]
@@ -341,7 +341,7 @@ def test_a_full_disk_during_preparation(config, plain, table, tmp_path):
 
 # ------------------------------------------------------------------------------------------ logs, clocks, locks
 
-@slow
+@endurance
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
 def test_a_log_torn_in_the_middle_of_a_line(config, plain, table, tmp_path, name):
     judge(table, "metrics or events torn in a line", "injected")
@@ -355,7 +355,7 @@ def test_a_log_torn_in_the_middle_of_a_line(config, plain, table, tmp_path, name
     judge(table, "metrics or events torn in a line", "survived")
 
 
-@slow
+@endurance
 def test_a_clock_that_goes_backwards(config, plain, table, tmp_path):
     judge(table, "clock going backwards", "injected")
     done = go(config, tmp_path / "run", "clock=1")
@@ -378,7 +378,7 @@ def test_a_second_trainer_is_refused(config, plain, table, tmp_path):
         assert f"process {os.getpid()}" in (run / "lock").read_text()
 
 
-@slow
+@endurance
 def test_two_trainers_on_one_run_directory(config, plain, table, tmp_path):
     judge(table, "two trainers on one run directory", "injected")
     run = tmp_path / "run"
@@ -424,7 +424,7 @@ SHARD_FAULTS = {
     "shard replaced after the manifest": [("prepared", edit(100, b"x"), "its content has changed")]}
 
 
-@slow
+@endurance
 @pytest.mark.parametrize("fault, i", [(name, i) for name in SHARD_FAULTS for i in range(len(SHARD_FAULTS[name]))])
 def test_broken_shards_are_refused_before_the_first_step(config, plain, table, tmp_path, fault, i):
     """In the middle of a run: it stops, its checkpoints stay, and with the shard mended it goes on."""
@@ -474,7 +474,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_alone(setup, value):
     assert not bool(metrics["skipped"]) and (np.asarray(state.bias_LE) != before.bias_LE).any()
 
 
-@slow
+@endurance
 def test_a_gradient_that_is_not_finite_leaves_the_state_alone(setup, monkeypatch):
     """The loss is sound, its gradient is not: an infinity enters one weight's gradient on the way back."""
     c, t, mesh, _ = setup
@@ -516,7 +516,7 @@ def test_the_outlier_rule_by_hand(config):
     assert bool(jax.jit(lambda s: train.guard(off, s, 1e9, 1e9))(state)[0]), "off unless asked for"
 
 
-@slow
+@endurance
 @pytest.mark.parametrize("fault", ["nan=6", "inf=6", "nan=6-7"])
 def test_a_bad_batch_is_skipped_named_and_can_be_replayed(config, plain, table, tmp_path, fault):
     judge(table, "loss or gradient not finite", "injected")
@@ -535,7 +535,7 @@ def test_a_bad_batch_is_skipped_named_and_can_be_replayed(config, plain, table, 
     judge(table, "loss or gradient not finite", "survived")
 
 
-@slow
+@endurance
 def test_bad_batches_in_a_row_end_the_run_with_3(config, plain, table, tmp_path):
     judge(table, "not finite, many steps in a row", "injected")
     run = tmp_path / "run"
@@ -545,7 +545,7 @@ def test_bad_batches_in_a_row_end_the_run_with_3(config, plain, table, tmp_path)
     judge(table, "not finite, many steps in a row", "survived")
 
 
-@slow
+@endurance
 def test_an_outlier_is_skipped_if_asked_for(config, table, tmp_path):
     keys = ["--steps=100", "--skip_sigma=6.0", "--save_every=1000", "--eval_every=1000"]
     judge(table, "loss spike (skip_sigma=6)", "injected")
@@ -618,7 +618,7 @@ def test_which_checkpoints_are_kept(config, tmp_path, setup):
     assert saved_steps(tmp_path / "run") == [4, 6, 7]
 
 
-@slow
+@endurance
 def test_checkpoints_by_time_and_by_step(config, plain, tmp_path):
     """A save is due at the first log line after so many minutes, and at every step that is kept for good."""
     keys = ["--save_every=1000", "--save_minutes=0.00001", "--log_every=4", "--keep=1", "--keep_every=6"]
@@ -645,7 +645,7 @@ def test_buckets_are_not_paths(config):
 
 # ----------------------------------------------------------------------------------- exit codes and stuck steps
 
-@slow
+@endurance
 def test_a_stuck_step_is_reported_with_stacks(config, table, tmp_path):
     judge(table, "a step without end", "injected")
     done = go(config, tmp_path / "run", "stall=6", keys=["--stuck_minutes=0.5"])
@@ -672,7 +672,7 @@ def test_half_a_cluster_is_refused(config, capsys, flags):
 
 # --------------------------------------------------------------------------------- determinism, and what it costs
 
-@slow
+@endurance
 @pytest.mark.parametrize("keys", [["--accumulate=2"], ["--devices=2"], ["--devices=4", "--accumulate=2"]],
                          ids=lambda keys: " ".join(keys))
 def test_a_resume_on_another_split_stays_within_2e_6(config, plain, tmp_path, keys):
@@ -686,13 +686,13 @@ def test_a_resume_on_another_split_stays_within_2e_6(config, plain, tmp_path, ke
     assert len(here) == STEPS and np.abs(here - there).max() < 2e-6
 
 
-@slow
+@endurance
 def test_the_same_command_twice_gives_the_same_bits(config, plain, tmp_path):
     assert go(config, tmp_path / "run").returncode == 0
     assert outcome(tmp_path / "run") == outcome(plain)
 
 
-@slow
+@endurance
 def test_memory_is_flat_over_2000_steps(config, tmp_path):
     """With 200 log lines, 20 checkpoints and 10 evaluations on the way; sampled from outside, once a second."""
     run, pages = tmp_path / "run", []
@@ -714,7 +714,7 @@ def test_memory_is_flat_over_2000_steps(config, tmp_path):
     assert slope < 8, "MiB per 1,000 steps"
 
 
-@slow
+@endurance
 def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path, monkeypatch):
     """Of the time of a step of configs/smoke.py at its own settings, as CPU time of all threads: writing a line
     every log_every steps, and fingerprinting and writing a checkpoint every save_every steps."""

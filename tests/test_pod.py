@@ -246,7 +246,7 @@ def test_misplaced_collectives_are_named():
         assert not train.misplaced(None, [wrong._replace(received=1000.0)])
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.parametrize("path", [p for p in sorted((ROOT / "configs").glob("*.py"))
                                   if 'topology = "v' in p.read_text() or "_d" in p.stem], ids=lambda p: p.stem)
 def test_every_config_compiles_for_its_topology(path):

@@ -1317,8 +1317,8 @@ def misplaced(c, found):
 
     In a loop belong the gathers and gradient sums of weights over "data" and the exchange over "expert"; outside
     of shard_map, the optimizer may sum norms (kilobytes), and MuonH may deal whole matrices out. An all-reduce
-    over "data" is what the compiler makes of a reduce-scatter whose shares do not fill 16 rows, two cores' tiles:
-    [5120,1280] over 128 chips becomes a sum of [6144,1280], at twice the bytes [measured: v4, libtpu 0.0.42]."""
+    over "data" is what the compiler makes of some reduce-scatters, at twice the bytes: [5120,1280] over 128 chips
+    becomes a sum of [6144,1280] [measured: v4, libtpu 0.0.42; why these and not others is not certain]."""
     inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
               ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert"), ("all-reduce", "data")}
     def fine(x):

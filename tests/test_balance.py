@@ -270,6 +270,7 @@ def test_18_the_counting_function_can_be_given():
     assert calls and set(calls) == {(3, 2, 3)}
 
 
+@pytest.mark.slow
 def test_19_evaluation_reads_the_bias_and_leaves_it(config):
     c, t = load(config, devices=2, balancer="threshold")
     _, state = run_steps(c, t, 2)

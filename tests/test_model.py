@@ -213,6 +213,7 @@ def test_remat_changes_memory_not_numbers():
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_float32_gradients_within_rounding():
     """Sums over tokens and tiles must not be taken in bfloat16, where they stop growing at 256 equal terms."""
     c = dataclasses.replace(TINY, seq_len=512, num_experts=2, experts_per_token=1)

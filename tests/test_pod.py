@@ -126,7 +126,8 @@ def test_one_device_equals_eight_on_every_mesh(config, mesh):                   
     assert gate_LEDF.addressable_shards[0].data.size == gate_LEDF.size // share
 
 
-@pytest.mark.parametrize("mesh", [dict(expert_parallel=2), pytest.param(dict(), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(expert_parallel=2), dict()], ids=str)
 def test_muonh_deals_whole_matrices_and_stays_the_same(config, mesh):                          # noqa: F811
     """E = 4 divides over 2 x 4? No: layers are dealt, padded; with experts over 2 alone they are split as well."""
     keys = dict(optimizer="muonh", recipe="v2", steps=3)

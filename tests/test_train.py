@@ -349,7 +349,7 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(c
 
 
 @pytest.mark.parametrize("change", [
-    pytest.param(dict(num_experts=0, experts_per_token=0, expert_dim=0), id="dense"),
+    pytest.param(dict(num_experts=0, experts_per_token=0, expert_dim=0), id="dense", marks=pytest.mark.slow),
     pytest.param(dict(optimizer="muonh", recipe="v2", num_layers=1), id="muonh", marks=pytest.mark.slow),
     pytest.param(dict(compute_dtype="bfloat16"), id="bfloat16", marks=pytest.mark.slow)])
 def test_other_rungs_run_save_and_resume(config, change):

@@ -694,7 +694,7 @@ class Checkpoints:
                        and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
     def newest(self):
-        return max(self.steps(), default=None)
+        return next(iter(self.steps()), None)
 
     def proof(self, step):
         """What was written beside the arrays. Raises ValueError if it is not whole."""

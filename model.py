@@ -223,12 +223,13 @@ def wake(weights, names, c, axis):
 
     Backward, each device receives the summed gradient of its own share and nothing else. The small weights that
     every device holds whole stay in float32. A stacked weight comes with L already taken off by the scan."""
+    alone = axis is None or lax.axis_size(axis) == 1
     def one(name):
         w, spec = weights[name], names[name].spec
         if "data" not in spec:
             return w
         split = spec.index("data") - (len(spec) - w.ndim)
-        return w.astype(c.compute_dtype) if axis is None else gather(w, axis, split, c.compute_dtype)
+        return w.astype(c.compute_dtype) if alone else gather(w, axis, split, c.compute_dtype)
     return {name: one(name) for name in weights if not isinstance(weights[name], dict)}
 
 

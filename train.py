@@ -48,6 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as Spec
@@ -102,7 +103,7 @@ class TrainConfig:
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
     compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
-    replicas: int = 1                   # mesh axis "replica": copies of the weights, such as one per slice
+    replicas: int = 1                   # mesh axis "replica": copies of the weights, as one per slice; 0: per device
     expert_parallel: int = 1            # mesh axis "expert": devices that share one layer's experts
     topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
     published: str = ""                 # what others report of this run; --plan prints it beside its own numbers
@@ -129,12 +130,12 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
         for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "keep", "replicas", "expert_parallel", "max_skips", "heartbeat_seconds"):
+                    "keep", "expert_parallel", "max_skips", "heartbeat_seconds"):
             need(getattr(self, key) > 0, key, "a positive number")
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
                            "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
-        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "peak_flops", "sample_tokens", "temperature",
+        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "replicas", "peak_flops", "sample_tokens", "temperature",
                     "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         for key in ("warmup", "decay", "min_lr_ratio"):
@@ -239,15 +240,50 @@ def keep_freed_memory():
         libc.mallopt(option, value)
 
 
+HOLES = []      # pieces of the heap that fill_holes holds
+
+
+def fill_holes():
+    """Occupy the free pieces, up to 1 MB each, that compiling leaves between used ones on the heap (glibc only).
+
+    Compiling configs/smoke.py leaves 40,000, 670 MB in all, and every allocation of a step walks lists of them while
+    the other threads wait for the one arena: 217 to 250 ms a step, against 141 with the holes filled and 132 in a
+    process that loaded its programs instead [measured]. It takes no memory that the process did not already hold."""
+    class Info(ctypes.Structure):                               # struct mallinfo2 [cited: malloc.h, glibc >= 2.33]
+        _fields_ = [("others", ctypes.c_size_t * 9), ("keepcost", ctypes.c_size_t)]
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallinfo2.restype = Info
+    except (OSError, AttributeError):
+        return
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    free = lambda piece: libc.free(ctypes.c_void_p(piece))
+    while HOLES:
+        free(HOLES.pop())
+    size = 1 << 20
+    while size >= 1024:
+        end = libc.sbrk(None) - libc.mallinfo2().keepcost       # of the last hole: beyond, the heap is untouched
+        while (piece := libc.malloc(ctypes.c_size_t(size))) and piece < end:
+            HOLES.append(piece)
+        free(piece)
+        size = size * 7 // 8
+
+
+def mesh_shape(t, n):
+    """{axis: length} of the mesh of n devices."""
+    copies = t.replicas or n // t.expert_parallel
+    return dict(zip(MESH, (copies, n // copies // t.expert_parallel, t.expert_parallel)))
+
+
 def misfit(c, t, n):
     """Why n devices cannot share this model and this batch, in one line; None if they can."""
-    if n % (t.replicas * t.expert_parallel):
-        return (f"devices: expected a multiple of replicas x expert_parallel = {t.replicas * t.expert_parallel}, "
-                f"found {n}")
+    if n % (max(1, t.replicas) * t.expert_parallel):
+        return (f"devices: expected a multiple of replicas x expert_parallel = "
+                f"{max(1, t.replicas) * t.expert_parallel}, found {n}")
     rows = t.batch_size // t.accumulate
     if rows % n:
         return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
-    size = {"data": n // t.replicas // t.expert_parallel, "expert": t.expert_parallel}
+    size = mesh_shape(t, n)
     def check(path, w):
         for axis, length in zip(w.spec, w.shape):
             if axis and length % size[axis]:
@@ -277,12 +313,12 @@ def make_mesh(c, t, devices=None):
         devices = devices[:n]
     if reason := misfit(c, t, len(devices)):
         raise ConfigError(reason)
-    shape = (t.replicas, len(devices) // t.replicas // t.expert_parallel, t.expert_parallel)
+    shape = tuple(mesh_shape(t, len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices > 1 and t.replicas % slices:
-        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {t.replicas}")
+    if slices > 1 and shape[0] % slices:
+        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {shape[0]}")
     if slices > 1:                              # the replicas are dealt to the slices: only their sums leave one
-        inside = (t.replicas // slices, *shape[1:])
+        inside = (shape[0] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -481,6 +517,23 @@ def state_shardings(c, t, mesh):
                         is_leaf=lambda x: isinstance(x, Spec))
 
 
+def sum_copies(grads, specs, platform):
+    """Sum gradients over the mesh axes that do not split the weight, so that all its copies take the same step.
+
+    XLA's CPU backend lets the devices meet once for every array, at some 0.1 ms each: there, what is summed over the
+    same axes is laid end to end first."""
+    leaves, tree = jax.tree.flatten(grads)
+    axes = [tuple(a for a in MESH if a not in spec) for spec in tree.flatten_up_to(specs)]
+    if platform != "cpu":
+        return tree.unflatten([lax.psum(g, a) for g, a in zip(leaves, axes)])
+    for some in set(axes):
+        which = [i for i, a in enumerate(axes) if a == some]
+        flat, split = ravel_pytree([leaves[i] for i in which])
+        for i, g in zip(which, split(lax.psum(flat, some))):
+            leaves[i] = g
+    return tree.unflatten(leaves)
+
+
 def make_train_step(c, t, mesh):
     """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over the mesh.
 
@@ -512,7 +565,7 @@ def make_train_step(c, t, mesh):
         grads, stats = lax.scan(microbatch, zeros, batch)
         # over the axes that split a weight, wake's and the exchange's transposes have summed; over those that copy
         # it, it is summed here, in float32 and once a step
-        grads = jax.tree.map(lambda g, spec: lax.psum(g, tuple(a for a in MESH if a not in spec)), grads, specs)
+        grads = sum_copies(grads, specs, platform)
         out = {"loss": lax.psum(jnp.sum(stats["nll"]), MESH) / norm["weight"], "tokens": norm["tokens"]}
         if c.num_experts:
             out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), MESH)
@@ -1166,7 +1219,7 @@ def plan(c, t):
         raise ConfigError(reason)
     if chips > 1 and not chip.link:
         raise ConfigError(f"topology: expected one {name} at most, found {chips}: GPU networks are not modelled")
-    size = dict(zip(MESH, (t.replicas, chips // t.replicas // t.expert_parallel, t.expert_parallel)))
+    size = mesh_shape(t, chips)
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
     share = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -1531,11 +1584,15 @@ def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
     here = rows_here(t.batch_size, mesh, t.accumulate)
+    cpu = compiled = mesh.devices.flat[0].platform == "cpu"
     with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, put(rows, mesh, t.accumulate))
-            step, stop = i + 1, stopping(i, caught)
+            if compiled:
+                jax.block_until_ready(metrics)
+                fill_holes()
+            compiled, step, stop = False, i + 1, stopping(i, caught)
             due = step == t.steps or step % t.save_every == 0 or t.keep_every > 0 == step % t.keep_every
             if t.save_minutes and step % t.log_every == 0:
                 due |= not agreed(time.monotonic() - saved < 60 * t.save_minutes)
@@ -1550,6 +1607,7 @@ def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
                 hold_out(state, step, t.eval_tokens)
+                compiled = cpu and step == t.eval_every
                 log.since += time.perf_counter() - paused                       # an evaluation is no step time
     return state, None
 

@@ -22,6 +22,7 @@ experts_per_token = 2
 expert_dim = 64                     # = hidden_dim / 2 [cited: marin #4697]
 gated_norm_rank = 32
 remat = "none"                      # memory is not the limit here
+replicas = 0                        # so each device holds all weights, and no layer waits for a gather
 
 steps = 400
 batch_size = 16                     # x 128 tokens; at equal tokens better than 32 [measured: LOG.md]

@@ -318,6 +318,7 @@ def work(run):
     """Be a runner: for every line on standard input, take so many steps and answer with the seconds of one."""
     for _ in range(3):
         float(run())                                            # compiles, and fills the caches
+    train.fill_holes()                                          # as train.py does after its first step
     print("ready", flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
@@ -349,7 +350,7 @@ def race(commands, rounds, steps):
 
 
 def speed(paths, rounds):
-    print(f"whole training step, random tokens; best of {rounds} rounds of 3 steps, in turns, a process each; "
+    print(f"whole training step, random tokens; best of {rounds} rounds of 10 steps, in turns, a process each; "
           f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   "
           "ours over the faster torch")
@@ -357,7 +358,7 @@ def speed(paths, rounds):
         c, t = train.load_config(path)
         names = ["ours", "loop"] + (["grouped"] if c.num_experts else [])
         commands = {name: [Path(__file__), path, f"--runner={name}"] for name in names}
-        ms = {name: 1e3 * s for name, s in race(commands, rounds, steps=3).items()}
+        ms = {name: 1e3 * s for name, s in race(commands, rounds, steps=10).items()}
         tokens, fastest = t.batch_size * c.seq_len, min(ms[name] for name in names[1:])
         print(f"{path:20s} {tokens:7,} {ms['ours']:8.1f} {ms['loop']:11.1f} {ms.get('grouped', math.nan):8.1f}   "
               f"{fastest / ms['ours']:.2f} x its tokens per second ({tokens / ms['ours']:.1f} ktok/s)", flush=True)

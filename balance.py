@@ -130,7 +130,7 @@ def rank(tokens, K, E):
     return jnp.maximum(1, (tokens // e) * k + (tokens % e) * k // e)
 
 
-def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0):
+def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, count=count_reaching, bits=1):
     """This step's margins -> (the next step's bias_LE, kept_L: layers that kept their old bias).
 
     Call it once, after all layers: no collective of it stands in the layer loop, and nothing waits for its result
@@ -141,7 +141,7 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0):
     Centring removes the one direction that the loads do not see, in which beta would drift (+.008 a step at 16,384
     tokens [measured: numpy, E=64, K=4]).
     A layer with a margin that is not finite keeps its old bias: a NaN logit must not outlive its step, and an
-    infinite one must not move a rank. `rate`: 0 takes the rule's own. `axis`: as in qth_largest."""
+    infinite one must not move a rank. `rate`: 0 takes the rule's own. The rest: as in qth_largest, for "quantile"."""
     everywhere = lambda x: x if axis is None else lax.psum(x, axis)
     L, _, E = margin_LTE.shape
     if rule not in RULES:
@@ -155,7 +155,7 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0):
     q = rank(tokens, K, E)
 
     if rule in ("quantile", "quantile_ema", "threshold"):
-        new_LE = bias_LE - qth_largest(margin_LTE, valid_T, q, axis)
+        new_LE = bias_LE - qth_largest(margin_LTE, valid_T, q, axis, count, bits)
     elif rule == "quantile_local":
         own_LE = qth_largest(margin_LTE, valid_T, rank(here, K, E))
         new_LE = bias_LE - everywhere(jnp.where(here > 0, own_LE * (here / tokens), 0.0))

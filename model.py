@@ -254,6 +254,12 @@ def loss(params, bias_LE, batch, norm, c, axis=None, platform="cpu"):
     return objective, {"nll": nll, "nll_T": nll_T, **routed}
 
 
+def counting(platform):
+    """How balance.qth_largest counts there: (function, bits decided a round). A TPU's kernel reads the scores once
+    a round, so it decides more bits a round; on a CPU every comparison costs."""
+    return partial(kernels.count_reaching, platform=platform), 4 if platform == "tpu" else 1
+
+
 def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None), platform="cpu"):
     """Float32 logits [T,V] of every position, or of position `at`: for sampling and tests, on one device."""
     x_TD, _ = forward(params, bias_LE, tokens_BS, segment_BS, c, platform=platform)

@@ -577,7 +577,7 @@ def make_train_step(c, t, mesh):
             if c.balancer == "threshold":       # half of its slots are silent: count those that are heard
                 out["load_LE"] = lax.psum(balance.loads(margin_LTE, valid_T), MESH)
             bias_LE, kept_L = balance.update(c.balancer, margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH,
-                                             c.balancer_rate)
+                                             c.balancer_rate, *model.counting(platform))
             out["bias_kept"] = jnp.sum(kept_L)
         return grads, bias_LE, out
 

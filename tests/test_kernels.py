@@ -1,4 +1,6 @@
 """Every fast path against its plain twin, and the plain twins against loops in numpy."""
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,16 +173,17 @@ def test_counting_several_candidates_at_once(shape, candidates):
     assert (got == np.sum(np.asarray(key) >= np.asarray(tried)[:, :, None], axis=2)).all()
 
 
-def test_four_bits_a_pass_select_what_balance_selects():
+def test_balancing_with_the_tpu_kernel_is_balancing():
+    """What train.py does on a TPU, four bits a round with the kernel (interpreted), moves the bias to the same bits."""
     import balance
-    x, valid, q = normal(3, 200, 6), jnp.asarray(rng.random(200) < 0.8), jnp.int32(37)
-    key = jnp.where(valid[None, :, None], balance._sortable(x), 0)
-    best = jnp.zeros((3, 6), jnp.uint32)
-    for shift in range(28, -1, -4):
-        tried = best | (jnp.arange(1, 16, dtype=jnp.uint32)[:, None, None] << shift)
-        reached = kernels.count_reaching(key, tried, "pallas_tpu") >= q
-        best |= jnp.sum(reached, axis=0, dtype=jnp.uint32) << shift
-    assert (balance._unsortable(best) == balance.qth_largest(x, valid, q)).all()
+    import model
+    margin, valid = normal(3, 200, 6), jnp.asarray(rng.random(200) < 0.8)
+    bias = normal(3, 6)
+    plain = balance.update("quantile", margin, valid, bias, 2)
+    kernel = partial(kernels.count_reaching, impl="pallas_tpu")
+    assert (balance.update("quantile", margin, valid, bias, 2, count=kernel, bits=4)[0] == plain[0]).all()
+    assert (balance.update("quantile", margin, valid, bias, 2, None, 0.0, *model.counting("cpu"))[0] == plain[0]).all()
+    assert model.counting("tpu")[1] == 4 and kernels.best("tpu").count == "pallas_tpu"
 
 
 def test_an_unknown_implementation_is_an_error():

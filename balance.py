@@ -141,7 +141,8 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, count=cou
     Centring removes the one direction that the loads do not see, in which beta would drift (+.008 a step at 16,384
     tokens [measured: numpy, E=64, K=4]).
     A layer with a margin that is not finite keeps its old bias: a NaN logit must not outlive its step, and an
-    infinite one must not move a rank. `rate`: 0 takes the rule's own. The rest: as in qth_largest, for "quantile"."""
+    infinite one must not move a rank. `rate`: 0 takes the rule's own.
+    `axis`, `count`, `bits`: as in qth_largest."""
     everywhere = lambda x: x if axis is None else lax.psum(x, axis)
     L, _, E = margin_LTE.shape
     if rule not in RULES:

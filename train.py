@@ -103,7 +103,7 @@ class TrainConfig:
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
     compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
     devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
-    replicas: int = 1                   # mesh axis "replica": copies of the weights, as one per slice; 0: per device
+    replicas: int = 1                   # mesh axis "replica": copies of the weights: one a slice; 0: one a device
     expert_parallel: int = 1            # mesh axis "expert": devices that share one layer's experts
     topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
     published: str = ""                 # what others report of this run; --plan prints it beside its own numbers
@@ -135,8 +135,8 @@ class TrainConfig:
         for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
                            "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
-        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "replicas", "peak_flops", "sample_tokens", "temperature",
-                    "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
+        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "replicas", "peak_flops", "sample_tokens",
+                    "temperature", "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         for key in ("warmup", "decay", "min_lr_ratio"):
             need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
@@ -246,9 +246,9 @@ HOLES = []      # pieces of the heap that fill_holes holds
 def fill_holes():
     """Occupy the free pieces, up to 1 MB each, that compiling leaves between used ones on the heap (glibc only).
 
-    Compiling configs/smoke.py leaves 40,000, 670 MB in all, and every allocation of a step walks lists of them while
-    the other threads wait for the one arena: 217 to 250 ms a step, against 141 with the holes filled and 132 in a
-    process that loaded its programs instead [measured]. It takes no memory that the process did not already hold."""
+    Compiling configs/smoke.py leaves 40,000, 670 MB in all, and every allocation of a step walks lists of them
+    while the other threads wait for the one arena: 217 to 250 ms a step, against 141 with the holes filled and 132
+    in a process that loaded its programs instead [measured]. It takes no memory that was not already held."""
     class Info(ctypes.Structure):                               # struct mallinfo2 [cited: malloc.h, glibc >= 2.33]
         _fields_ = [("others", ctypes.c_size_t * 9), ("keepcost", ctypes.c_size_t)]
     try:
@@ -520,8 +520,8 @@ def state_shardings(c, t, mesh):
 def sum_copies(grads, specs, platform):
     """Sum gradients over the mesh axes that do not split the weight, so that all its copies take the same step.
 
-    XLA's CPU backend lets the devices meet once for every array, at some 0.1 ms each: there, what is summed over the
-    same axes is laid end to end first."""
+    XLA's CPU backend lets the devices meet once for every array, at some 0.1 ms each: there, what is summed over
+    the same axes is laid end to end first."""
     leaves, tree = jax.tree.flatten(grads)
     axes = [tuple(a for a in MESH if a not in spec) for spec in tree.flatten_up_to(specs)]
     if platform != "cpu":

@@ -174,7 +174,7 @@ def test_counting_several_candidates_at_once(shape, candidates):
 
 
 def test_balancing_with_the_tpu_kernel_is_balancing():
-    """What train.py does on a TPU, four bits a round with the kernel (interpreted), gives the same bias to the bit."""
+    """What train.py does on a TPU, four bits a round with the kernel (interpreted here), gives the same bias."""
     import balance
     import model
     margin, valid = normal(3, 200, 6), jnp.asarray(rng.random(200) < 0.8)

@@ -45,7 +45,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0        # base of RoPE's wavelengths [cited: marin #4697]
     router_z: float = 1e-3              # router z-loss coefficient; V2 sets 0
     logit_z: float = 1e-4               # final-logit z-loss coefficient
-    balancer: str = "quantile"          # rule that keeps experts evenly loaded: a name in balance.RULES
+    balancer: str = "quantile"          # rule that keeps experts evenly loaded: a name in moe.BALANCERS
     balancer_rate: float = 0.0          # of a rule that has one; 0 takes its own from balance.RULES
     half_rope: bool = False             # V2: rotate only the first half of each head
     partial_key_offset: bool = False    # V2: on full layers and the last, the unrotated key half looks one back
@@ -79,7 +79,7 @@ class ModelConfig:
             need(self.experts_per_token == 0 and self.expert_dim == 0, "num_experts",
                  "at least 1, since experts_per_token or expert_dim is set")
             need(self.shared_dim > 0, "shared_dim", "a positive number: it is the whole MLP of a dense model")
-        need(self.balancer in moe.balance.RULES, "balancer", f"one of {', '.join(moe.balance.RULES)}")
+        need(self.balancer in moe.BALANCERS, "balancer", f"one of {', '.join(moe.BALANCERS)}")
         need(self.balancer_rate >= 0, "balancer_rate", "zero or a positive number")
         need(self.compute_dtype in ("float32", "bfloat16"), "compute_dtype", "'float32' or 'bfloat16'")
         need(self.remat in ("block", "none"), "remat", "'block' or 'none'")

@@ -319,6 +319,7 @@ def emulated_ragged_all_to_all(x_RD, out_RD, start, size, to, arriving, axis_nam
 
 
 EXCHANGES = {"ring": ring, "ragged": ragged}
+BALANCERS = tuple(balance.RULES)
 
 
 # ------------------------------------------------------------------------------------------- python moe.py

@@ -38,6 +38,9 @@ def test_the_house_is_these_seven_files():
 def test_a_room_opens_only_its_doors(room):
     tree = ast.parse((ROOT / f"{room}.py").read_text())
     assert set(imports(tree)) & set(DOORS) <= DOORS[room]
+    through = [f"{node.value.id}.{node.attr}" for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+               and isinstance(node.value, ast.Name) and {node.value.id, node.attr} <= set(DOORS)]
+    assert not set(through) - {"model.model", "moe.moe"}, "a room is entered through another one"
 
 
 @pytest.mark.parametrize("room", DOORS)

@@ -24,7 +24,7 @@ jax.devices()                   # start the backend now: train.make_mesh must fi
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes instead of seconds; run with `pytest -m slow`")
-    config.addinivalue_line("markers", "endurance: an hour in all, not part of CI; run with `pytest -m endurance`")
+    config.addinivalue_line("markers", "endurance: what is not part of CI; run with `pytest -m endurance`")
 
 
 def pytest_collection_modifyitems(config, items):

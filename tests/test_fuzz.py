@@ -135,7 +135,7 @@ def foreign(folder, kind):
     tok = data.load_tokenizer("bytes")
 
     def read():
-        with unittest.mock.patch.object(data, "load_tokenizer", lambda _: tok):        # it is half of a case's time
+        with unittest.mock.patch.object(data, "load_tokenizer", lambda _: tok):  # it is half of a case's time
             return data.open_mixture(((source, 1.0),), "bytes", folder, 257, 16, quiet=True).sources[0]
     return read
 

@@ -240,7 +240,7 @@ def test_moments_are_sharded_like_their_weights(config):
 # ---------------------------------------------------------------------------------------------------- the step
 
 def test_one_device_equals_eight(config):
-    """Losses within 2e-6; not bit-equal, because sums are taken in another order. 50 steps of it are slow: below."""
+    """Losses within 2e-6; not bit-equal, because sums are taken in another order. 50 steps: below."""
     runs = {n: run_steps(*load(config, devices=n), 6) for n in (1, 8)}
     difference = np.abs(runs[1][0] - runs[8][0]).max()
     assert difference < 2e-6, difference

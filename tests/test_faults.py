@@ -764,5 +764,6 @@ def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path):
     share = {"line": typical["line"] / t.log_every / typical["step"],
              "save": typical["save"] / t.save_every / typical["step"]}
     print(f"CPU seconds: step {typical['step']:.3f}, log line {typical['line']:.4f}, "
-          f"checkpoint {typical['save']:.3f}; share of the steps: logging {share['line']:.2%}, checkpoints {share['save']:.2%}")
+          f"checkpoint {typical['save']:.3f}; share of the steps: logging {share['line']:.2%}, "
+          f"checkpoints {share['save']:.2%}")
     assert share["line"] + share["save"] < 0.02

@@ -726,6 +726,13 @@ def agreed(fine):
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
 
 
+def without_echoes(unraisable, show=sys.unraisablehook):
+    """A sys.unraisablehook. When a write fails, tensorstore's threads go on and report each further piece to an
+    event loop that orbax has closed: hundreds of stacks that say nothing. The failure itself is an event."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
 class Checkpoints:
     """Whole states by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
 
@@ -737,6 +744,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from etils import epath
         logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is one line here
+        sys.unraisablehook = without_echoes
         self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 
@@ -874,9 +882,19 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+@contextlib.contextmanager
+def writing(path):
+    """An OSError inside becomes one line that names the file: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        raise TryAgain(f"{path}: cannot be written ({error.strerror}); what was saved before is sound, and the "
+                       f"same command goes on") from None
+
+
 def append(path, row):
     if leads():
-        with open(path, "a") as f:
+        with writing(path), open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
 
 
@@ -892,8 +910,9 @@ def read_rows(path):
 def write_whole(path, text):
     """Replace a file in one motion: a reader sees the old text or the new one, never half."""
     if leads():
-        Path(path).with_suffix(".tmp").write_text(text)
-        Path(path).with_suffix(".tmp").replace(path)
+        with writing(path):
+            Path(path).with_suffix(".tmp").write_text(text)
+            Path(path).with_suffix(".tmp").replace(path)
 
 
 def write_rows(path, rows):
@@ -1501,9 +1520,10 @@ def watchdog(minutes, events):
         while not over.wait(min(6 * minutes, 10)):
             if (still := time.monotonic() - last[0]) > 60 * minutes:
                 faulthandler.dump_traceback()
-                print(f"train.py: nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the stacks are "
-                      f"above. What was saved is sound, and the same command goes on", file=sys.stderr, flush=True)
-                append(events, {"event": "stuck", "seconds": round(still), "time": time.time()})
+                complain(f"nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the stacks are above. "
+                         f"What was saved is sound, and the same command goes on")
+                with contextlib.suppress(TryAgain):
+                    append(events, {"event": "stuck", "seconds": round(still), "time": time.time()})
                 os._exit(75)
     if minutes:
         threading.Thread(target=watch, daemon=True).start()
@@ -1727,6 +1747,12 @@ def meet_peers(flags, t):
 EXIT_CODES = {ConfigError: 2, data.DataError: 2, Halted: 3, Unsound: 4, TryAgain: 75, OSError: 75}
 
 
+def complain(line):
+    """Print the one line that says why. If stderr lies on the disk that is full, the exit code still says it."""
+    with contextlib.suppress(OSError):
+        print(f"train.py: {line}", file=sys.stderr, flush=True)
+
+
 def main(arguments):
     """Returns the exit code: 0 is done, or saved on a signal; all others come with one line that says why."""
     if not arguments or {"--help", "-h"} & set(arguments):
@@ -1744,15 +1770,15 @@ def main(arguments):
         (sample_from if "sample" in flags else train)(c, t)
         return 0
     except tuple(EXIT_CODES) as error:
-        print(f"train.py: {one_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        complain(one_line(error) if isinstance(error, OSError) else error)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        print(f"train.py: a peer is lost, or the network: {one_line(error)}", file=sys.stderr)
+        complain(f"a peer is lost, or the network: {one_line(error)}")
         return 75
     except KeyboardInterrupt:
-        print("train.py: interrupted; what was saved is there, and the same command goes on", file=sys.stderr)
+        complain("interrupted; what was saved is there, and the same command goes on")
         return 130
 
 
@@ -1760,6 +1786,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as ctrl-C, where stop_signals does not rule
     code = main(sys.argv[1:])
     if code:                    # a goodbye would wait for peers that wait for this process, or for threads of a
-        sys.stdout.flush()      # failed write, and let them speak after the one line that counts
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):      # failed write, and let them speak after the line that counts
+            sys.stdout.flush()
         os._exit(code)

@@ -3,7 +3,7 @@
 After a fault either the same command ends in the state and the logged losses of an undisturbed run, bit for bit
 ("survived"), or the program stops with one clear line, a non-zero exit code and every earlier good checkpoint in
 place ("stopped"). Anything else is "lost" and fails. The counts are printed at the end of the session.
-pytest tests/test_faults.py runs a few; -m endurance runs them all."""
+pytest tests/test_faults.py runs a few; -m "slow or not slow" runs them all: minutes."""
 import fcntl
 import json
 import os
@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import train
 from test_train import CONFIG, assert_same_bits, synthetic, text          # noqa: F401 (text is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
-endurance = pytest.mark.endurance         # of this file: about half an hour, and its counts are not settled yet
+slow = pytest.mark.slow
 STEPS, SAVE = 12, 4
 TINY = f"""
 num_layers = 1
@@ -52,9 +53,7 @@ def go(config, run, *fault, keys=()):
                           env=ENVIRONMENT)
 
 
-# tests compile far more than they compute
-ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def marks(run, step=STEPS):
@@ -119,8 +118,7 @@ def stopped(done, code, words):
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-800:]}\n{done.stderr[-2000:]}"
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("train.py: ") and re.search(words, last), last
-    # tensorstore's C++ callbacks print stacks of their own when a write has failed; nothing in Python stops them
-    assert "Traceback" not in done.stderr or code == 75, done.stderr
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr.replace(last, ""), done.stderr[-3000:]
 
 
 def goes_on(config, run, plain, keys=()):
@@ -144,9 +142,9 @@ RNG = random.Random(20261124)
 KILLS = [f"kill={step}" for step in sorted(RNG.sample(range(1, STEPS + 1), 10))]
 
 
-@pytest.mark.parametrize("fault", [KILLS[5], *(pytest.param(f, marks=endurance) for f in (*KILLS[:5], *KILLS[6:])),
-                                   *(pytest.param(f"kill-in-save={i}", marks=endurance) for i in (1, 2, 3)),
-                                   *(pytest.param(f"kill-in-eval={i}", marks=endurance) for i in (1, 2))])
+@pytest.mark.parametrize("fault", [KILLS[5], *(pytest.param(f, marks=slow) for f in (*KILLS[:5], *KILLS[6:])),
+                                   *(pytest.param(f"kill-in-save={i}", marks=slow) for i in (1, 2, 3)),
+                                   *(pytest.param(f"kill-in-eval={i}", marks=slow) for i in (1, 2))])
 def test_kill_9(config, plain, table, tmp_path, fault):
     name = "kill -9 " + {"kill": "at a step", "kill-in-save": "during a save",
                          "kill-in-eval": "during an evaluation"}[fault.partition("=")[0]]
@@ -156,7 +154,7 @@ def test_kill_9(config, plain, table, tmp_path, fault):
     judge(table, name, "survived")
 
 
-@endurance
+@slow
 @pytest.mark.parametrize("fault", ["term=1", "term=5", "term=8", "int=7", "term-in-save=1", "term-in-save=2",
                                    "term-in-save=3", "term-in-eval=1", "term-in-eval=2"])
 def test_sigterm_saves_and_exits_with_0(config, plain, table, tmp_path, fault):
@@ -173,7 +171,7 @@ def test_sigterm_saves_and_exits_with_0(config, plain, table, tmp_path, fault):
     judge(table, name, "survived")
 
 
-@endurance
+@slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 @pytest.mark.parametrize("share", [RNG.random() for _ in range(6)], ids=lambda s: f"{s:.2f}")
 def test_signals_at_random_moments(config, plain, table, tmp_path, number, share):
@@ -192,7 +190,7 @@ def test_signals_at_random_moments(config, plain, table, tmp_path, number, share
     judge(table, name, "survived")
 
 
-@endurance
+@slow
 @pytest.mark.parametrize("fault, code", [("kill-in-preparation=7", -signal.SIGKILL),
                                          ("term-in-preparation=9", 130)])
 def test_signals_during_preparation(config, plain, table, tmp_path, fault, code):
@@ -269,7 +267,7 @@ CASES = [(name, i) for name, harms in HARM.items() for i in range(len(harms))]
 
 
 @pytest.mark.parametrize("name, i", [case if case[0] == "bit-flipped in a parameter" else
-                                     pytest.param(*case, marks=endurance) for case in CASES])
+                                     pytest.param(*case, marks=slow) for case in CASES])
 def test_the_newest_checkpoint_is_broken(config, plain, table, tmp_path, name, i):
     """It is named, kept, and the one before it is used."""
     judge(table, f"newest checkpoint {name}", "injected")
@@ -300,7 +298,7 @@ def test_all_checkpoints_are_broken(config, plain, table, tmp_path):
 
 # --------------------------------------------------------------------------------------------------- full disks
 
-@endurance
+@slow
 @pytest.mark.parametrize("fault", ["full-in-save=1", "full-in-save=2", "full-in-save=3"])
 def test_a_full_disk_during_a_save(config, plain, table, tmp_path, fault):
     """The run goes on and says so; only a failure of the last save ends it, with 75."""
@@ -312,23 +310,38 @@ def test_a_full_disk_during_a_save(config, plain, table, tmp_path, fault):
         assert saved_steps(run) == [4, 8]
     else:
         assert done.returncode == 0 and "a checkpoint could not be written" in done.stdout, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr[-3000:]
     assert len(events(run, "save_failed")) == 1
     goes_on(config, run, plain)
     assert not list(run.glob("checkpoints/*tmp*")), "what was half written is cleared away"
     judge(table, "disk full during a save, for a while", "survived")
 
 
-@endurance
+@slow
 def test_a_disk_that_stays_full(config, plain, table, tmp_path):
     judge(table, "disk full from a save on", "injected")
     run = tmp_path / "run"
-    stopped(go(config, run, "full-from-save=2"), 75, "File too large|could not be written")
+    stopped(go(config, run, "full-from-save=2"), 75, "could not be written|cannot be written .File")
     assert saved_steps(run) == [4]
     goes_on(config, run, plain)
     judge(table, "disk full from a save on", "survived")
 
 
-@endurance
+def test_what_a_failed_write_echoes_is_not_shown_and_all_else_is():
+    shown = []
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("Event loop is open")):
+        train.without_echoes(types.SimpleNamespace(exc_value=error), shown.append)
+    assert [str(x.exc_value) for x in shown] == ["Event loop is open"]
+
+
+def test_a_log_that_cannot_be_written_is_named_and_the_exit_code_needs_no_stderr(config, tmp_path, monkeypatch):
+    with pytest.raises(train.TryAgain, match="nowhere/events.jsonl: cannot be written .No such file"):
+        train.append(tmp_path / "nowhere" / "events.jsonl", {})
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w"))
+    assert train.main([str(config), "--stepz=1"]) == 2
+
+
+@slow
 def test_a_full_disk_during_preparation(config, plain, table, tmp_path):
     judge(table, "disk full during data preparation", "injected")
     keys = [f"--data_dir={tmp_path / 'data'}"]
@@ -341,7 +354,7 @@ def test_a_full_disk_during_preparation(config, plain, table, tmp_path):
 
 # ------------------------------------------------------------------------------------------ logs, clocks, locks
 
-@endurance
+@slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
 def test_a_log_torn_in_the_middle_of_a_line(config, plain, table, tmp_path, name):
     judge(table, "metrics or events torn in a line", "injected")
@@ -355,7 +368,7 @@ def test_a_log_torn_in_the_middle_of_a_line(config, plain, table, tmp_path, name
     judge(table, "metrics or events torn in a line", "survived")
 
 
-@endurance
+@slow
 def test_a_clock_that_goes_backwards(config, plain, table, tmp_path):
     judge(table, "clock going backwards", "injected")
     done = go(config, tmp_path / "run", "clock=1")
@@ -378,7 +391,7 @@ def test_a_second_trainer_is_refused(config, plain, table, tmp_path):
         assert f"process {os.getpid()}" in (run / "lock").read_text()
 
 
-@endurance
+@slow
 def test_two_trainers_on_one_run_directory(config, plain, table, tmp_path):
     judge(table, "two trainers on one run directory", "injected")
     run = tmp_path / "run"
@@ -424,7 +437,7 @@ SHARD_FAULTS = {
     "shard replaced after the manifest": [("prepared", edit(100, b"x"), "its content has changed")]}
 
 
-@endurance
+@slow
 @pytest.mark.parametrize("fault, i", [(name, i) for name in SHARD_FAULTS for i in range(len(SHARD_FAULTS[name]))])
 def test_broken_shards_are_refused_before_the_first_step(config, plain, table, tmp_path, fault, i):
     """In the middle of a run: it stops, its checkpoints stay, and with the shard mended it goes on."""
@@ -474,7 +487,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_alone(setup, value):
     assert not bool(metrics["skipped"]) and (np.asarray(state.bias_LE) != before.bias_LE).any()
 
 
-@endurance
+@slow
 def test_a_gradient_that_is_not_finite_leaves_the_state_alone(setup, monkeypatch):
     """The loss is sound, its gradient is not: an infinity enters one weight's gradient on the way back."""
     c, t, mesh, _ = setup
@@ -516,7 +529,7 @@ def test_the_outlier_rule_by_hand(config):
     assert bool(jax.jit(lambda s: train.guard(off, s, 1e9, 1e9))(state)[0]), "off unless asked for"
 
 
-@endurance
+@slow
 @pytest.mark.parametrize("fault", ["nan=6", "inf=6", "nan=6-7"])
 def test_a_bad_batch_is_skipped_named_and_can_be_replayed(config, plain, table, tmp_path, fault):
     judge(table, "loss or gradient not finite", "injected")
@@ -535,7 +548,7 @@ def test_a_bad_batch_is_skipped_named_and_can_be_replayed(config, plain, table, 
     judge(table, "loss or gradient not finite", "survived")
 
 
-@endurance
+@slow
 def test_bad_batches_in_a_row_end_the_run_with_3(config, plain, table, tmp_path):
     judge(table, "not finite, many steps in a row", "injected")
     run = tmp_path / "run"
@@ -545,7 +558,7 @@ def test_bad_batches_in_a_row_end_the_run_with_3(config, plain, table, tmp_path)
     judge(table, "not finite, many steps in a row", "survived")
 
 
-@endurance
+@slow
 def test_an_outlier_is_skipped_if_asked_for(config, table, tmp_path):
     keys = ["--steps=100", "--skip_sigma=6.0", "--save_every=1000", "--eval_every=1000"]
     judge(table, "loss spike (skip_sigma=6)", "injected")
@@ -618,7 +631,7 @@ def test_which_checkpoints_are_kept(config, tmp_path, setup):
     assert saved_steps(tmp_path / "run") == [4, 6, 7]
 
 
-@endurance
+@slow
 def test_checkpoints_by_time_and_by_step(config, plain, tmp_path):
     """A save is due at the first log line after so many minutes, and at every step that is kept for good."""
     keys = ["--save_every=1000", "--save_minutes=0.00001", "--log_every=4", "--keep=1", "--keep_every=6"]
@@ -645,7 +658,7 @@ def test_buckets_are_not_paths(config):
 
 # ----------------------------------------------------------------------------------- exit codes and stuck steps
 
-@endurance
+@slow
 def test_a_stuck_step_is_reported_with_stacks(config, table, tmp_path):
     judge(table, "a step without end", "injected")
     done = go(config, tmp_path / "run", "stall=6", keys=["--stuck_minutes=0.5"])
@@ -672,7 +685,7 @@ def test_half_a_cluster_is_refused(config, capsys, flags):
 
 # --------------------------------------------------------------------------------- determinism, and what it costs
 
-@endurance
+@slow
 @pytest.mark.parametrize("keys", [["--accumulate=2"], ["--devices=2"], ["--devices=4", "--accumulate=2"]],
                          ids=lambda keys: " ".join(keys))
 def test_a_resume_on_another_split_stays_within_2e_6(config, plain, tmp_path, keys):
@@ -686,13 +699,13 @@ def test_a_resume_on_another_split_stays_within_2e_6(config, plain, tmp_path, ke
     assert len(here) == STEPS and np.abs(here - there).max() < 2e-6
 
 
-@endurance
+@slow
 def test_the_same_command_twice_gives_the_same_bits(config, plain, tmp_path):
     assert go(config, tmp_path / "run").returncode == 0
     assert outcome(tmp_path / "run") == outcome(plain)
 
 
-@endurance
+@slow
 def test_memory_is_flat_over_2000_steps(config, tmp_path):
     """With 200 log lines, 20 checkpoints and 10 evaluations on the way; sampled from outside, once a second."""
     run, pages = tmp_path / "run", []
@@ -707,40 +720,50 @@ def test_memory_is_flat_over_2000_steps(config, tmp_path):
     assert process.returncode == 0
     step, resident = np.array(pages, float).T
     resident *= os.sysconf("SC_PAGE_SIZE") / 2**20
-    late = step > 500
+    late = step > 1000
     slope = np.polyfit(step[late], resident[late], 1)[0] * 1000
-    print(f"resident memory {resident[late].min():.0f} to {resident[late].max():.0f} MiB after step 500, "
+    print(f"resident memory {resident[late].min():.0f} to {resident[late].max():.0f} MiB after step 1,000, "
           f"{slope:+.1f} MiB per 1,000 steps ({late.sum()} samples)")
     assert slope < 8, "MiB per 1,000 steps"
 
 
-@endurance
-def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path, monkeypatch):
+@slow
+def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path):
     """Of the time of a step of configs/smoke.py at its own settings, as CPU time of all threads: writing a line
-    every log_every steps, and fingerprinting and writing a checkpoint every save_every steps."""
+    every log_every steps, and fingerprinting and writing a checkpoint every save_every steps. The parts of one
+    process in turns, so that what else the machine does slows all of them alike."""
     c, t = train.load_config(ROOT / "configs/smoke.py", [f"--run_dir={tmp_path / 'run'}", "--devices=2"])
-    mesh = train.make_mesh(c, t)
-    state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
-                    out_shardings=train.state_shardings(c, t, mesh))()
-    step, checkpoints, cost = train.make_train_step(c, t, mesh), train.Checkpoints(t), {}
-    (tmp_path / "run").mkdir()
-    checkpoints.open()
-    log = train.Log(tmp_path / "run", c, t, mesh, 0, None)
-    say, used = (lambda line: None), time.process_time
+    jax.config.update("jax_disable_most_optimizations", False)          # a slow step would flatter the shares
+    try:
+        mesh = train.make_mesh(c, t)
+        state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
+                        out_shardings=train.state_shardings(c, t, mesh))()
+        step, checkpoints = train.make_train_step(c, t, mesh), train.Checkpoints(t)
+        cost = {"step": [], "line": [], "save": []}
+        (tmp_path / "run").mkdir()
+        checkpoints.open()
+        log = train.Log(tmp_path / "run", c, t, mesh, 0, None)
 
-    def clock(name, call):
-        began = used()
-        result = call()
-        cost.setdefault(name, []).append(used() - began)
-        return result
-    for i in range(12):
-        batch = train.put(synthetic(c, t, i), mesh)
-        state, metrics = clock("step", lambda: jax.block_until_ready(step(state, batch)))
-        clock("line", lambda: log.step(i + 1, metrics, i % t.log_every == 0 or i > 3, say))
-        if i % 3 == 2:
-            clock("save", lambda: (checkpoints.save(state, {}), checkpoints.settle()))
-    best = {name: min(times[1:]) for name, times in cost.items()}
-    share = {"line": best["line"] / t.log_every / best["step"], "save": best["save"] / t.save_every / best["step"]}
-    print(f"CPU seconds: {best}; share of the steps: logging {share['line']:.2%}, checkpoints {share['save']:.2%}")
-    checkpoints.close()
+        def clock(name, call):
+            began = time.process_time()
+            result = call()
+            cost[name].append(time.process_time() - began)
+            return result
+        for i in range(1, 1 + 4 * t.log_every):
+            batch = train.put(synthetic(c, t, i), mesh)
+            state, metrics = clock("step", lambda: jax.block_until_ready(step(state, batch)))
+            if i % t.log_every:
+                log.step(i, metrics, False, print)
+            else:
+                clock("line", lambda: log.step(i, metrics, True, print))
+                clock("save", lambda: (checkpoints.save(state, {}), checkpoints.settle()))
+        checkpoints.close()
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    typical = {name: float(np.median(times[1:])) for name, times in cost.items()}
+    share = {"line": typical["line"] / t.log_every / typical["step"],
+             "save": typical["save"] / t.save_every / typical["step"]}
+    print(f"CPU seconds: step {typical['step']:.3f}, log line {typical['line']:.4f}, "
+          f"checkpoint {typical['save']:.3f}; share of the steps: logging {share['line']:.2%}, "
+          f"checkpoints {share['save']:.2%}")
     assert share["line"] + share["save"] < 0.02

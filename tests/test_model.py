@@ -210,7 +210,7 @@ def test_remat_changes_memory_not_numbers():
         f = lambda p: model.loss(p, bias_of(c), batch, norm_of(batch), c)[0]
         results.append(jax.jit(jax.value_and_grad(f))(params))
     for a, b in zip(*map(jax.tree.leaves, results)):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)      # sums that cancel: 2e-7 apart, of up to 0.2
 
 
 @pytest.mark.slow

@@ -113,8 +113,8 @@ def test_ragged_plans_fit_together(capacity):
     dict(replicas=2, expert_parallel=2), dict(expert_parallel=4, exchange="ragged", capacity_factor=4.0),
     pytest.param(dict(replicas=2, expert_parallel=4, accumulate=1), marks=pytest.mark.slow)], ids=str)
 def test_one_device_equals_eight_on_every_mesh(config, mesh):                                 # noqa: F811
-    """Losses within 2e-6 of one device, the same bias and the same weights, over eight steps."""
-    (want, one), (got, eight) = (run_steps(*load(config, devices=n, steps=8, **keys), 8)
+    """Losses within 2e-6 of one device, the same bias and the same weights, over six steps."""
+    (want, one), (got, eight) = (run_steps(*load(config, devices=n, **keys), 6)
                                  for n, keys in ((1, {}), (8, mesh)))
     assert np.abs(got - want).max() < 2e-6
     np.testing.assert_allclose(one.bias_LE, eight.bias_LE, atol=1e-4)

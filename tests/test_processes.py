@@ -1,6 +1,6 @@
 """Many processes, one run: jax.distributed over gloo on this machine, the same program and flags as on a cluster.
 
-All of endurance: each process starts, compiles and trains on its own."""
+All slow: each process starts, compiles and trains on its own."""
 import os
 import signal
 import socket
@@ -14,7 +14,7 @@ import train
 from test_faults import ENVIRONMENT, command, config, events, go, marks, saved_steps        # noqa: F401
 from test_train import text                                                                 # noqa: F401
 
-pytestmark = pytest.mark.endurance
+pytestmark = pytest.mark.slow
 LOST = 75, -signal.SIGABRT      # how a survivor ends: gloo reports a closed connection, or jax a lost heartbeat
 
 

@@ -883,6 +883,8 @@ def git_commit():
 
 
 FIXED = ("optimizer", "batch_size", "seed")     # with model and data: what one run cannot change on its way
+FREE = ("exchange", "remat")                    # of the model: how it is computed, not what (the 129B run went from
+#                                                 ring to ragged at step 3,863 or so [cited: marin #4697, #4867])
 
 
 def check_run(c, t, mixture, checkpoints):
@@ -897,7 +899,7 @@ def check_run(c, t, mixture, checkpoints):
         there = (run / "config.json").exists()
         old = json.loads((run / "config.json").read_text()) if there else checkpoints.config()
         if old is not None:
-            pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items()]
+            pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items() if k not in FREE]
             pairs += [(k, old["train"].get(k), now["train"][k]) for k in FIXED]
             pairs += [("data", old["data"], now["data"])]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -916,8 +918,9 @@ def check_run(c, t, mixture, checkpoints):
 def write_run(run, now):
     """Write config.json; what changed since the last start becomes an event and a printed line."""
     if (run / "config.json").exists():
-        old = json.loads((run / "config.json").read_text())["train"]
-        changed = {k: [old.get(k), v] for k, v in now["train"].items() if old.get(k) != v}
+        old = json.loads((run / "config.json").read_text())
+        changed = {k: [old[part].get(k), v] for part in ("model", "train") for k, v in now[part].items()
+                   if old[part].get(k) != v}
         if changed:
             append(run / "events.jsonl", {"event": "config_changed", "keys": changed, "time": time.time()})
             say("changed   " + ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
@@ -1223,8 +1226,8 @@ def show_plan(c, t, compile_too=False):
 
 
 def traced_flops(jaxpr, devices=1):
-    """Matmul FLOPs of a traced program on one device: loops times their length, the likelier-worse branch of a
-    cond, kernels by their own estimate. XLA's cost analysis counts a loop body once, whatever its length."""
+    """Matmul FLOPs of a traced program on one device: loops times their length, the costlier branch of a cond,
+    kernels by `kernel_flops`. XLA's cost analysis counts a loop body once, whatever its length."""
     total = 0
     for eqn in jaxpr.eqns:
         inner = [j for v in eqn.params.values() for j in (v if isinstance(v, (tuple, list)) else (v,))]
@@ -1236,7 +1239,7 @@ def traced_flops(jaxpr, devices=1):
             inner_product = math.prod(lhs.shape[i] for i in contracted)
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner_product / devices
         elif name == "pallas_call":
-            total += getattr(eqn.params.get("cost_estimate"), "flops", 0) / devices
+            total += kernel_flops(eqn) / devices
         elif name == "cond":
             total += max(traced_flops(j, devices) for j in inner)
         else:
@@ -1245,12 +1248,29 @@ def traced_flops(jaxpr, devices=1):
     return total
 
 
+def kernel_flops(eqn):
+    """Of one Pallas call: its own estimate (our kernels: every tile of the buffer, in use or not), or, for splash
+    attention, which gives none, the products of its body times the grid steps that do not skip.
+
+    A causal mask with or without a window is a band of blocks: row i of n sees min(i + 1, width) of them, where
+    the grid is `width` wide; so does column i from the end, for the kernel of dk and dv."""
+    if estimate := eqn.params.get("cost_estimate"):
+        return estimate.flops
+    grid, name = eqn.params["grid_mapping"].grid, eqn.params["name"] or ""
+    steps = math.prod(grid)
+    if name.startswith("splash"):
+        n, width = grid[-3 if "dkv" in name else -2], grid[-1]
+        steps = steps // (n * width) * sum(min(i + 1, width) for i in range(n))
+    return steps * traced_flops(eqn.params["jaxpr"])
+
+
 class Collective(NamedTuple):
     op: str             # "all-gather", ...
     axis: str           # mesh axes of its groups, "data" or "replica+data+expert"; "" if they are no such axes
     times: int          # how often a step runs it: the product of the loops around it
     received: float     # bytes that a chip receives each time
     scope: str          # where in the program it comes from
+    wrong: str = ""     # what `misplaced` has against it
 
 
 def collectives(text, size):
@@ -1312,20 +1332,38 @@ def collectives(text, size):
     return found
 
 
-def misplaced(c, found):
-    """Collectives that no line of this program asks for, or that stand in the layer loop and should not.
+SUMMED = "summed whole, where its share was asked for"
+ASKS = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce",      # line: operation
+        "ragged_all_to_all": "ragged-all-to-all"}
 
-    In a loop belong the gathers and gradient sums of weights over "data" and the exchange over "expert"; outside
-    of shard_map, the optimizer may sum norms (kilobytes), and MuonH may deal whole matrices out. An all-reduce
-    over "data" is what the compiler makes of some reduce-scatters, at twice the bytes: [5120,1280] over 128 chips
-    becomes a sum of [6144,1280] [measured: v4, libtpu 0.0.42; why these and not others is not certain]."""
+
+def misplaced(found):
+    """Those of a MiB and more that no line of the program asks for where they stand, with `wrong` filled in.
+
+    The layer loop holds gathers and gradient sums of weights over "data" and the exchange over "expert"; after it
+    come the psums of gradients of copies. Outside of shard_map only norms are summed (bytes) and MuonH deals whole
+    matrices out. An all-reduce that names no line is what the compiler makes of some reduce-scatters: SUMMED."""
     inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
-              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert"), ("all-reduce", "data")}
-    def fine(x):
+              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert")}
+    def why(x):
+        asked = next((op for line, op in ASKS.items() if x.scope.rpartition("/")[2].startswith(line)), None)
+        if x.op == "all-reduce" and not x.scope and x.axis in ("data", "expert"):
+            return SUMMED
         if x.times > 1:
-            return (x.op, x.axis) in inside
-        return "shard_map" in x.scope or "orthogonalize" in x.scope or (x.op, x.axis) == ("all-reduce", "data")
-    return [x for x in found if x.received >= 2**20 and not fine(x)]
+            return "" if (x.op, x.axis) in inside else "not of the layer loop"
+        if "shard_map" in x.scope:
+            return "" if asked == x.op else "not what its line asks for"
+        return "" if "orthogonalize" in x.scope else "no line asks for it"
+    return [x._replace(wrong=why(x)) for x in found if x.received >= 2**20 and why(x)]
+
+
+def tally(found, key):
+    """[(key, runs a step, bytes a step)] of collectives, those with most bytes first."""
+    sums = {}
+    for x in found:
+        runs, amount = sums.get(key(x), (0, 0.0))
+        sums[key(x)] = runs + x.times, amount + x.times * x.received
+    return sorted(((k, *both) for k, both in sums.items()), key=lambda row: -row[2])
 
 
 def compile_plan(c, t):
@@ -1376,22 +1414,20 @@ def compile_plan(c, t):
     print(f"memory    {used / gib:.2f} GiB of {chip.memory / gib:.0f} a chip, {100 * used / chip.memory:.0f} %: "
           f"state {m.argument_size_in_bytes / gib:.2f}, temporary {m.temp_size_in_bytes / gib:.2f}")
     found = collectives(compiled.as_text(), size)
-    table = {}
-    for x in found:
-        where = "loop" if x.times > 1 else "once"
-        count, amount = table.get((x.axis or "other", x.op, where), (0, 0.0))
-        table[x.axis or "other", x.op, where] = count + x.times, amount + x.times * x.received
     print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")
-    for (axis, op, where), (count, amount) in sorted(table.items(), key=lambda item: -item[1][1]):
-        print(f"          {axis:24s} {op:20s} {where:5s} {count:12,} {amount / 1e9:19.3f}")
-    stray = misplaced(c, found)
-    for x in sorted(stray, key=lambda x: -x.times * x.received)[:5]:
-        print(f"stray     {x.op} over {x.axis or 'other'}, {x.times} x {x.received / 1e6:.0f} MB: {x.scope[-70:]}")
-    fine = used < 0.85 * chip.memory and not stray
+    for (axis, op, where), runs, amount in tally(found, lambda x: (x.axis, x.op, "loop" if x.times > 1 else "once")):
+        print(f"          {axis or 'other':24s} {op:20s} {where:5s} {runs:12,} {amount / 1e9:19.3f}")
+    everything = sum(x.times * x.received for x in found)
+    print(f"          together {everything / 1e9:.1f} GB; --plan says {sum(traffic(c, t, size).values()) / 1e9:.1f}")
+    stray = tally(misplaced(found), lambda x: (x.wrong, x.op, x.axis, x.scope[-60:]))
+    for (why, op, axis, scope), runs, amount in stray:
+        print(f"stray     {op} over {axis or 'other'}, {runs} a step, {amount / 1e9:.1f} GB, {why} {scope}")
+    wrong = sum(amount for _, _, amount in stray) / max(everything, 1)
+    fine = used < 0.85 * chip.memory and wrong < 0.1 and all(why == SUMMED for (why, *_), _, _ in stray)
     print(f"verdict   {'fits' if used <= chip.memory else 'does not fit'}"
           + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t, mesh.size)}")
-          + (f"; {len(stray)} collectives where they should not be" if stray else
-             "; every collective is where it should be"))
+          + ("; every collective is where it should be" if not stray else
+             f"; {100 * wrong:.1f} % of the bytes move in collectives that nobody asked for"))
     return 0 if fine else 1
 
 
@@ -1676,6 +1712,8 @@ def main(arguments):
         return 0
     try:
         flags, overrides = split_flags(arguments[1:])
+        if "compile" in flags and "plan" not in flags:
+            raise ConfigError("--compile: expected together with --plan, found it alone; it would train")
         c, t = load_config(arguments[0], overrides)
         if "plan" in flags:
             return show_plan(c, t, "compile" in flags)

@@ -1209,8 +1209,11 @@ def show_plan(c, t, compile_too=False):
     print(f"machine   {p['chips']:,} x {name} ({t.topology}): " + " x ".join(f"{a} {n}" for a, n in size.items())
           + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, {t.accumulate} microbatch"
           + ("es" if t.accumulate > 1 else ""))
-    print(f"memory    of {chip.memory / 2**30:.0f} GiB a chip: " + ", ".join(
-        f"{what} {amount / 2**30:.2f}" for what, amount in p["memory"].items()) + " GiB; the rest: --compile")
+    gib, least = 2**30, sum(p["memory"].values())
+    print(f"memory    {least / gib:.2f} of {chip.memory / gib:.0f} GiB a chip, "
+          + " + ".join(f"{what} {amount / gib:.2f}" for what, amount in p["memory"].items())
+          + (f": {(least - chip.memory) / gib:.1f} too much. {remedy(c, t)}" if least > chip.memory else
+             "; and a layer at work" + " (--compile)" * bool(chip.link)))
     for (axis, what), amount in p["received"].items():
         if amount > 1e6:
             print(f"traffic   {axis:8s} {what:28s} {amount / 1e9:9.2f} GB a step and chip")
@@ -1405,7 +1408,7 @@ def compile_plan(c, t):
         if not used:
             raise
         print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "
-              f"too much. {remedy(c, t, mesh.size)}")
+              f"too much. {remedy(c, t)}")
         return 1
     m, gib = compiled.memory_analysis(), 2**30
     used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -1425,16 +1428,19 @@ def compile_plan(c, t):
     wrong = sum(amount for _, _, amount in stray) / max(everything, 1)
     fine = used < 0.85 * chip.memory and wrong < 0.1 and all(why == SUMMED for (why, *_), _, _ in stray)
     print(f"verdict   {'fits' if used <= chip.memory else 'does not fit'}"
-          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t, mesh.size)}")
+          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t)}")
           + ("; every collective is where it should be" if not stray else
              f"; {100 * wrong:.1f} % of the bytes move in collectives that nobody asked for"))
     return 0 if fine else 1
 
 
-def remedy(c, t, chips):
-    rows = t.batch_size // t.accumulate // chips
-    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 else "more chips")
-            + (", --remat=block" if c.remat != "block" else ""))
+def remedy(c, t):
+    """What to change in a config that does not fit. More microbatches shrink all but the state."""
+    p = plan(c, t)
+    state = sum(amount for what, amount in p["memory"].items() if what != "layer inputs")
+    rows = t.batch_size // t.accumulate // p["chips"]
+    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 and state < 0.85 * CHIPS[p["chip"]].memory else
+                      "more chips") + (", --remat=block" if c.remat != "block" else ""))
 
 
 # -------------------------------------------------------------------------------------------------------- main

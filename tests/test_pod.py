@@ -185,6 +185,21 @@ def test_the_roofline_of_the_129b_run_allows_40_percent():
     assert by["ring", 8] == 5 * 48 * 7 * 8192 * 5120 * 2
 
 
+def test_the_gpu_config_is_a_real_moe_and_its_state_leaves_room_on_80_gb(capsys):
+    p = numbers("gpu_h200", "--topology=h100:1")
+    assert 1e9 < p["total"] < 2e9 and p["chips"] == 1
+    # float32: weight, two moments, the sum of gradients and one microbatch's
+    assert sum(p["memory"].values()) == pytest.approx(20 * p["total"], rel=0.05)
+    assert train.main([str(ROOT / "configs/gpu_h200.py"), "--plan"]) == 0
+    assert "23.88 of 75 GiB a chip" in capsys.readouterr().out
+
+
+def test_a_plan_that_cannot_fit_says_by_how_much_and_what_to_change(capsys):
+    for topology, words in (("v6e:8x8", "too much. Try more chips"), ("v5p:4x4x8", "; and a layer at work")):
+        assert train.main([str(ROOT / "configs/moe_129b.py"), "--plan", f"--topology={topology}"]) == 0
+        assert words in capsys.readouterr().out
+
+
 def test_axis_rates_follow_the_torus():
     v4, v6e = train.CHIPS["v4"], train.CHIPS["v6e"]
     rate = train.axis_rates(v4, 1, (8, 8, 16), {"replica": 1, "data": 128, "expert": 8})

@@ -481,6 +481,12 @@ def state_shardings(c, t, mesh):
                         is_leaf=lambda x: isinstance(x, Spec))
 
 
+def abstract_state(c, t, mesh):
+    """Shapes, types and places of a state that need not exist."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                        jax.eval_shape(lambda: make_state(c, t, jax.random.key(0))), state_shardings(c, t, mesh))
+
+
 def make_train_step(c, t, mesh):
     """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over the mesh.
 
@@ -715,9 +721,7 @@ class Checkpoints:
 
     def restore(self, c, t, mesh):
         """The newest sound state, or None if there is no checkpoint at all. Raises Unsound if none is sound."""
-        abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
-                              state_shardings(c, t, mesh))
+        target = abstract_state(c, t, mesh)
         target_by_name = leaves_by_name(target)
         for step in self.steps():
             why = proof = leaves = None
@@ -883,8 +887,8 @@ def git_commit():
 
 
 FIXED = ("optimizer", "batch_size", "seed")     # with model and data: what one run cannot change on its way
-FREE = ("exchange", "remat")                    # of the model: how it is computed, not what (the 129B run went from
-#                                                 ring to ragged at step 3,863 or so [cited: marin #4697, #4867])
+FREE = ("exchange", "remat")        # of the model: how it is computed, not what. The 129B run went from ring to
+#                                     ragged on its way [cited: marin #4697]
 
 
 def check_run(c, t, mixture, checkpoints):
@@ -1336,8 +1340,7 @@ def collectives(text, size):
 
 
 SUMMED = "summed whole, where its share was asked for"
-ASKS = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce",      # line: operation
-        "ragged_all_to_all": "ragged-all-to-all"}
+ASKS = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce"}      # {line: op}
 
 
 def misplaced(found):
@@ -1349,13 +1352,13 @@ def misplaced(found):
     inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
               ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert")}
     def why(x):
-        asked = next((op for line, op in ASKS.items() if x.scope.rpartition("/")[2].startswith(line)), None)
+        asked = [op for line, op in ASKS.items() if x.scope.rpartition("/")[2].startswith(line)]
         if x.op == "all-reduce" and not x.scope and x.axis in ("data", "expert"):
             return SUMMED
         if x.times > 1:
             return "" if (x.op, x.axis) in inside else "not of the layer loop"
         if "shard_map" in x.scope:
-            return "" if asked == x.op else "not what its line asks for"
+            return "" if asked == [x.op] else "not what its line asks for"
         return "" if "orthogonalize" in x.scope else "no line asks for it"
     return [x._replace(wrong=why(x)) for x in found if x.received >= 2**20 and why(x)]
 
@@ -1376,7 +1379,7 @@ def compile_plan(c, t):
         raise ConfigError(f"topology: expected a TPU to compile for, found {t.topology!r}: no GPU compiler works "
                           f"without its GPU; run the config there")
     from jax.experimental import topologies
-    chip, began = CHIPS[name], time.time()
+    chip, began, gib = CHIPS[name], time.time(), 2**30
     try:
         told = chip.compiler | ({"num_slices": slices} if slices > 1 else {})
         described = topologies.get_topology_desc(
@@ -1385,20 +1388,15 @@ def compile_plan(c, t):
         raise ConfigError(f"topology: {t.topology!r} is not to be had ({str(error).splitlines()[0][:200]}); "
                           f"it takes: pip install 'jax[tpu]'") from None
     mesh = make_mesh(c, t, described.devices)
-    size = dict(mesh.shape)
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                         jax.eval_shape(lambda: make_state(c, t, jax.random.key(0))), state_shardings(c, t, mesh))
-    sharding = NamedSharding(mesh, Spec(None, MESH))
+    types = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
     rows = {k: jax.ShapeDtypeStruct((t.accumulate, t.batch_size // t.accumulate, c.seq_len), dtype,
-                                    sharding=sharding)
-            for k, dtype in {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32,
-                             "weights": jnp.float32}.items()}
-    traced = make_train_step(c, t, mesh).trace(state, rows)
+                                    sharding=NamedSharding(mesh, Spec(None, MESH))) for k, dtype in types.items()}
+    traced = make_train_step(c, t, mesh).trace(abstract_state(c, t, mesh), rows)
     model_flops = model.count(c).mfu_flops * t.batch_size * c.seq_len / mesh.size
-    executed = traced_flops(traced.jaxpr.jaxpr, mesh.size)
+    executed = traced_flops(traced.jaxpr.jaxpr, mesh.size) / model_flops
     lowered = traced.lower()
-    print(f"traced    in {time.time() - began:.0f} s; executes {executed / model_flops:.2f} x the model's FLOPs "
-          f"(matmuls and kernels of the traced program, loops times their length)", flush=True)
+    print(f"traced    in {time.time() - began:.0f} s; executes {executed:.2f} x the model's FLOPs (matmuls and "
+          f"kernels of the traced program, loops times their length)", flush=True)
     began = time.time()
     try:
         compiled = lowered.compile()
@@ -1410,37 +1408,43 @@ def compile_plan(c, t):
         print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "
               f"too much. {remedy(c, t)}")
         return 1
-    m, gib = compiled.memory_analysis(), 2**30
+    m = compiled.memory_analysis()
     used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     print(f"compiled  in {time.time() - began:.0f} s for {mesh.size:,} x {mesh.devices.flat[0].device_kind}, "
-          f"jax {jax.__version__}: " + " x ".join(f"{a} {n}" for a, n in size.items()))
+          f"jax {jax.__version__}: " + " x ".join(f"{a} {n}" for a, n in mesh.shape.items()))
     print(f"memory    {used / gib:.2f} GiB of {chip.memory / gib:.0f} a chip, {100 * used / chip.memory:.0f} %: "
           f"state {m.argument_size_in_bytes / gib:.2f}, temporary {m.temp_size_in_bytes / gib:.2f}")
-    found = collectives(compiled.as_text(), size)
-    print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")
-    for (axis, op, where), runs, amount in tally(found, lambda x: (x.axis, x.op, "loop" if x.times > 1 else "once")):
-        print(f"          {axis or 'other':24s} {op:20s} {where:5s} {runs:12,} {amount / 1e9:19.3f}")
-    everything = sum(x.times * x.received for x in found)
-    print(f"          together {everything / 1e9:.1f} GB; --plan says {sum(traffic(c, t, size).values()) / 1e9:.1f}")
-    stray = tally(misplaced(found), lambda x: (x.wrong, x.op, x.axis, x.scope[-60:]))
-    for (why, op, axis, scope), runs, amount in stray:
-        print(f"stray     {op} over {axis or 'other'}, {runs} a step, {amount / 1e9:.1f} GB, {why} {scope}")
-    wrong = sum(amount for _, _, amount in stray) / max(everything, 1)
-    fine = used < 0.85 * chip.memory and wrong < 0.1 and all(why == SUMMED for (why, *_), _, _ in stray)
+    well, words = judge(collectives(compiled.as_text(), dict(mesh.shape)), sum(traffic(c, t, mesh.shape).values()))
     print(f"verdict   {'fits' if used <= chip.memory else 'does not fit'}"
-          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t)}")
-          + ("; every collective is where it should be" if not stray else
-             f"; {100 * wrong:.1f} % of the bytes move in collectives that nobody asked for"))
-    return 0 if fine else 1
+          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t)}") + f"; {words}")
+    return 0 if well and used < 0.85 * chip.memory else 1
+
+
+def judge(found, planned):
+    """Print a table of collectives and those that are misplaced. Returns (whether all is well, that in words):
+    well is also a tenth of the bytes in sums that the compiler put for reduce-scatters."""
+    print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")
+    for (axis, op, loop), runs, amount in tally(found, lambda x: (x.axis, x.op, x.times > 1)):
+        print(f"          {axis or 'other':24s} {op:20s} {'loop' if loop else 'once'} {runs:13,} "
+              f"{amount / 1e9:19.3f}")
+    everything, stray = sum(x.times * x.received for x in found), misplaced(found)
+    print(f"          together {everything / 1e9:.1f} GB; --plan says {planned / 1e9:.1f}")
+    for (why, op, axis, scope), runs, amount in tally(stray, lambda x: (x.wrong, x.op, x.axis, x.scope[-60:])):
+        print(f"stray     {op} over {axis or 'other'}, {runs} a step, {amount / 1e9:.1f} GB, {why} {scope}")
+    if not stray:
+        return True, "every collective is where it should be"
+    share = sum(x.times * x.received for x in stray) / everything
+    return (share < 0.1 and all(x.wrong == SUMMED for x in stray),
+            f"{100 * share:.1f} % of the bytes move in collectives that nobody asked for")
 
 
 def remedy(c, t):
     """What to change in a config that does not fit. More microbatches shrink all but the state."""
     p = plan(c, t)
     state = sum(amount for what, amount in p["memory"].items() if what != "layer inputs")
-    rows = t.batch_size // t.accumulate // p["chips"]
-    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 and state < 0.85 * CHIPS[p["chip"]].memory else
-                      "more chips") + (", --remat=block" if c.remat != "block" else ""))
+    rows, room = t.batch_size // t.accumulate // p["chips"], 0.85 * CHIPS[p["chip"]].memory - state
+    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 and room > 0 else "more chips")
+            + (", --remat=block" if c.remat != "block" else ""))
 
 
 # -------------------------------------------------------------------------------------------------------- main

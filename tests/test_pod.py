@@ -261,14 +261,14 @@ def test_collectives_are_found_in_a_compiled_program():
 
 HLO = """HloModule step
 %body (x: f32[64]) -> f32[64] {{
-  %rs = f32[{big}]{{0}} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), op_name="{loop}/checkpoint/reduce_scatter"
+  %rs = f32[{big}]{{0}} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), op_name="{loop}/reduce_scatter"
   ROOT %y = f32[{big}]{{0}} {op}(%rs), replica_groups=[2,4]<=[4,2]T(1,0){metadata}
 }}
 %condition (x: f32[64]) -> pred[] {{
   ROOT %n = s32[] constant(12)
 }}
 ENTRY %main (x: f32[64]) -> f32[64] {{
-  %small = f32[64]{{0}} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), metadata={{op_name="jit(train_step)/reduce_sum"}}
+  %small = f32[64]{{0}} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), op_name="jit(train_step)/reduce_sum"
   %once = f32[{big}]{{0}} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), metadata={{op_name="{once}"}}
   ROOT %w = f32[64]{{0}} while(%x), condition=%condition, body=%body
 }}
@@ -298,10 +298,16 @@ def test_misplaced_collectives_are_named(op, loop, once, want):
     assert all(x.received == 2 * 2**22 * 3 / 4 for x in named if x.op == "all-reduce")
 
 
-def test_a_tally_keeps_equal_collectives_apart():
-    x = train.Collective("all-reduce", "data", 12, 1e9, "")
-    assert train.tally([x, x, x._replace(axis="expert")], lambda x: x.axis) == [
-        ("data", 24, 24e9), ("expert", 12, 12e9)]
+def test_a_tenth_of_the_bytes_may_move_in_sums_but_no_byte_unasked(capsys):
+    gather = train.Collective("all-gather", "data", 12, 1e9, f"{LOOP}/all_gather")
+    summed, stray = gather._replace(op="all-reduce", scope=""), gather._replace(op="all-to-all")
+    for found, well, words in (([gather] * 3, True, "every collective is where it should be"),
+                               ([gather] * 19 + [summed] * 2, True, "9.5 % of the bytes"),
+                               ([gather] * 17 + [summed] * 3, False, "15.0 % of the bytes"),
+                               ([gather] * 99 + [stray], False, "1.0 % of the bytes")):
+        got, said = train.judge(found, 1e9)
+        assert got == well and words in said
+        assert f"together {12 * len(found)}.0 GB" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("window", [4096, 2048])

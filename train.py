@@ -1165,6 +1165,14 @@ def axis_rates(chip, slices, shape, size):
     return rate | ({"replica": chip.outside} if slices > 1 else {})
 
 
+def hops(n):
+    """How much longer an all-to-all takes along n chips in a line or ring than its received bytes say.
+
+    What a gather passes on it also keeps; an all-to-all passes bytes on for others. On a ring, the n * V that
+    all chips send travel n / 4 links on average over the 2 n links: V n / 8 each, of which n - 1 of n arrive."""
+    return n * n / (4 * (n - 1))
+
+
 def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = hardware(t)
@@ -1183,9 +1191,10 @@ def plan(c, t):
     tokens = t.batch_size * c.seq_len
     inputs = (c.num_layers if c.remat == "block" else 0) * (tokens / t.accumulate / chips) * c.hidden_dim
     received = traffic(c, t, size)
-    rates_ = axis_rates(chip, slices, shape, size)
-    seconds = {axis: sum(b for (a, _), b in received.items() if a == axis) / rates_[axis] for axis in MESH
-               if chips > 1 and size[axis] > 1}
+    rate = axis_rates(chip, slices, shape, size)
+    seconds = {axis: sum(amount * (hops(size[axis]) if "ragged" in what else 1)
+                         for (a, what), amount in received.items() if a == axis) / rate[axis]
+               for axis in MESH if chips > 1 and size[axis] > 1}
     ideal = n.mfu_flops * tokens / chips / chip.flops
     executed = ideal * (4 / 3 if c.remat == "block" else 1)
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),

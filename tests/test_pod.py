@@ -209,6 +209,20 @@ def test_axis_rates_follow_the_torus():
     assert train.axis_rates(v4, 2, (8, 8, 8), {"replica": 2, "data": 64, "expert": 8})["replica"] == v4.outside
 
 
+@pytest.mark.parametrize("n", [2, 4, 8, 16])
+def test_an_all_to_all_loads_the_links_of_a_ring_as_planned(n):
+    """Every chip sends a byte to every other one by the shorter way; both ways share the farthest one."""
+    load = np.zeros((n, 2))                                         # of the link from a chip upwards, downwards
+    for source in range(n):
+        for target in set(range(n)) - {source}:
+            up = (target - source) % n
+            for way, steps, share in ((0, up, 0.5 * (1 + np.sign(n - 2 * up))),
+                                      (1, n - up, 0.5 * (1 + np.sign(2 * up - n)))):
+                for k in range(steps):
+                    load[(source + (k if way == 0 else -k)) % n, way] += share
+    assert load.min() == load.max() == pytest.approx(train.hops(n) * (n - 1) / 2)
+
+
 @pytest.mark.parametrize("overrides, words", [
     (["--topology=v9:8x8"], "topology: expected such as"),
     (["--topology="], "topology: expected such as"),

@@ -1291,35 +1291,36 @@ class Collective(NamedTuple):
 
 def collectives(text, size):
     """Every collective of a compiled program (its HLO text), with the loops in which it stands."""
-    bodies, name = {}, None
+    bodies, lines = {}, []                                                  # {computation: its lines}
     for line in text.splitlines():
-        if line.endswith("{") and (match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
-            name = match[1]
-            bodies[name] = []
-        elif name and line.startswith("  "):
-            bodies[name].append(line)
-    times, called = {}, re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            bodies[match[1]] = lines = []
+        elif line.startswith("  "):
+            lines.append(line)
+
+    times = dict.fromkeys(bodies, 0)                                        # how often a step runs each
+    called = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)")
     def visit(name, factor):
-        times[name] = times.get(name, 0) + factor
-        for line in bodies.get(name, ()):
-            if " while(" in line:
+        times[name] += factor
+        for line in bodies[name]:
+            if " while(" in line:                       # a counter ends it: the largest constant of its condition
                 condition, body = (re.search(rf"{k}=%?([\w.\-]+)", line)[1] for k in ("condition", "body"))
-                limits = [int(m[1]) for m in map(re.compile(r" constant\((\d+)\)").search, bodies[condition]) if m]
-                visit(body, factor * max(limits, default=1))
+                visit(body, factor * max(map(int, re.findall(r" constant\((\d+)\)", "".join(bodies[condition]))),
+                                         default=1))
             else:
-                for callee in called.findall(line) + re.findall(r"%([\w.\-]+)", "".join(
-                        re.findall(r"branch_computations=\{([^}]*)\}", line))):
-                    if "to_apply" not in line or " call(" in line:
-                        visit(callee, factor)
+                branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+                callees = called.findall(line) + (re.findall(r"%([\w.\-]+)", branches[1]) if branches else [])
+                callees += re.findall(r"to_apply=%?([\w.\-]+)", line) if " call(" in line else []
+                for callee in callees:
+                    visit(callee, factor)
     visit(re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1], 1)
 
     ids = np.arange(math.prod(size.values())).reshape(tuple(size.values()))
-    axes = {}
-    for k in range(1, 4):
-        for some in itertools.combinations(range(3), k):
-            groups = np.moveaxis(ids, some, range(-k, 0)).reshape(-1, math.prod(ids.shape[i] for i in some))
-            real = "+".join(MESH[i] for i in some if ids.shape[i] > 1)
-            axes.setdefault(frozenset(map(frozenset, groups.tolist())), real)
+    axes = {}                                                               # {groups of devices: mesh axes}
+    for some in (some for k in (1, 2, 3) for some in itertools.combinations(range(3), k)):
+        groups = np.moveaxis(ids, some, range(-len(some), 0)).reshape(-1, math.prod(ids.shape[i] for i in some))
+        real = "+".join(MESH[i] for i in some if ids.shape[i] > 1)
+        axes.setdefault(frozenset(map(frozenset, groups.tolist())), real)
     def axis_of(line):
         if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
             grid = np.arange(ids.size).reshape([int(i) for i in match[3].split(",")])
@@ -1333,18 +1334,16 @@ def collectives(text, size):
 
     kind = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (all-gather|reduce-scatter|all-reduce|all-to-all|"
                       r"collective-permute|ragged-all-to-all)(-start)?\(")
-    bytes_of = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "s8": 1, "u8": 1, "f16": 2}
-    found = []
-    for name, lines in bodies.items():
-        for line in lines if times.get(name) else ():
-            if match := kind.match(line):
-                sizes = [bytes_of.get(dtype, 4) * math.prod(int(i) for i in dims.split(",") if i)
-                         for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])]
-                amount, (axis, n) = max(sizes) if match[3] else sum(sizes), axis_of(line)
-                scale = {"all-gather": (n - 1) / n, "reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n,
-                         "collective-permute": 1}.get(match[2], (n - 1) / n)
-                scope = re.search(r'op_name="([^"]*)"', line)
-                found.append(Collective(match[2], axis, times[name], amount * scale, scope[1] if scope else ""))
+    bytes_of, found = {"bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}, []
+    for name, line in ((name, line) for name in bodies if times[name] for line in bodies[name]):
+        if match := kind.match(line):
+            sizes = [bytes_of.get(dtype, 4) * math.prod(int(i) for i in dims.split(",") if i)
+                     for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])]
+            amount, (axis, n) = max(sizes) if match[3] else sum(sizes), axis_of(line)
+            scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
+            scope = re.search(r'op_name="([^"]*)"', line)
+            found.append(Collective(match[2], axis, times[name], amount * scale.get(match[2], (n - 1) / n),
+                                    scope[1] if scope else ""))
     return found
 
 

@@ -4,8 +4,9 @@
     python train.py configs/moe_129b.py --plan --compile    the step through the TPU compiler         (minutes)
     python train.py configs/moe_129b.py                     the run, the same command on every host of the pod
 
-Hardware: TPU v4, 1,024 chips (v4-2048). 25 days at the published 18 s a step [derived: 120,332 x 18 s].
-Expect: Paloma macro loss 2.252 as preregistered, 2.234 as measured [cited: marin #4697]. Run by us: no.
+Hardware: TPU v4, 1,024 chips (v4-2048). 1.01 T tokens, 25 days at the published 18 s a step, about 17 % MFU
+[derived: 120,332 x 18 s]. Expect: Paloma macro loss 2.252 as preregistered, 2.234 as measured
+[cited: marin #4697]. Run by us: no.
 Every number is tagged [cited: where], [derived] from others, or [assumed] by us."""
 
 # 1.01e12 tokens [cited: marin #4697]. Weights are TiB of text [cited: marin experiments, nemotron mix]. The

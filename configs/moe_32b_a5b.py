@@ -2,10 +2,10 @@
 
     python train.py configs/moe_32b_a5b.py --plan [--compile]
 
-Hardware: TPU v4, 256 chips (v4-512). About 13 days at the 14 % MFU of its successor [derived; its own was not
-retrieved]. Expect: Paloma macro loss 2.389 as predicted, 2.432 as measured; 0.027 better when nothing is dropped
-in evaluation, as here [cited: marin #3800, mws.oa.dev 2026-04-06]. Run by us: no. Not from the V1 heuristic: rates
-and schedule are the run's own. Data, tokenizer and losses as in moe_129b.py."""
+Hardware: TPU v4, 256 chips (v4-512). 326 B tokens, 13 days at the 14 % MFU of its successor [derived; its own
+was not retrieved]. Expect: Paloma macro loss 2.389 as predicted, 2.432 as measured; 0.027 better when nothing is
+dropped in evaluation, as here [cited: marin #3800, mws.oa.dev 2026-04-06]. Run by us: no. Not from the V1
+heuristic: rates and schedule are the run's own. Data, tokenizer and losses as in moe_129b.py."""
 from configs.moe_129b import *
 
 hidden_dim = 3200                   # [cited: marin #3800], as are the sizes to expert_dim

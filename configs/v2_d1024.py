@@ -3,15 +3,8 @@
 TPU v4, 16 chips, 10.7 hours at the published 219,720 tokens a second [derived]. Expect: Paloma macro loss
 3.0195 [cited: marin #5951, May baseline]. Run by us: no. See v2_d512.py."""
 from configs.v2_d512 import *
-
-hidden_dim = 1024
-num_layers = 11
-num_heads = 8
-num_kv_heads = 2
-shared_dim = 1024
-expert_dim = 512
+from configs.v1_d1024 import hidden_dim, num_layers, num_heads, num_kv_heads, shared_dim, expert_dim
 
 batch_size = 128                    # x 4,096 tokens [cited: marin #5951]
 steps = 16_080                      # [cited: marin #5951]
-topology = "v4:2x2x4"               # [cited: marin #5951]
 published = "3.0195 Paloma macro, 219,720 tokens a second on v4-32 [cited: marin #5951]"

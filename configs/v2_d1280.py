@@ -3,15 +3,8 @@
 TPU v4, 16 chips, 24.2 hours at the published 171,912 tokens a second [derived]. Expect: Paloma macro loss
 2.8857 [cited: marin #5951, May baseline]. Run by us: no. See v2_d512.py."""
 from configs.v2_d512 import *
-
-hidden_dim = 1280
-num_layers = 13
-num_heads = 10
-num_kv_heads = 2
-shared_dim = 1280
-expert_dim = 640
+from configs.v1_d1280 import hidden_dim, num_layers, num_heads, num_kv_heads, shared_dim, expert_dim
 
 batch_size = 256                    # x 4,096 tokens [cited: marin #5951]
 steps = 14_325                      # [cited: marin #5951]
-topology = "v4:2x2x4"               # [cited: marin #5951]
 published = "2.8857 Paloma macro, 171,912 tokens a second on v4-32 [cited: marin #5951]"

@@ -3,15 +3,8 @@
 TPU v4, 16 chips, 4.2 hours at the published 294,726 tokens a second [derived]. Expect: Paloma macro loss
 3.2273 [cited: marin #5951, May baseline]. Run by us: no. See v2_d512.py."""
 from configs.v2_d512 import *
-
-hidden_dim = 768
-num_layers = 8
-num_heads = 6
-num_kv_heads = 1
-shared_dim = 768
-expert_dim = 384
+from configs.v1_d768 import hidden_dim, num_layers, num_heads, num_kv_heads, shared_dim, expert_dim
 
 batch_size = 64                    # x 4,096 tokens [cited: marin #5951]
 steps = 16_875                      # [cited: marin #5951]
-topology = "v4:2x2x4"               # [cited: marin #5951]
 published = "3.2273 Paloma macro, 294,726 tokens a second on v4-32 [cited: marin #5951]"

@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as Spec
 
+import kernels
 import moe
 import train
 from test_kernels import close, normal
@@ -184,6 +185,21 @@ def test_the_roofline_of_the_129b_run_allows_40_percent():
     assert by["ring", 8] == 5 * 48 * 7 * 8192 * 5120 * 2
 
 
+def test_the_gpu_config_is_a_real_moe_and_its_state_leaves_room_on_80_gb(capsys):
+    p = numbers("gpu_h200", "--topology=h100:1")
+    assert 1e9 < p["total"] < 2e9 and p["chips"] == 1
+    # float32: weight, two moments, the sum of gradients and one microbatch's
+    assert sum(p["memory"].values()) == pytest.approx(20 * p["total"], rel=0.05)
+    assert train.main([str(ROOT / "configs/gpu_h200.py"), "--plan"]) == 0
+    assert "23.88 of 75 GiB a chip" in capsys.readouterr().out
+
+
+def test_a_plan_that_cannot_fit_says_by_how_much_and_what_to_change(capsys):
+    for topology, words in (("v6e:8x8", "too much. Try more chips"), ("v5p:4x4x8", "; and a layer at work")):
+        assert train.main([str(ROOT / "configs/moe_129b.py"), "--plan", f"--topology={topology}"]) == 0
+        assert words in capsys.readouterr().out
+
+
 def test_axis_rates_follow_the_torus():
     v4, v6e = train.CHIPS["v4"], train.CHIPS["v6e"]
     rate = train.axis_rates(v4, 1, (8, 8, 16), {"replica": 1, "data": 128, "expert": 8})
@@ -191,6 +207,20 @@ def test_axis_rates_follow_the_torus():
     rate = train.axis_rates(v6e, 1, (16, 16), {"replica": 1, "data": 32, "expert": 8})
     assert rate["expert"] == v6e.link and rate["data"] == 2 * v6e.link, "8 of a ring of 16 is a line"
     assert train.axis_rates(v4, 2, (8, 8, 8), {"replica": 2, "data": 64, "expert": 8})["replica"] == v4.outside
+
+
+@pytest.mark.parametrize("n", [2, 4, 8, 16])
+def test_an_all_to_all_loads_the_links_of_a_ring_as_planned(n):
+    """Every chip sends a byte to every other one by the shorter way; both ways share the farthest one."""
+    load = np.zeros((n, 2))                                         # of the link from a chip upwards, downwards
+    for source in range(n):
+        for target in set(range(n)) - {source}:
+            up = (target - source) % n
+            for way, steps, share in ((0, up, 0.5 * (1 + np.sign(n - 2 * up))),
+                                      (1, n - up, 0.5 * (1 + np.sign(2 * up - n)))):
+                for k in range(steps):
+                    load[(source + (k if way == 0 else -k)) % n, way] += share
+    assert load.min() == load.max() == pytest.approx(train.hops(n) * (n - 1) / 2)
 
 
 @pytest.mark.parametrize("overrides, words", [
@@ -207,6 +237,11 @@ def test_axis_rates_follow_the_torus():
 def test_bad_plans_are_one_line(capsys, overrides, words):
     assert train.main([str(ROOT / "configs/moe_129b.py"), "--plan", *overrides]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_compile_without_plan_does_not_train(capsys):
+    assert train.main([str(ROOT / "configs/moe_129b.py"), "--compile"]) == 2
+    assert "--compile: expected together with --plan" in capsys.readouterr().err
 
 
 def test_plan_prints_the_published_run_beside_its_own(capsys):
@@ -238,13 +273,69 @@ def test_collectives_are_found_in_a_compiled_program():
     assert found["all-reduce", "expert"] == (1, 8 * 128 * 4) and found["all-reduce", "data+expert"][0] == 1
 
 
-def test_misplaced_collectives_are_named():
-    x = train.Collective("all-gather", "data", 12, 2e9, "jit(train_step)/shard_map/while")
-    assert not train.misplaced(None, [x])
-    for wrong in (x._replace(axis="replica"), x._replace(op="all-to-all"),
-                  x._replace(times=1, scope="jit(train_step)/mul")):
-        assert train.misplaced(None, [wrong]) == [wrong]
-        assert not train.misplaced(None, [wrong._replace(received=1000.0)])
+HLO = """HloModule step
+%body (x: f32[64]) -> f32[64] {{
+  %rs = f32[{big}]{{0}} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), op_name="{loop}/reduce_scatter"
+  ROOT %y = f32[{big}]{{0}} {op}(%rs), replica_groups=[2,4]<=[4,2]T(1,0){metadata}
+}}
+%condition (x: f32[64]) -> pred[] {{
+  ROOT %n = s32[] constant(12)
+}}
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %small = f32[64]{{0}} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), op_name="jit(train_step)/reduce_sum"
+  %once = f32[{big}]{{0}} all-reduce(%x), replica_groups=[2,4]<=[4,2]T(1,0), metadata={{op_name="{once}"}}
+  ROOT %w = f32[64]{{0}} while(%x), condition=%condition, body=%body
+}}
+"""
+LOOP = "jit(train_step)/shard_map/while/body/closed_call/transpose(jvp())/while/body/closed_call"
+
+
+@pytest.mark.parametrize("op, loop, once, want", [
+    ("all-gather", f"{LOOP}/all_gather", "jit(train_step)/shard_map/psum", []),
+    # what the v4 compiler makes of the reduce-scatter of [5120,1280] over 128 chips: a sum that names no line
+    ("all-reduce", "", "jit(train_step)/shard_map/psum", [("loop", train.SUMMED)]),
+    # a whole weight's gradient summed in the layer loop: someone wrote psum for psum_scatter
+    ("all-reduce", f"{LOOP}/psum", "jit(train_step)/shard_map/psum", [("loop", "not of the layer loop")]),
+    ("all-to-all", f"{LOOP}/all_to_all", "jit(train_step)/shard_map/psum", [("loop", "not of the layer loop")]),
+    # a sharded contraction in the optimizer, which XLA sums whole over data
+    ("all-gather", f"{LOOP}/all_gather", "jit(train_step)/dot_general", [("once", "no line asks for it")]),
+    ("all-gather", f"{LOOP}/all_gather", "jit(train_step)/shard_map/reduce_scatter",
+     [("once", "not what its line asks for")])])
+def test_misplaced_collectives_are_named(op, loop, once, want):
+    """On the HLO text of a step: an all-reduce over "data" passes where a psum asks for it, and nowhere else."""
+    metadata = f', metadata={{op_name="{loop}"}}' if loop else ""
+    text = HLO.format(big=2**20, op=op, metadata=metadata, loop=LOOP, once=once)
+    found = train.collectives(text, {"replica": 1, "data": 4, "expert": 2})
+    assert len(found) == 4 and {x.axis for x in found} == {"data"}
+    named = train.misplaced(found)
+    assert [("loop" if x.times == 12 else "once", x.wrong) for x in named] == want
+    assert all(x.received == 2 * 2**22 * 3 / 4 for x in named if x.op == "all-reduce")
+
+
+def test_a_tenth_of_the_bytes_may_move_in_sums_but_no_byte_unasked(capsys):
+    gather = train.Collective("all-gather", "data", 12, 1e9, f"{LOOP}/all_gather")
+    summed, stray = gather._replace(op="all-reduce", scope=""), gather._replace(op="all-to-all")
+    for found, well, words in (([gather] * 3, True, "every collective is where it should be"),
+                               ([gather] * 19 + [summed] * 2, True, "9.5 % of the bytes"),
+                               ([gather] * 17 + [summed] * 3, False, "15.0 % of the bytes"),
+                               ([gather] * 99 + [stray], False, "1.0 % of the bytes")):
+        got, said = train.judge(found, 1e9)
+        assert got == well and words in said
+        assert f"together {12 * len(found)}.0 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("window", [4096, 2048])
+def test_attention_counts_among_the_executed_flops(window):
+    """Splash attention gives no estimate of its own. Blocks of 1,024: of 16, causality leaves 10, the window 9;
+    2 products forward, 3 for dq, 4 for dk and dv. The rest is the sum of y * dy."""
+    shape = lambda heads: jax.ShapeDtypeStruct((2, 4096, heads, 128), jnp.bfloat16)
+    grad = jax.grad(lambda q, k, v, segment: jnp.sum(kernels.attention(
+        q, k, v, segment, window, "splash", "tpu").astype(jnp.float32)), (0, 1, 2))
+    jaxpr = jax.make_jaxpr(grad)(shape(4), shape(2), shape(2), jax.ShapeDtypeStruct((2, 4096), jnp.int32))
+    blocks = sum(0 <= i - j and (i - j - 1) * 1024 + 1 < window for i in range(4) for j in range(4))
+    assert blocks == {4096: 10, 2048: 9}[window]
+    want = (2 + 3 + 4) * 2 * 2 * 4 * 128 * blocks * 1024**2
+    assert train.traced_flops(jaxpr.jaxpr) == pytest.approx(want, rel=1e-4)
 
 
 @pytest.mark.endurance
@@ -258,6 +349,6 @@ def test_every_config_compiles_for_its_topology(path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), str(path), "--plan", "--compile",
                            "--num_layers=4"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "verdict   fits; every collective is where it should be" in done.stdout
+    assert "verdict   fits; " in done.stdout
     executed = float(re.search(r"executes ([\d.]+) x", done.stdout)[1])
     assert 0.9 < executed < 1.40, executed

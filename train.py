@@ -526,7 +526,7 @@ def sum_copies(grads, specs, platform):
     axes = [tuple(a for a in MESH if a not in spec) for spec in tree.flatten_up_to(specs)]
     if platform != "cpu":
         return tree.unflatten([lax.psum(g, a) for g, a in zip(leaves, axes)])
-    for some in set(axes):
+    for some in dict.fromkeys(axes):                    # in one order on all processes, which a set has not
         which = [i for i, a in enumerate(axes) if a == some]
         flat, split = ravel_pytree([leaves[i] for i in which])
         for i, g in zip(which, split(lax.psum(flat, some))):

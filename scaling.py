@@ -204,12 +204,14 @@ def read_json(path):
     return value
 
 
-def read_run_dir(folder):
-    """The Run of a finished train.py run directory; what else result.json holds, such as the loss of each
-    held-out domain, the speed and the commit, is kept in `extra`."""
+def read_run_dir(folder, head=False):
+    """The Run of a finished train.py run directory, its flops with the output head or by CONVENTION; what else
+    result.json holds, such as the loss of each domain, the speed and the commit, is kept in `extra`."""
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
+    with_head = result.pop("flops_with_head", None)
+    result |= {"flops": with_head} if head else {}
     known = {key: number(result.pop(key, None), path, key, *NUMBERS[key]) for key in ("flops", *MEASURED)}
     return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
                tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "",
@@ -248,31 +250,35 @@ def in_unit(runs, unit, source):
 
 # ------------------------------------------------------------------------------------------- shapes and FLOPs
 
-def shape(hidden_dim, experts=64, unit=128, where="hidden_dim"):
+def shape(hidden_dim, experts=64, unit=128, where="hidden_dim", aspect=0.0):
     """Config keys of a width by the recipe's rules [cited: #4447]; experts=0 is dense (4x MLP, no GQA).
 
-    unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop."""
+    unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop. aspect is
+    the width per layer, for models of two layers and more; 0 is the recipe's rule, one layer up to width 123."""
     need(hidden_dim >= unit and hidden_dim % unit == 0, where, f"hidden_dim a positive multiple of {unit}",
          hidden_dim, "choose such a width, or give head_dim")
     heads = hidden_dim // unit
     grouped = max([k for k in range(1, heads // 4 + 1) if heads % k == 0] or [1])    # 4:1 where 4 divides
     return dict(hidden_dim=hidden_dim, seq_len=4096, head_dim=unit, num_heads=heads,
-                num_layers=max(1, round(hidden_dim / (64 + 4 * math.log2(hidden_dim) - 9))),
+                num_layers=(max(2, round(hidden_dim / aspect)) if aspect else
+                            max(1, round(hidden_dim / (64 + 4 * math.log2(hidden_dim) - 9)))),
                 num_kv_heads=grouped if experts else heads, num_experts=experts,
                 experts_per_token=min(4, experts),
                 expert_dim=math.ceil(hidden_dim / 2 / unit) * unit if experts else 0,
                 shared_dim=hidden_dim if experts else 4 * hidden_dim, gated_norm_rank=128)
 
 
-def flops_per_token(sizes, vocab_size):
+def flops_per_token(sizes, vocab_size, head=False):
     """Training FLOPs per token: 3x forward, scores over all of seq_len, head only when dense [cited: #4447].
 
-    Norms, gates and the embedding are not counted. This is model.count's convention; it is never 6 N."""
+    head: count it in every model. At the recipe's widths it is small change; in a laptop's ladder it is most of
+    the smallest models, and dense and sparse ones compare only with it. Norms, gates and the embedding are not
+    counted. This is model.count's convention; it is never 6 N."""
     d, s, H, h = sizes["hidden_dim"], sizes["seq_len"], sizes["num_heads"], sizes["head_dim"]
     layer = (6 * d * sizes["expert_dim"] * sizes["experts_per_token"] + 6 * d * sizes["shared_dim"]
              + (2 * d * sizes["num_experts"] if sizes["num_experts"] > 1 else 0)
              + 2 * d * h * (H + 2 * sizes["num_kv_heads"]) + 2 * H * h * d + 4 * s * H * h + 3 * s * H)
-    return 3 * (sizes["num_layers"] * layer + (0 if sizes["num_experts"] else 2 * d * vocab_size))
+    return 3 * (sizes["num_layers"] * layer + (2 * d * vocab_size if head or not sizes["num_experts"] else 0))
 
 
 def param_counts(sizes, vocab_size):
@@ -959,7 +965,7 @@ def trained_tokens(keys):
     return keys["steps"] * keys["batch_size"] * keys["seq_len"]
 
 
-def plan(C, base=(), tokens=None, batch=None, law=None):
+def plan(C, base=(), tokens=None, batch=None, law=None, head=False, aspect=0.0):
     """Config keys of one run: the width whose tokens, C/flops_per_token, come nearest `tokens` or D*(C).
 
     base: config keys to carry over, without rates, which the heuristic derives. Batch: a power of two, at
@@ -973,9 +979,10 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
         kept["experts_per_token"] = 0                   # a dense rung inherits its config from one with experts
     unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
-    grid = [shape(width, base["num_experts"], unit) | kept for width in range(unit, 129 * unit, unit)]
-    sizes = min(grid, key=lambda s: abs(math.log(C / flops_per_token(s, V) / wanted)))
-    D = C / flops_per_token(sizes, V)
+    grid = [shape(width, base["num_experts"], unit, aspect=aspect) | kept
+            for width in range(unit, 129 * unit, unit)]
+    sizes = min(grid, key=lambda s: abs(math.log(C / flops_per_token(s, V, head) / wanted)))
+    D = C / flops_per_token(sizes, V, head)
     batch = batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * S)))))
     steps = round(D / (batch * S))
     need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {S} tokens, width "

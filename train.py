@@ -882,10 +882,12 @@ def only_trainer(run):
 
 @functools.cache
 def git_commit():
+    """The commit of this code, "-dirty" if a Python file has changed since: tables of results may grow."""
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True, timeout=10)
-        return found.stdout.strip() or "unknown"
+        found = git(["git", "describe", "--always"]).stdout.strip()
+        changed = found and git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        return found + "-dirty" * bool(changed) or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

@@ -175,3 +175,59 @@ def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
             return w - lr * (u + (0.0 if kind == "adam" else 0.5) * w)
         w = jax.tree.map(move, w, m, v, kinds)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), params, w)
+
+
+# ------------------------------------------------------------------------------------------ the ladder's numbers
+
+def planted(folder, gains=(1.0, 1.5, 4.0), noise=0.001):
+    """A ladder folder as the runs would leave it, from L = 2 + A/N^a + B/D^b and rungs with known speed-ups."""
+    rng = np.random.default_rng(1)
+    rows, k = ["config,flops,flops_with_head,params,tokens,loss,bpb,seed,eval"], 8.0
+    for C in (2e11, 5e11, 1.1e12, 2.6e12, 6.4e12):
+        for N in np.geomspace(0.25, 4, 6) * centre(C):
+            D = C / k / N
+            loss = 2 + 30 / N**0.3 + 60 / D**0.3 + noise * rng.normal()
+            rows.append(f"c_moe_v1_c{C:g}_d{N:.0f},{C / 2},{C},{N},{D},{loss},1,0,e")
+    (folder / "isoflop").mkdir(parents=True)
+    (folder / "isoflop" / "runs.csv").write_text("\n".join(rows) + "\n")
+    alpha, A, rungs, speed = 0.15, 400.0, [rows[0]], ["config,flops_per_second"]
+    for name, gain in zip(("a_one", "b_two", "c_three"), gains):
+        for C in (2e11, 1.1e12, 6.4e12):
+            speed.append(f"{name}_c{C:g}_d32,{1e9 / (gain - 0.2)}")
+            for seed in (0, 1):
+                loss = 2 + A * (C * gain)**-alpha + noise * rng.normal()
+                end = f"_s{seed}" if seed else ""
+                rungs.append(f"{name}_c{C:g}_d32{end},{C / 2},{C},{C**0.5:.0f},{C**0.5},{loss},1,{seed},e")
+    (folder / "rung_runs").mkdir()
+    (folder / "rung_runs" / "runs.csv").write_text("\n".join(rungs).replace("+", "") + "\n")
+    (folder / "rung_runs" / "speed.csv").write_text("\n".join(speed).replace("+", "") + "\n")
+    return {"E": 2.0, "alpha": alpha}
+
+
+def centre(C):
+    return 0.05 * C**0.5
+
+
+def test_figures_recompute_everything_from_the_tables(tmp_path, capsys):
+    law = planted(tmp_path)
+    table = scaling.rung_table(tmp_path / "rung_runs", law)
+    for row, gain, step in zip(table, (1.0, 1.5, 4.0), (1.0, 1.5, 4.0 / 1.5)):
+        found = row["cumulative"]["compute"], row["per_rung"]["compute"]
+        assert found == pytest.approx((gain, step), rel=0.05) and len(row["loss"]) == 3
+        low, high = row["cumulative"]["compute_interval"]
+        assert low < gain * 1.02 and high > gain / 1.02 and high / low < 1.2
+        assert row["cumulative"]["wall_clock"] == pytest.approx(gain / (gain - 0.2) * 0.8, rel=0.05)
+    (tmp_path / "rung_runs" / "speed.csv").unlink()
+    assert scaling.rung_table(tmp_path / "rung_runs", law)[1]["per_rung"]["wall_clock"] is None
+    result, rungs = scaling.figures(tmp_path, draws=20)
+    assert result["choices"]["head"] and result["runs"] == 30 and result["vertices"][0]["budget"] == 2e11
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ladder.png", "rungs.png"}
+    assert "c_three" in capsys.readouterr().out
+    hero = tmp_path / "hero"
+    words = ["register", str(tmp_path / "isoflop" / "runs.csv"), "--count-head", "--target", "6.4e13", "--draws", "20"]
+    assert scaling.main([*words, "--out", str(hero / "one.json")]) == 0
+    came = json.loads((hero / "one.json").read_text())["forecast"]["loss"] * 1.001
+    (hero / "runs.csv").write_text("config,flops,flops_with_head,params,tokens,loss,seed,eval\n"
+                                   f"hero,3e13,6.4e13,1e6,8e6,{came},0,e\n")
+    outcome = scaling.figures(tmp_path, draws=20)[0]["forecasts"][0]
+    assert outcome["C"] == 6.4e13 and outcome["outcomes"][0]["error_percent"] == pytest.approx(0.1)

@@ -1206,7 +1206,7 @@ def figure(rows, columns, size, path):
 def scientific(C):
     """3e+18 as a figure writes it."""
     digits, power = f"{C:.2e}".split("e")
-    return rf"${float(digits):g}\times10^{{{int(power)}}}$".replace(r"1\times", "")
+    return "$" + (rf"{float(digits):g}\times" if float(digits) != 1 else "") + rf"10^{{{int(power)}}}$"
 
 
 def draw_bowls(ax, r):
@@ -1319,6 +1319,9 @@ def draw_rungs(table, path):
             ax.axhline(1, color="k", lw=0.6)
             ax.set_xticks(at, names, rotation=25, ha="right")
             ax.set(yscale="log", ylabel=f"{key.replace('_', '-')} speed-up over {names[0]}")
+            ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", *"1248", "16"])
+            ax.minorticks_off()
+            ax.set_ylim(0.8 * np.nanmin([y, theirs]), 1.25 * np.nanmax([y, theirs]))
         axes[0].legend()
 
 

@@ -22,7 +22,9 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -1064,22 +1066,30 @@ def ladder(budgets, out, base=(), batch=None, law=None, head=False, aspect=0.0, 
     return list(texts)
 
 
-def run_ladder(folder):
-    """Train every config of a folder that has no row in its runs.csv, cheapest first, each in its own process, and
-    add its row; stop at a failure. A run that was cut short goes on from its checkpoint."""
+def run_ladder(folder, jobs=1):
+    """Train every config of a folder that has no row in its runs.csv, cheapest first, each in its own process,
+    `jobs` at a time, and add its row; stop at a failure. A run cut short goes on from its checkpoint."""
     configs = {path: read_config(path) for path in Path(folder).glob("*.py")}
     need(configs, folder, "a folder of configs", "none", "write it: ladder --budgets C ... --out DIR")
     cost = lambda path: (flops_per_token(configs[path], configs[path]["vocab_size"], True)
                          * trained_tokens(configs[path]), path)
-    for i, path in enumerate(sorted(configs, key=cost), 1):
-        done = path.stem in finished(folder)
-        print(f"[{i}/{len(configs)}] {path}{' done' if done else ''}", flush=True)
+    done, failed, adding = finished(folder), threading.Event(), threading.Lock()
+    left = [path for path in sorted(configs, key=cost) if path.stem not in done]
+    print(f"{folder}: {len(done)} runs done, {len(left)} to go", flush=True)
+
+    def train(path):
+        if failed.is_set():
+            return
+        print(f"{path}", flush=True)
         result = Path(configs[path].get("run_dir", "")) / "result.json"
         command = [sys.executable, str(Path(__file__).parent / "train.py"), str(path)]
-        need(done or result.is_file() or subprocess.run(command).returncode == 0, path, "train.py to finish",
-             "a failure", "mend it and give this command again")
-        if not done:
+        if not result.is_file() and subprocess.run(command).returncode:
+            failed.set()
+            raise BadInput(path, "train.py to finish", "a failure", "mend it and give this command again")
+        with adding:
             add_row(folder, path.stem, read_json(result))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, left))
 
 
 def finished(folder):
@@ -1398,7 +1408,7 @@ def ladder_command(a):
     need(a.run or a.budgets and a.out, "ladder", "--budgets C ... --out DIR, or --run DIR", "neither",
          "give one")
     if a.run:
-        run_ladder(a.run)
+        run_ladder(a.run, a.jobs)
     else:
         ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law, a.count_head, a.aspect, a.widths, a.seeds,
                a.config if a.inherit else None)
@@ -1489,6 +1499,7 @@ def parser():
     add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
     add("--budgets", type=positive, nargs="+", metavar="C")
     add("--out", help="folder for the configs")
+    add("--jobs", type=count, default=1, metavar="N", help="runs at a time, for configs with devices = 1")
     add("--widths", type=count, default=7, metavar="N", help="per budget; 1 is the optimum alone")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--inherit", action="store_true", help="configs that import --config, instead of copying it")

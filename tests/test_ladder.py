@@ -53,8 +53,8 @@ def wheel(cache, name, files):
 
 
 def document(seed, lines=120):
-    rng = np.random.default_rng(seed)
-    return "\n".join(f"    value_{rng.integers(10**6)} = compute({rng.integers(10**6)}, {seed})" for _ in range(lines))
+    number = np.random.default_rng(seed).integers
+    return "\n".join(f"    value_{number(10**6)} = compute({number(10**6)}, {seed})" for _ in range(lines))
 
 
 def held_and_trained(source, cache):
@@ -224,8 +224,8 @@ def test_figures_recompute_everything_from_the_tables(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"ladder.png", "rungs.png"}
     assert "c_three" in capsys.readouterr().out
     hero = tmp_path / "hero"
-    words = ["register", str(tmp_path / "isoflop" / "runs.csv"), "--count-head", "--target", "6.4e13", "--draws", "20"]
-    assert scaling.main([*words, "--out", str(hero / "one.json")]) == 0
+    words = f"--count-head --target 6.4e13 --draws 20 --out {hero / 'one.json'}".split()
+    assert scaling.main(["register", str(tmp_path / "isoflop" / "runs.csv"), *words]) == 0
     came = json.loads((hero / "one.json").read_text())["forecast"]["loss"] * 1.001
     (hero / "runs.csv").write_text("config,flops,flops_with_head,params,tokens,loss,seed,eval\n"
                                    f"hero,3e13,6.4e13,1e6,8e6,{came},0,e\n")

@@ -638,10 +638,10 @@ def test_ladder_is_centred_and_resumable(tmp_path, capsys, monkeypatch):
         scaling.run_ladder(out)
     assert len(scaling.finished(out)) == budget
     budget = 100
-    scaling.run_ladder(out)
+    scaling.run_ladder(out, jobs=2)
     rows = scaling.finished(out)
     assert rows.keys() == {path.stem for path in paths} and len(called) == len(paths) + 1
-    assert called[3] == called[4] and len(set(called)) == len(paths)                   # the killed one again
+    assert called[3] in called[4:] and len(set(called)) == len(paths)                  # the killed one again
     assert [row["loss"] for row in rows.values()][:2] == ["3.5", "4.5"] and rows[paths[0].stem]["loss_a"] == "2.0"
     assert "loss_macro" not in rows[paths[0].stem]
     paths[1].write_text("x = 1\n")

@@ -1,10 +1,10 @@
-"""What every run of the ladder shares: the corpus of record, its tokenizer, the shape of a small model.
+"""What every run of the ladder shares: corpus of record, tokenizer, the shape of a small model. See README.md here.
 
-    python scaling.py ladder --config configs/ladder/base.py --help        README.md of this folder has the commands
+    python train.py configs/ladder/rungs/c_moe_v1.py --help      (the rungs add what differs; sizes come with a run)
 
-The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash; its mixture with this tokenizer has
-sha256 5323c9a7ef6b... (tests/test_ladder.py rebuilds it). Every number not tagged otherwise is [assumed]: picked for
-two CPU cores."""
+The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash; as tokens its mixture has
+sha256 5323c9a7ef6b... (tests/test_ladder.py rebuilds it). Every number not tagged otherwise is [assumed]: picked
+for two CPU cores."""
 
 _list = "corpus:configs/ladder/corpus.txt"
 mixture = ((f"{_list}:code", 0.75), (f"{_list}:docs", 0.10), (f"{_list}:books", 0.15))

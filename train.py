@@ -89,9 +89,12 @@ class TrainConfig:
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: str = "v1"                  # fit that gives rates, beta2 and eps: "v1" for AdamH, "v2" for MuonH
-    optimizer: str = "adamh"            # "adamh", or "muonh" (matrices by MuonH, the head by AdamH); see recipe
+    optimizer: str = "adamh"            # "adamh", "muonh" (matrices by MuonH, the head by AdamH), "adamw" (plain:
+    #                                     every weight at adam_lr, matrices decayed; a baseline); see recipe
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
+    rate_scale: float = 1.0             # multiplies both rates of the heuristic: its refit for another scale
+    weight_decay: float = 0.1           # of "adamw", times the rate [cited: nanoGPT]; the others need none
     beta1: float = 0.9062               # of Adam's first moment [cited: marin #4697]
     beta2: float = 0.0                  # of Adam's second moment
     eps: float = 0.0                    # of Adam's denominator
@@ -132,11 +135,12 @@ class TrainConfig:
         for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
                     "keep", "expert_parallel", "max_skips", "heartbeat_seconds"):
             need(getattr(self, key) > 0, key, "a positive number")
-        for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh"),
+        for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh", "adamw"),
                            "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
-        for key in ("adam_lr", "hyper_lr", "eps", "clip", "devices", "replicas", "peak_flops", "sample_tokens",
-                    "temperature", "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
+        need(self.rate_scale > 0, "rate_scale", "a positive number")
+        for key in ("adam_lr", "hyper_lr", "weight_decay", "eps", "clip", "devices", "replicas", "peak_flops",
+                    "sample_tokens", "temperature", "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
         for key in ("warmup", "decay", "min_lr_ratio"):
             need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
@@ -357,6 +361,7 @@ def rates(c, t):
     """The heuristic's numbers, with whatever the config sets in their place."""
     tokens_per_batch = t.batch_size * c.seq_len
     derived = heuristic(t.recipe, t.steps * tokens_per_batch, tokens_per_batch, c.hidden_dim)
+    derived = derived._replace(adam_lr=t.rate_scale * derived.adam_lr, hyper_lr=t.rate_scale * derived.hyper_lr)
     return Rates(*(getattr(t, name) or value for name, value in derived._asdict().items()))
 
 
@@ -441,7 +446,8 @@ def deal(x, mesh):
 # their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to
 # Adam, and stacked gains falling into the matrix group]
 GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert"},
-          "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"}}
+          "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"},
+          "adamw": {"adam": "adam", "matrix": "adamw", "head": "adamw", "expert": "adamw"}}
 
 
 def make_optimizer(c, t, mesh=None):
@@ -455,7 +461,9 @@ def make_optimizer(c, t, mesh=None):
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
     muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
     ball = lambda direction: hyperball(direction, lambda step: r.hyper_lr * lr_share(t, step))
-    rules = {"adam": optax.chain(adam, optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))),
+    step_down = optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))
+    rules = {"adam": optax.chain(adam, step_down),
+             "adamw": optax.chain(adam, optax.add_decayed_weights(t.weight_decay), step_down),
              "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
     clip = optax.clip_by_global_norm(t.clip) if t.clip else optax.identity()
     labels = model.walk(lambda path, w: GROUPS[t.optimizer][w.kind], c)
@@ -950,10 +958,12 @@ def only_trainer(run):
 
 @functools.cache
 def git_commit():
+    """The commit of this code, "-dirty" if a Python file has changed since: tables of results may grow."""
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                               capture_output=True, text=True, timeout=10)
-        return found.stdout.strip() or "unknown"
+        found = git(["git", "describe", "--always"]).stdout.strip()
+        changed = found and git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        return found + "-dirty" * bool(changed) or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -1714,8 +1724,9 @@ def introduce(c, t, mesh, mixture):
 def conclude(c, t, run, mixture, domains):
     """Write result.json: what scaling.py reads, and what a table may quote."""
     n, rows, tokens = model.count(c), read_rows(run / "metrics.jsonl"), t.steps * t.batch_size * c.seq_len
-    result = {"flops": n.flops_per_token * tokens, "params": n.params, "total_params": n.total, "tokens": tokens,
-              "loss": domains["macro"]["loss"], "bpb": domains["macro"]["bpb"], "domains": domains,
+    result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens, "params": n.params,
+              "total_params": n.total, "tokens": tokens, "loss": domains["macro"]["loss"],
+              "bpb": domains["macro"]["bpb"], "domains": domains,
               "bytes_per_token": mixture.bytes_per_token, "seed": t.seed, "commit": git_commit(),
               "seconds": sum(row["seconds"] * row["steps"] for row in rows),
               "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),

@@ -621,15 +621,29 @@ def test_ladder_is_centred_and_resumable(tmp_path, capsys, monkeypatch):
         tokens = [D for D, per_token in runs if abs(D * per_token / C - 1) < 0.1]
         assert len(tokens) >= 5 and 0.7 < math.exp(np.mean(np.log(tokens))) / scaling.optimal_tokens(C) < 1.42
     assert {p: p.stat().st_mtime_ns for p in scaling.ladder([1e14, 1e15], out, SMALL)} == times
-    called = []
+    called, budget = [], 3
+
+    def train(words):           # what train.py leaves behind; the fourth run is killed
+        called.append(words[-1])
+        if len(called) > budget:
+            return subprocess.CompletedProcess(words, -9)
+        run = Path(scaling.read_config(words[-1])["run_dir"])
+        run.mkdir(parents=True)
+        result = dict(flops=1e14, loss=2.5 + len(called), domains={"a": {"loss": 2.0}, "macro": {"loss": 2.5}})
+        (run / "result.json").write_text(json.dumps(result | ({"maxvio": 0.1} if len(called) > 1 else {})))
+        return subprocess.CompletedProcess(words, 0)
     monkeypatch.chdir(tmp_path)
-    finished = lambda words: called.append(words[-1]) or subprocess.CompletedProcess(words, 0)
-    monkeypatch.setattr(scaling.subprocess, "run", finished)
-    done = Path(scaling.read_config(paths[0])["run_dir"])
-    done.mkdir(parents=True)
-    (done / "result.json").write_text("{}")
-    scaling.run_ladder(out)
-    assert len(called) == len(paths) - 1 and str(paths[0]) not in called
+    monkeypatch.setattr(scaling.subprocess, "run", train)
+    with pytest.raises(BadInput, match="give this command again"):
+        scaling.run_ladder(out)
+    assert len(scaling.finished(out)) == budget
+    budget = 100
+    scaling.run_ladder(out, jobs=2)
+    rows = scaling.finished(out)
+    assert rows.keys() == {path.stem for path in paths} and len(called) == len(paths) + 1
+    assert called[3] in called[4:] and len(set(called)) == len(paths)                  # the killed one again
+    assert [row["loss"] for row in rows.values()][:2] == ["3.5", "4.5"] and rows[paths[0].stem]["loss_a"] == "2.0"
+    assert "loss_macro" not in rows[paths[0].stem]
     paths[1].write_text("x = 1\n")
     with pytest.raises(BadInput, match="found another"):
         scaling.ladder([1e14, 1e15], out, SMALL)

@@ -1,0 +1,27 @@
+"""What every run of the ladder shares: corpus of record, tokenizer, the shape of a small model; see README.md.
+
+    python train.py configs/ladder/rungs/c_moe_v1.py --help       (the rungs add what differs; a run adds sizes)
+
+The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash; as tokens its mixture has
+sha256 5323c9a7ef6b... (tests/test_ladder.py rebuilds it). Every number not tagged otherwise is [assumed]: picked
+for two CPU cores."""
+
+_list = "corpus:configs/ladder/corpus.txt"
+mixture = ((f"{_list}:code", 0.75), (f"{_list}:docs", 0.10), (f"{_list}:books", 0.15))
+tokenizer = "bpe:1024"              # fewest FLOPs a byte at these widths, the head counted [derived: README.md]
+vocab_size = 1024
+seq_len = 128
+
+head_dim = 8                        # widths are its multiples; 16 is no faster on these cores [measured]
+num_experts = 16
+experts_per_token = 4               # [cited: marin #4697]
+gated_norm_rank = 16
+remat = "none"
+
+devices = 1                         # a step costs 53 ms of CPU, over two devices 72 [measured]; run two at a time
+batch_size = 16                     # x 128 tokens, at every budget
+log_every = 50
+eval_every = 1_000_000_000          # only at the end: all of every held-out domain
+save_every = 1000
+keep = 1
+sample_tokens = 0

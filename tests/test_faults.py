@@ -288,7 +288,7 @@ def test_all_checkpoints_are_broken(config, plain, table, tmp_path):
     judge(table, "all checkpoints broken", "injected")
     run = copy(plain, tmp_path)
     for step in (4, 8, 12):
-        flip_at_random(step)(run / "checkpoints" / str(step))
+        truncate(run / "checkpoints" / str(step))         # a flipped bit can be one that nothing reads
     files = lambda: {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
     before = files()
     stopped(go(config, run), 4, "none of 3 checkpoints can be trusted, and nothing was touched. step 12: .*8: ")

@@ -111,7 +111,7 @@ def test_ragged_plans_fit_together(capacity):
 # ------------------------------------------------------------------------------------------------- whole steps
 
 @pytest.mark.parametrize("mesh", [
-    dict(replicas=2, expert_parallel=2),
+    pytest.param(dict(replicas=2, expert_parallel=2), marks=pytest.mark.slow),
     pytest.param(dict(expert_parallel=4, exchange="ragged", capacity_factor=4.0), marks=pytest.mark.slow),
     pytest.param(dict(replicas=2, expert_parallel=4, accumulate=1), marks=pytest.mark.slow)], ids=str)
 def test_one_device_equals_eight_on_every_mesh(config, mesh):                                 # noqa: F811

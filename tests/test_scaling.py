@@ -664,6 +664,7 @@ def test_json_on_standard_output_is_json(tmp_path, capsys):
     assert {"budget", "tokens", "params", "loss", "curvature", "flags"} <= r["vertices"][0].keys()
 
 
+@pytest.mark.slow
 def test_the_story_runs_and_draws(tmp_path):
     done = subprocess.run([sys.executable, scaling.__file__], cwd=tmp_path, capture_output=True, text=True,
                           timeout=60)

@@ -264,6 +264,7 @@ def test_losses_hang_on_no_mesh_and_no_split_of_the_batch(config, capsys):
     assert max(apart.values()) < 2e-6
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_result(config):
     (a, one), (b, four) = (run_steps(*load(config, accumulate=n, devices=2), 6) for n in (1, 4))
     np.testing.assert_allclose(a, b, atol=2e-6)
@@ -278,6 +279,7 @@ def test_the_same_run_twice_is_bit_equal(config):
     assert_same_bits(one, two)
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learnt_by_heart(config):
     c, t = load(config, steps=150, hidden_dim=32, batch_size=2, devices=1, hyper_lr=0.05, adam_lr=0.02)
     mesh = train.make_mesh(c, t)
@@ -419,7 +421,7 @@ def test_every_config_loads_and_its_state_builds(path):
     (["--adam_lr=1e999"], "adam_lr: expected a finite number"),
     (["--steps", "5"], "expected --key=value, found '--steps'"),
     (["--steps=0"], "steps: expected a positive number, found 0"),
-    (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh', found 'adam'"),
+    (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh' or 'adamw', found 'adam'"),
     (["--accumulate=3"], "accumulate: expected a divisor of batch_size=8, found 3"),
     (["--schedule=wsd", "--warmup=0.9"], "decay: expected at most 1 - warmup"),
     (["--num_heads=3", "--num_kv_heads=2"], "num_kv_heads: expected a divisor of num_heads=3"),

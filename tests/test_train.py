@@ -399,7 +399,7 @@ def test_every_config_loads_and_its_state_builds(path):
     (["--adam_lr=1e999"], "adam_lr: expected a finite number"),
     (["--steps", "5"], "expected --key=value, found '--steps'"),
     (["--steps=0"], "steps: expected a positive number, found 0"),
-    (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh', found 'adam'"),
+    (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh' or 'adamw', found 'adam'"),
     (["--accumulate=3"], "accumulate: expected a divisor of batch_size=8, found 3"),
     (["--schedule=wsd", "--warmup=0.9"], "decay: expected at most 1 - warmup"),
     (["--num_heads=3", "--num_kv_heads=2"], "num_kv_heads: expected a divisor of num_heads=3"),

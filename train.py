@@ -1372,7 +1372,10 @@ class Collective(NamedTuple):
 
 
 def collectives(text, size):
-    """Every collective of a compiled program (its HLO text), with the loops in which it stands."""
+    """Every collective of a compiled program (its HLO text), with the loops in which it stands.
+
+    A program for several slices is that of one of them: its groups name the devices of one slice, and what it sums
+    over slices goes through the hosts, as a `send` for "megascale" instead of an all-reduce."""
     bodies, lines = {}, []                                                  # {computation: its lines}
     for line in text.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
@@ -1397,7 +1400,10 @@ def collectives(text, size):
                     visit(callee, factor)
     visit(re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1], 1)
 
-    ids = np.arange(math.prod(size.values())).reshape(tuple(size.values()))
+    devices = re.search(r"num_partitions=(\d+)", text)
+    slices = math.prod(size.values()) // int(devices[1]) if devices else 1
+    shape = size["replica"] // slices, size["data"], size["expert"]
+    ids = np.arange(math.prod(shape)).reshape(shape)
     axes = {}                                                               # {groups of devices: mesh axes}
     for some in (some for k in (1, 2, 3) for some in itertools.combinations(range(3), k)):
         groups = np.moveaxis(ids, some, range(-len(some), 0)).reshape(-1, math.prod(ids.shape[i] for i in some))
@@ -1415,16 +1421,20 @@ def collectives(text, size):
         return axes.get(frozenset(map(frozenset, groups)), ""), len(groups[0])
 
     kind = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (all-gather|reduce-scatter|all-reduce|all-to-all|"
-                      r"collective-permute|ragged-all-to-all)(-start)?\(")
+                      r"collective-permute|ragged-all-to-all|send)(-start)?\(")
     bytes_of, found = {"bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}, []
     for name, line in ((name, line) for name in bodies if times[name] for line in bodies[name]):
         if match := kind.match(line):
             sizes = [bytes_of.get(dtype, 4) * math.prod(int(i) for i in dims.split(",") if i)
                      for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])]
-            amount, (axis, n) = max(sizes) if match[3] else sum(sizes), axis_of(line)
+            amount, (axis, n), op = max(sizes) if match[3] else sum(sizes), axis_of(line), match[2]
+            if op == "send":
+                if "megascale" not in line:
+                    continue
+                amount, axis, n, op = max(sizes), "replica", slices, "all-reduce"
             scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
             scope = re.search(r'op_name="([^"]*)"', line)
-            found.append(Collective(match[2], axis, times[name], amount * scale.get(match[2], (n - 1) / n),
+            found.append(Collective(op, axis, times[name], amount * scale.get(op, (n - 1) / n),
                                     scope[1] if scope else ""))
     return found
 
@@ -1438,7 +1448,10 @@ def misplaced(found):
 
     The layer loop holds gathers and gradient sums of weights over "data" and the exchange over "expert"; after it
     come the psums of gradients of copies. Outside of shard_map only norms are summed (bytes) and MuonH deals whole
-    matrices out. An all-reduce that names no line is what the compiler makes of some reduce-scatters: SUMMED."""
+    matrices out. An all-reduce that names no line is what the compiler makes of some reduce-scatters: SUMMED.
+    For several slices it takes sums over slices and axes apart and drops the names of all that stands once: what
+    is left to judge there is the layer loop, SUMMED, and the bytes in all."""
+    sliced = any(x.axis == "replica" and x.op == "all-reduce" and not x.scope for x in found)
     inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
               ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert")}
     def why(x):
@@ -1449,7 +1462,7 @@ def misplaced(found):
             return "" if (x.op, x.axis) in inside else "not of the layer loop"
         if "shard_map" in x.scope:
             return "" if asked == [x.op] else "not what its line asks for"
-        return "" if "orthogonalize" in x.scope else "no line asks for it"
+        return "" if "orthogonalize" in x.scope or sliced and not x.scope else "no line asks for it"
     return [x._replace(wrong=why(x)) for x in found if x.received >= 2**20 and why(x)]
 
 
@@ -1505,8 +1518,10 @@ def compile_plan(c, t):
     print(f"memory    {used / gib:.2f} GiB of {chip.memory / gib:.0f} a chip, {100 * used / chip.memory:.0f} %: "
           f"state {m.argument_size_in_bytes / gib:.2f}, temporary {m.temp_size_in_bytes / gib:.2f}")
     well, words = judge(collectives(compiled.as_text(), dict(mesh.shape)), sum(traffic(c, t, mesh.shape).values()))
-    print(f"verdict   {'fits' if used <= chip.memory else 'does not fit'}"
-          + ("" if used < 0.85 * chip.memory else f", but above 85 %. {remedy(c, t)}") + f"; {words}")
+    fit = "fits" if used < 0.85 * chip.memory else f"fits, but above 85 %. {remedy(c, t)}"
+    if used > chip.memory:
+        fit = f"does not fit: {(used - chip.memory) / gib:.1f} GiB too much. {remedy(c, t)}"
+    print(f"verdict   {fit}; {words}")
     return 0 if well and used < 0.85 * chip.memory else 1
 
 

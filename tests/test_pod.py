@@ -313,6 +313,21 @@ def test_misplaced_collectives_are_named(op, loop, once, want):
     assert all(x.received == 2 * 2**22 * 3 / 4 for x in named if x.op == "all-reduce")
 
 
+def test_a_program_for_two_slices_is_that_of_one_of_them():
+    """Its groups count the devices of a slice; what crosses slices is sent through the hosts."""
+    text = """HloModule jit_train_step, num_partitions=4
+ENTRY %main (x: f32[1048576]) -> f32[1048576] {
+  %sum = f32[1048576]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}, channel_id=1
+  %send = (f32[1048576]{0}, u32[], token[]) send(%sum, %t), frontend_attributes={_handler="xla_megascale_runtime"}
+  ROOT %host = (f32[64]{0}, u32[], token[]) send(%sum, %t), is_host_transfer=true
+}
+"""
+    found = train.collectives(text, {"replica": 2, "data": 2, "expert": 2})
+    assert [(x.op, x.axis) for x in found] == [("all-reduce", "data"), ("all-reduce", "replica")]
+    assert [x.received for x in found] == [2**22, 2**22]
+    assert [x.wrong for x in train.misplaced(found)] == [train.SUMMED]
+
+
 def test_a_tenth_of_the_bytes_may_move_in_sums_but_no_byte_unasked(capsys):
     gather = train.Collective("all-gather", "data", 12, 1e9, f"{LOOP}/all_gather")
     summed, stray = gather._replace(op="all-reduce", scope=""), gather._replace(op="all-to-all")

@@ -713,8 +713,8 @@ def open_prepared(folder, tok=None, quiet=False, check_bytes=CHECK_BYTES):
         for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
             parts = []
             for shard in total["shards"]:
-                if not re.fullmatch(r"[\w-]{1,200}\.bin", shard["file"]):
-                    raise TypeError(f"file {shard['file'][:40]!r}")
+                if not re.fullmatch(r"[\w-]{1,200}\.bin", shard["file"]) or type(shard["tokens"]) is not int:
+                    raise TypeError(f"file {shard['file'][:40]!r} of {shard['tokens']!r} tokens"[:200])
                 path, size = folder / shard["file"], shard["tokens"] * dtype.itemsize
                 found = path.stat().st_size if path.exists() else 0
                 _check(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")

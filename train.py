@@ -1021,7 +1021,10 @@ class Log:
     def __init__(self, run, c, t, mesh, start, rows_of):
         self.file, self.events = run / "metrics.jsonl", run / "events.jsonl"
         self.c, self.t, self.rows_of = c, t, rows_of
-        kept = [row for row in read_rows(self.file) if row.get("step", start) <= start]    # the rest is done again
+        numbers = {"step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps"}
+        whole = lambda row: (all(isinstance(row.get(k), int | float) for k in numbers) and
+                             all(isinstance(row.get(k, ""), int | float | None) for k in ("loss", "ema", "gnorm")))
+        kept = [row for row in read_rows(self.file) if whole(row) and row["step"] <= start]   # the rest comes again
         write_rows(self.file, kept)
         self.ema = kept[-1]["ema"] if kept else None
         self.in_row, self.skipped = 0, sum(row.get("skipped", 0) for row in kept)

@@ -535,11 +535,8 @@ def test_the_global_auxiliary_loss_does_not_depend_on_the_number_of_devices():
     assert abs(on(4, "aux_micro") - on(1, "aux_micro")) > 1e-5
 
 
-QUICK = ("aux_global",)                 # and "threshold" in the test of evaluation
-
-
-@pytest.mark.parametrize("rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow)
-                                  for r in balance.RULES])
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", balance.RULES)
 def test_a_config_trains_with_any_rule(config, rule):
     c, t = load(config, balancer=rule, devices=2, steps=4)
     losses, state = run_steps(c, t, 4)

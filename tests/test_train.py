@@ -273,6 +273,7 @@ def test_accumulation_does_not_change_the_result(config):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_bit_equal(config):
     (a, one), (b, two) = (run_steps(*load(config, devices=2), 5) for _ in range(2))
     assert a.tolist() == b.tolist()

@@ -1024,7 +1024,7 @@ class Log:
         numbers = {"step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps"}
         whole = lambda row: (all(isinstance(row.get(k), int | float) for k in numbers) and
                              all(isinstance(row.get(k, ""), int | float | None) for k in ("loss", "ema", "gnorm")))
-        kept = [row for row in read_rows(self.file) if whole(row) and row["step"] <= start]   # the rest comes again
+        kept = [row for row in read_rows(self.file) if whole(row) and row["step"] <= start]  # the rest comes again
         write_rows(self.file, kept)
         self.ema = kept[-1]["ema"] if kept else None
         self.in_row, self.skipped = 0, sum(row.get("skipped", 0) for row in kept)

@@ -3,7 +3,7 @@
 What may happen: the reader's own one-line error, or a result. A result must be right as far as anyone can tell:
 where a hash stands over the file it is the original, else its ids lie in the vocabulary, its numbers are in range,
 its texts are strings. Any other exception, a hang or unbounded memory is a bug. 40 cases a format in the quick
-tests, 1,000 in the slow ones, FUZZ_CASES in those of endurance (half an hour of CPU). Needs hypothesis (pip install
+tests, 1,000 in the slow ones, FUZZ_CASES in those of endurance (half an hour). Needs hypothesis (pip install
 hypothesis); without it all is skipped."""
 import gzip
 import json

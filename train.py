@@ -281,9 +281,9 @@ def mesh_shape(t, n):
 
 def misfit(c, t, n):
     """Why n devices cannot share this model and this batch, in one line; None if they can."""
-    if n % (max(1, t.replicas) * t.expert_parallel):
-        return (f"devices: expected a multiple of replicas x expert_parallel = "
-                f"{max(1, t.replicas) * t.expert_parallel}, found {n}")
+    least = max(1, t.replicas) * t.expert_parallel
+    if n % least:
+        return f"devices: expected a multiple of replicas x expert_parallel = {least}, found {n}"
     rows = t.batch_size // t.accumulate
     if rows % n:
         return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
@@ -529,12 +529,12 @@ def sum_copies(grads, specs, platform):
     """Sum gradients over the mesh axes that do not split the weight, so that all its copies take the same step.
 
     XLA's CPU backend lets the devices meet once for every array, at some 0.1 ms each: there, what is summed over
-    the same axes is laid end to end first."""
+    the same axes is laid end to end first; what has one copy is not touched."""
     leaves, tree = jax.tree.flatten(grads)
-    axes = [tuple(a for a in MESH if a not in spec) for spec in tree.flatten_up_to(specs)]
+    axes = [tuple(a for a in MESH if a not in spec and lax.axis_size(a) > 1) for spec in tree.flatten_up_to(specs)]
     if platform != "cpu":
         return tree.unflatten([lax.psum(g, a) for g, a in zip(leaves, axes)])
-    for some in dict.fromkeys(axes):                    # in one order on all processes, which a set has not
+    for some in filter(None, dict.fromkeys(axes)):      # in one order on all processes, which a set has not
         which = [i for i, a in enumerate(axes) if a == some]
         flat, split = ravel_pytree([leaves[i] for i in which])
         for i, g in zip(which, split(lax.psum(flat, some))):
@@ -1686,15 +1686,15 @@ def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
     here = rows_here(t.batch_size, mesh, t.accumulate)
-    cpu = compiled = mesh.devices.flat[0].platform == "cpu"
+    cpu = mesh.devices.flat[0].platform == "cpu"
     with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, put(rows, mesh, t.accumulate))
-            if compiled:
+            step, stop = i + 1, stopping(i, caught)
+            if cpu and i == start:                                              # it has just been compiled
                 jax.block_until_ready(metrics)
                 fill_holes()
-            compiled, step, stop = False, i + 1, stopping(i, caught)
             due = step == t.steps or step % t.save_every == 0 or t.keep_every > 0 == step % t.keep_every
             if t.save_minutes and step % t.log_every == 0:
                 due |= not agreed(time.monotonic() - saved < 60 * t.save_minutes)
@@ -1709,7 +1709,8 @@ def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
                 hold_out(state, step, t.eval_tokens)
-                compiled = cpu and step == t.eval_every
+                if cpu and step - start <= t.eval_every:                        # the first of this process
+                    fill_holes()
                 log.since += time.perf_counter() - paused                       # an evaluation is no step time
     return state, None
 

@@ -5,7 +5,6 @@ whatever the machine did on their day. Every config of rung_runs/ with seed 0 ta
 rounds; its time is the smallest. Writes rung_runs/speed.csv, which `scaling.py figures` reads."""
 import csv
 import sys
-import time
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "rung_runs"
@@ -14,6 +13,7 @@ sys.path.insert(0, str(FOLDER.parents[2]))
 import jax          # noqa: E402
 
 import data         # noqa: E402
+import kernels      # noqa: E402
 import model        # noqa: E402
 import train        # noqa: E402
 
@@ -21,7 +21,7 @@ ROUNDS, STEPS = 12, 3
 
 
 def runner(path):
-    """A function that takes STEPS steps of a config and returns the seconds of one; and its FLOPs a step."""
+    """A function that takes STEPS steps of a config; and its FLOPs a step."""
     c, t = train.load_config(path)
     mesh, mixture = train.make_mesh(c, t), train.open_data(c, t)
     state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
@@ -32,22 +32,19 @@ def runner(path):
 
     def run():
         nonlocal state
-        began = time.perf_counter()
         for _ in range(STEPS):
             state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        return (time.perf_counter() - began) / STEPS
-    run()                                               # compiles
+        return metrics
+    jax.block_until_ready(run())                        # compiles
     return run, model.count(c).mfu_flops * t.batch_size * c.seq_len
 
 
 if __name__ == "__main__":
     paths = [path for path in sorted(FOLDER.glob("*.py")) if "_s" not in path.stem.rpartition("_d")[2]]
     runners = {path.stem: runner(path) for path in paths}
-    best = dict.fromkeys(runners, float("inf"))
-    for _ in range(ROUNDS):
-        for name, (run, _) in runners.items():
-            best[name] = min(best[name], run())
+    train.fill_holes()                                  # as train.py does after its first step
+    times = kernels.stopwatch({name: run for name, (run, _) in runners.items()}, ROUNDS)
+    best = {name: seconds / STEPS for name, seconds in times.items()}
     with open(FOLDER / "speed.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["config", "milliseconds", "flops_per_second", "commit"])

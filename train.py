@@ -757,7 +757,10 @@ class Checkpoints:
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is one line here
+        # What orbax logs with stacks is one line here; asyncio, at its leisure, each further array that fails
+        # after the first ("exception was never retrieved").
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         sys.unraisablehook = without_echoes
         self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())

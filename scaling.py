@@ -1009,6 +1009,7 @@ def config_text(keys, C, path, head=False, parent=None):
     flops = flops_per_token(keys, keys["vocab_size"], head) * D
     rates = learning_rates(keys["recipe"], D, keys["batch_size"] * keys["seq_len"], keys["hidden_dim"])
     rates = rates | {key: keys.get("rate_scale", 1.0) * rates[key] for key in ("adam_lr", "hyper_lr")}
+    rates["adam_lr"] *= keys.get("adam_scale", 1.0)
     given = read_config(parent)
     rates = rates | {key: given[key] for key in rates if key in given}
     keys = keys | {"run_dir": f"out/{Path(path).absolute().parent.name}_{Path(path).stem}"}

@@ -94,6 +94,7 @@ class TrainConfig:
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
     rate_scale: float = 1.0             # multiplies both rates of the heuristic: its refit for another scale
+    adam_scale: float = 1.0             # and Adam's once more
     weight_decay: float = 0.1           # of "adamw", times the rate [cited: nanoGPT]; the others need none
     beta1: float = 0.9062               # of Adam's first moment [cited: marin #4697]
     beta2: float = 0.0                  # of Adam's second moment
@@ -139,6 +140,7 @@ class TrainConfig:
                            "schedule": ("linear", "wsd")}.items():
             need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
         need(self.rate_scale > 0, "rate_scale", "a positive number")
+        need(self.adam_scale > 0, "adam_scale", "a positive number")
         for key in ("adam_lr", "hyper_lr", "weight_decay", "eps", "clip", "devices", "replicas", "peak_flops",
                     "sample_tokens", "temperature", "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
             need(getattr(self, key) >= 0, key, "zero or a positive number")
@@ -361,7 +363,8 @@ def rates(c, t):
     """The heuristic's numbers, with whatever the config sets in their place."""
     tokens_per_batch = t.batch_size * c.seq_len
     derived = heuristic(t.recipe, t.steps * tokens_per_batch, tokens_per_batch, c.hidden_dim)
-    derived = derived._replace(adam_lr=t.rate_scale * derived.adam_lr, hyper_lr=t.rate_scale * derived.hyper_lr)
+    derived = derived._replace(adam_lr=t.rate_scale * t.adam_scale * derived.adam_lr,
+                               hyper_lr=t.rate_scale * derived.hyper_lr)
     return Rates(*(getattr(t, name) or value for name, value in derived._asdict().items()))
 
 

@@ -1412,7 +1412,7 @@ def ladder_command(a):
         run_ladder(a.run, a.jobs)
     else:
         ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law, a.count_head, a.aspect, a.widths, a.seeds,
-               a.config if a.inherit else None)
+               a.config if a.inherit else None, a.span)
 
 
 def speedup_command(a):
@@ -1502,6 +1502,7 @@ def parser():
     add("--out", help="folder for the configs")
     add("--jobs", type=count, default=1, metavar="N", help="runs at a time, for configs with devices = 1")
     add("--widths", type=count, default=7, metavar="N", help="per budget; 1 is the optimum alone")
+    add("--span", type=positive, default=4.0, metavar="R", help="their tokens: from D*/R to R D*")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--inherit", action="store_true", help="configs that import --config, instead of copying it")
     add("--run", metavar="DIR", help="train what is not yet done in this folder")

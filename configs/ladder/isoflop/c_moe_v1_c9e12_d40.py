@@ -1,0 +1,18 @@
+"""200,960 parameters, 131,840 active; 14,290,944 tokens.
+
+python train.py configs/ladder/isoflop/c_moe_v1_c9e12_d40.py
+
+9e+12 training FLOPs, 9e+12 asked. train.py derives
+adam_lr 0.0230572, hyper_lr 0.0124893, beta1 0.9062, beta2 0.95, eps 8.0827e-16."""
+from configs.ladder.rungs.c_moe_v1 import *
+
+recipe = 'v1'                           # [carried over]
+hidden_dim = 40                         # [derived: scaling.py]
+num_heads = 5                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 1                        # [derived: scaling.py]
+expert_dim = 24                         # [derived: scaling.py]
+shared_dim = 40                         # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 6978                            # [derived: scaling.py]
+run_dir = 'out/isoflop_c_moe_v1_c9e12_d40' # [derived: scaling.py]

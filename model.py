@@ -213,9 +213,20 @@ def gather(w, axis, split, dtype):
     return lax.all_gather(w.astype(dtype), axis, axis=split, tiled=True)
 
 
-gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None),
-              lambda axis, split, dtype, _, g: (
-                  lax.psum_scatter(g.astype(jnp.float32), axis, scatter_dimension=split, tiled=True),))
+def share_of_sum(axis, split, dtype, _, g):
+    """The backward of gather: this device's share of the gradient, summed over devices.
+
+    The TPU compiler scatters a sum whose other axis it can cut into pieces. A vocabulary of 128,256 = 768 x 167 it
+    cannot: every chip would hold and sum embedding and head whole, 10 GB a step and 15 GB of buffers at 5,120
+    wide [measured: LOG.md]. 131,072 it can, so a vocabulary is padded to a multiple of 4,096 for the sum."""
+    rest = g.shape[1 - split] if g.ndim == 2 else 0
+    padding = -rest % 4096 if rest > 32_768 else 0
+    widths = [(0, padding * (g.ndim == 2 and i != split)) for i in range(g.ndim)]
+    share = lax.psum_scatter(jnp.pad(g.astype(jnp.float32), widths), axis, scatter_dimension=split, tiled=True)
+    return (lax.slice_in_dim(share, 0, rest, axis=1 - split) if padding else share),
+
+
+gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None), share_of_sum)
 
 
 def wake(weights, names, c, axis):

@@ -1384,8 +1384,10 @@ def collectives(text, size):
     """Every collective of a compiled program (its HLO text), with the loops in which it stands.
 
     A program for several slices is that of one of them: its groups name the devices of one slice, and what it sums
-    over slices goes through the hosts, as a `send` for "megascale" instead of an all-reduce."""
-    bodies, lines = {}, []                                                  # {computation: its lines}
+    over slices goes through the hosts, as a `send` for "megascale" instead of an all-reduce. A reduce-scatter of
+    shares that do not fill tiles is written as a fusion of pad, all-reduce and slice, and run as a reduce-scatter
+    of padded shares: by the same emitter, AllReduceScatterFusion, as the others."""
+    bodies, lines, scatters = {}, [], set()                                 # {computation: its lines}
     for line in text.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             bodies[match[1]] = lines = []
@@ -1405,6 +1407,7 @@ def collectives(text, size):
                 branches = re.search(r"branch_computations=\{([^}]*)\}", line)
                 callees = called.findall(line) + (re.findall(r"%([\w.\-]+)", branches[1]) if branches else [])
                 callees += re.findall(r"to_apply=%?([\w.\-]+)", line) if " call(" in line else []
+                scatters.update(callees if "AllReduceScatterFusion" in line else ())
                 for callee in callees:
                     visit(callee, factor)
     visit(re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1], 1)
@@ -1441,6 +1444,8 @@ def collectives(text, size):
                 if "megascale" not in line:
                     continue
                 amount, axis, n, op = max(sizes), "replica", slices, "all-reduce"
+            if name in scatters and op == "all-reduce":
+                amount, op = amount / n, "reduce-scatter"
             scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
             scope = re.search(r'op_name="([^"]*)"', line)
             found.append(Collective(op, axis, times[name], amount * scale.get(op, (n - 1) / n),
@@ -1457,7 +1462,8 @@ def misplaced(found):
 
     The layer loop holds gathers and gradient sums of weights over "data" and the exchange over "expert"; after it
     come the psums of gradients of copies. Outside of shard_map only norms are summed (bytes) and MuonH deals whole
-    matrices out. An all-reduce that names no line is what the compiler makes of some reduce-scatters: SUMMED.
+    matrices out. A padded reduce-scatter names no line, nor do the permutes that move its shares into place, nor
+    the all-reduce that the compiler makes of some: SUMMED.
     For several slices it takes sums over slices and axes apart and drops the names of all that stands once: what
     is left to judge there is the layer loop, SUMMED, and the bytes in all."""
     sliced = any(x.axis == "replica" and x.op == "all-reduce" and not x.scope for x in found)
@@ -1467,8 +1473,12 @@ def misplaced(found):
         asked = [op for line, op in ASKS.items() if x.scope.rpartition("/")[2].startswith(line)]
         if x.op == "all-reduce" and not x.scope and x.axis in ("data", "expert"):
             return SUMMED
+        if x.op == "collective-permute" and not x.scope:
+            return ""                                   # moves the shares of a padded reduce-scatter into place
         if x.times > 1:
             return "" if (x.op, x.axis) in inside else "not of the layer loop"
+        if x.op == "reduce-scatter" and not x.scope:
+            return ""
         if "shard_map" in x.scope:
             return "" if asked == [x.op] else "not what its line asks for"
         return "" if "orthogonalize" in x.scope or sliced and not x.scope else "no line asks for it"

@@ -1376,6 +1376,7 @@ class Collective(NamedTuple):
     axis: str           # mesh axes of its groups, "data" or "replica+data+expert"; "" if they are no such axes
     times: int          # how often a step runs it: the product of the loops around it
     received: float     # bytes that a chip receives each time
+    arrays: int         # how many at once: the compiler joins small ones
     scope: str          # where in the program it comes from
     wrong: str = ""     # what `misplaced` has against it
 
@@ -1449,7 +1450,7 @@ def collectives(text, size):
             scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
             scope = re.search(r'op_name="([^"]*)"', line)
             found.append(Collective(op, axis, times[name], amount * scale.get(op, (n - 1) / n),
-                                    scope[1] if scope else ""))
+                                    len(sizes), scope[1] if scope else ""))
     return found
 
 
@@ -1463,7 +1464,8 @@ def misplaced(found):
     The layer loop holds gathers and gradient sums of weights over "data" and the exchange over "expert"; after it
     come the psums of gradients of copies. Outside of shard_map only norms are summed (bytes) and MuonH deals whole
     matrices out. A padded reduce-scatter names no line, nor do the permutes that move its shares into place, nor
-    the all-reduce that the compiler makes of some: SUMMED.
+    the all-reduce that the compiler makes of some: SUMMED. Psums of gradients that it joins with norms may bear
+    the name of a norm.
     For several slices it takes sums over slices and axes apart and drops the names of all that stands once: what
     is left to judge there is the layer loop, SUMMED, and the bytes in all."""
     sliced = any(x.axis == "replica" and x.op == "all-reduce" and not x.scope for x in found)
@@ -1481,7 +1483,8 @@ def misplaced(found):
             return ""
         if "shard_map" in x.scope:
             return "" if asked == [x.op] else "not what its line asks for"
-        return "" if "orthogonalize" in x.scope or sliced and not x.scope else "no line asks for it"
+        joined = x.arrays > 1 and x.op == "all-reduce" and x.scope.endswith("reduce_sum")
+        return "" if joined or "orthogonalize" in x.scope or sliced and not x.scope else "no line asks for it"
     return [x._replace(wrong=why(x)) for x in found if x.received >= 2**20 and why(x)]
 
 

@@ -293,7 +293,7 @@ LOOP = "jit(train_step)/shard_map/while/body/closed_call/transpose(jvp())/while/
 
 @pytest.mark.parametrize("op, loop, once, want", [
     ("all-gather", f"{LOOP}/all_gather", "jit(train_step)/shard_map/psum", []),
-    # what the v4 compiler makes of the reduce-scatter of [5120,1280] over 128 chips: a sum that names no line
+    # what the v4 compiler makes of the reduce-scatter of [5120,128256]: a sum that names no line
     ("all-reduce", "", "jit(train_step)/shard_map/psum", [("loop", train.SUMMED)]),
     # a whole weight's gradient summed in the layer loop: someone wrote psum for psum_scatter
     ("all-reduce", f"{LOOP}/psum", "jit(train_step)/shard_map/psum", [("loop", "not of the layer loop")]),
@@ -313,6 +313,27 @@ def test_misplaced_collectives_are_named(op, loop, once, want):
     assert all(x.received == 2 * 2**22 * 3 / 4 for x in named if x.op == "all-reduce")
 
 
+def test_a_padded_reduce_scatter_is_one():
+    """[5120,1280] over 128 chips of v4, here over 4: an all-reduce by its text, a reduce-scatter by its emitter."""
+    text = """HloModule jit_train_step
+%all-reduce-scatter.1 (input: f32[5120,1280]) -> f32[1536,1280] {
+  %pad = f32[6144,1280]{1,0} pad(%input, %zero), padding=0_1024x0_0
+  %sum = f32[6144,1280]{1,0} all-reduce(%pad), replica_groups={{0,2,4,6},{1,3,5,7}}
+  ROOT %mine = f32[1536,1280]{1,0} dynamic-slice(%sum, %at, %zero)
+}
+ENTRY %main (x: f32[5120,1280]) -> f32[1280,1280] {
+  %f = f32[1536,1280]{1,0} fusion(%x), calls=%all-reduce-scatter.1, emitter":"SingleInputAllReduceScatterFusion"
+  %p = f32[1536,1280]{1,0} collective-permute(%f), source_target_pairs={{0,2},{2,4}}
+}
+"""
+    scatter, permute = train.collectives(text, {"replica": 1, "data": 4, "expert": 2})
+    assert (scatter.op, scatter.axis, scatter.received) == ("reduce-scatter", "data", 3 * 4 * 1536 * 1280)
+    assert permute.op == "collective-permute" and train.misplaced([scatter, permute]) == []
+    plain = text.replace("AllReduceScatterFusion", "AllReduceFusion")
+    assert [x.wrong for x in train.misplaced(train.collectives(plain, {"replica": 1, "data": 4, "expert": 2}))
+            ] == [train.SUMMED]
+
+
 def test_a_program_for_two_slices_is_that_of_one_of_them():
     """Its groups count the devices of a slice; what crosses slices is sent through the hosts."""
     text = """HloModule jit_train_step, num_partitions=4
@@ -329,7 +350,7 @@ ENTRY %main (x: f32[1048576]) -> f32[1048576] {
 
 
 def test_a_tenth_of_the_bytes_may_move_in_sums_but_no_byte_unasked(capsys):
-    gather = train.Collective("all-gather", "data", 12, 1e9, f"{LOOP}/all_gather")
+    gather = train.Collective("all-gather", "data", 12, 1e9, 1, f"{LOOP}/all_gather")
     summed, stray = gather._replace(op="all-reduce", scope=""), gather._replace(op="all-to-all")
     for found, well, words in (([gather] * 3, True, "every collective is where it should be"),
                                ([gather] * 19 + [summed] * 2, True, "9.5 % of the bytes"),

@@ -39,4 +39,5 @@ topology = "v4:8x8x16"              # [cited: marin #6044]
 replicas = 1                        # the run had 16 copies and whole layers on a chip [cited: marin #6044]: with
 expert_parallel = 8                 # float32 sums of gradients, 10 GB a layer, 56 GiB a chip [measured: --compile]
 exchange = "ring"
-published = "21.5 to 21.9 % MFU, 1.5 M tokens a second on v4-1024 at this batch and layout [cited: marin #6044]"
+published = ("21.5 to 21.9 % MFU, 1.5 M tokens a second on v4-1024 at this batch, 16 copies of 64 shares "
+             "[cited: marin #6044]")

@@ -1,6 +1,7 @@
 """The corpus of record, its decontamination, the baseline's optimizer, and every number that the ladder claims."""
 import csv
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -241,22 +242,33 @@ def test_the_pilot_table_is_the_pilot():
     assert len({row["command"] for row in rows}) == len(rows) >= 24 and {row["seed"] for row in rows} == {"100"}
     assert not any(row["commit"].endswith("dirty") for row in rows)
     assert {row["eval"].partition("data ")[2].startswith(data_sha256()) for row in rows} == {True}
-    size = dict(width="24", batch_size="16", beta2="", small=True)
-    lines = {"MoE V1 by AdamH, heuristic's rates x": ("c_moe_v1", "rate_scale", {}),
-             "dense by AdamH, heuristic's rates x": ("b_dense_adamh", "rate_scale", {}),
-             "dense by AdamW, heuristic's rate x": ("a_dense_adamw", "rate_scale", {}),
-             "MoE V1, sequences a batch (x 4)": ("c_moe_v1", "batch_size", {"rate_scale": "4"}),
-             "MoE V1, beta2 (x 4)": ("c_moe_v1", "beta2", {"rate_scale": "4"}),
-             "MoE V1, width at 2e11 FLOPs (x 4)": ("c_moe_v1", "width", {"rate_scale": "4"}),
-             "dense by AdamW, width at 2e11 FLOPs (x 8)": ("a_dense_adamw", "width", {"rate_scale": "8"})}
-    found = {}
+    same, pair = "rate_scale", "pair"                   # one factor for both rates, or a pair
+    lines = {"MoE V1 by AdamH, 2e11": ("c_moe_v1", 2e11, 24, same, {}),
+             "dense by AdamH, 2e11": ("b_dense_adamh", 2e11, 24, same, {}),
+             "dense by AdamW, 2e11": ("a_dense_adamw", 2e11, 24, same, {}),
+             "dense by AdamW, 1.6e12": ("a_dense_adamw", 1.6e12, 48, same, {}),
+             "MoE V1, 2e11, sequences a batch (x 4)": ("c_moe_v1", 2e11, 24, "batch_size", {same: "4"}),
+             "MoE V1, 2e11, beta2 (x 4)": ("c_moe_v1", 2e11, 24, "beta2", {same: "4"}),
+             "MoE V1, 2e11, width (x 4)": ("c_moe_v1", 2e11, 0, "width", {same: "4"}),
+             "dense by AdamW, 2e11, width (x 8)": ("a_dense_adamw", 2e11, 0, "width", {same: "8"}),
+             "MoE V1, 2e11": ("c_moe_v1", 2e11, 24, pair, {}),
+             "MoE V1, 1.6e12": ("c_moe_v1", 1.6e12, 48, pair, {}),
+             "MoE V1, 1.6e12, beta2 (8/1)": ("c_moe_v1", 1.6e12, 48, "beta2", {pair: "8/1"}),
+             "MoE V1, 1.6e12, width (8/1)": ("c_moe_v1", 1.6e12, 0, "width", {pair: "8/1"}),
+             "MoE V1, 6.7e12, width 96": ("c_moe_v1", 6.7e12, 96, pair, {}),
+             "dense, 1.6e12": ("b_dense_adamh", 1.6e12, 48, pair, {}),
+             "MuonH, 64 experts, 2e11": ("e_muonh", 2e11, 24, pair, {}),
+             "MuonH, 64 experts, 1.6e12": ("e_muonh", 1.6e12, 48, pair, {})}
+    found = {label: {} for label in lines}
     for row in rows:
-        row["beta2"] = row["command"].partition("--beta2=")[2].split(" ")[0]
-        row |= {"small": float(row["flops"]) < 3e11, "rate_scale": f"{float(row['rate_scale']):g}"}
-        rung = Path(row["config"]).stem
-        for label, (of, key, fixed) in lines.items():
-            if rung == of and all(row[k] == v for k, v in (size | fixed).items() if k != key):
-                found.setdefault(label, {})[row[key] or "0.9999"] = f"{float(row['loss']):.3f}"
+        row["beta2"] = row["command"].partition("--beta2=")[2].split(" ")[0] or "0.9999"
+        row["pair"] = "/".join(re.findall(r"(?:adam|hyper) x([\d.]+)", row["what"]))
+        row["rate_scale"] = "" if row["pair"] else f"{float(row['rate_scale']):g}"
+        for label, (rung, C, width, key, fixed) in lines.items():
+            want = dict(batch_size="16", beta2="0.9999", width=str(width)) | fixed
+            if (Path(row["config"]).stem == rung and float(row["flops"]) == pytest.approx(C, rel=0.01) and row[key]
+                    and all(row[k] == v for k, v in want.items() if k != key)):
+                found[label][row[key]] = f"{float(row['loss']):.3f}"
     text = (LADDER / "README.md").read_text()
     for label in lines:
         cells = text.partition(f"| {label} |")[2].partition("\n")[0].strip(" |").split("|")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as Spec
 
 import model
 from test_scaling import POSTED_MAY, POSTED_V16
@@ -255,3 +256,17 @@ def test_the_loss_is_its_definition():
 def test_contradictory_sizes_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize("shape, split", [((16, 40_000), 0), ((40_000, 16), 1), ((16, 24), 0), ((4, 16, 24), 1)])
+def test_each_device_gets_its_share_of_the_summed_gradient(shape, split):
+    """Padded for the sum where the vocabulary is large: the gradient is that of whole weights on one device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    spec = Spec(*("data" if i == split else None for i in range(len(shape))))
+    w, x = jax.random.normal(jax.random.key(0), shape), jax.random.normal(jax.random.key(1), (8, *shape))
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(model.gather(w, "data", split, jnp.float32)) * x[0])
+    grads = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(spec, Spec("data")), out_specs=spec,
+                                  check_vma=False))(w, x)
+    np.testing.assert_allclose(grads, jnp.cos(w) * x.sum(0), rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as Spec
 
 import kernels
@@ -216,14 +217,18 @@ def gather(w, axis, split, dtype):
 def share_of_sum(axis, split, dtype, _, g):
     """The backward of gather: this device's share of the gradient, summed over devices.
 
-    The TPU compiler scatters a sum whose other axis it can cut into pieces. A vocabulary of 128,256 = 768 x 167 it
-    cannot: every chip would hold and sum embedding and head whole, 10 GB a step and 15 GB of buffers at 5,120
-    wide [measured: LOG.md]. 131,072 it can, so a vocabulary is padded to a multiple of 4,096 for the sum."""
-    rest = g.shape[1 - split] if g.ndim == 2 else 0
-    padding = -rest % 4096 if rest > 32_768 else 0
-    widths = [(0, padding * (g.ndim == 2 and i != split)) for i in range(g.ndim)]
-    share = lax.psum_scatter(jnp.pad(g.astype(jnp.float32), widths), axis, scatter_dimension=split, tiled=True)
-    return (lax.slice_in_dim(share, 0, rest, axis=1 - split) if padding else share),
+    The TPU compiler scatters a sum only if it can cut the other axis into pieces and if the split one does not lie
+    along the lanes. With 128,256 = 768 x 167 words, and laid out by the loops that made them, the gradients of
+    embedding and head are neither: every chip would sum them whole, 10 GB a step and as much memory again
+    [measured: LOG.md]. So a large vocabulary is padded, to 131,072, and the split axis made the outer one."""
+    g = g.astype(jnp.float32)
+    words = g.shape[1 - split] if g.ndim == 2 else 0
+    if words <= 32_768:
+        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True),
+    g = jnp.pad(g, [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
+    g = with_layout_constraint(g, Layout((split, 1 - split)))
+    share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
+    return lax.slice_in_dim(share, 0, words, axis=1 - split),
 
 
 gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None), share_of_sum)

@@ -274,3 +274,18 @@ def test_the_pilot_table_is_the_pilot():
         cells = text.partition(f"| {label} |")[2].partition("\n")[0].strip(" |").split("|")
         said = dict(zip(*([part.strip() for part in cell.split(",")] for cell in cells)))
         assert said == found[label], label
+
+
+def test_the_ladder_table_is_the_ladder():
+    """The vertices that `fit` finds in isoflop/runs.csv, and the runs the configs ask for."""
+    path = LADDER / "isoflop" / "runs.csv"
+    with open(path, newline="") as file:
+        rows = {row["config"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {config.stem for config in path.parent.glob("*.py")} and len(rows) == 35
+    assert not any(row["commit"].endswith("dirty") for row in rows.values())
+    choices = scaling.Choices(head=True, asymptote=0.4)
+    fit = scaling.fit_law(scaling.checked(scaling.read_csv(path, True), "ladder"), choices)
+    text = (LADDER / "README.md").read_text()
+    for v in fit["vertices"]:
+        line = f"| {v['budget']:.3g} | {v['runs']} | {v['tokens']:.2e} | {v['params']:.2e} | {v['loss']:.3f} |"
+        assert line in text, line

@@ -289,3 +289,21 @@ def test_the_ladder_table_is_the_ladder():
     for v in fit["vertices"]:
         line = f"| {v['budget']:.3g} | {v['runs']} | {v['tokens']:.2e} | {v['params']:.2e} | {v['loss']:.3f} |"
         assert line in text, line
+
+
+def test_the_forecast_and_its_outcome_are_told_as_they_were():
+    """The numbers of the README's paragraph, from the sealed record and the run's row; the miss, too."""
+    record = json.loads((LADDER / "hero" / "forecast.json").read_text())
+    assert record["sha256"] == scaling.seal(record)
+    assert record["runs_sha256"] == scaling.fingerprint([LADDER / "isoflop" / "runs.csv"])
+    [outcome] = map(json.loads, (LADDER / "hero" / "forecast.outcomes.jsonl").read_text().splitlines())
+    with open(LADDER / "hero" / "runs.csv", newline="") as file:
+        [row] = csv.DictReader(file)
+    assert outcome["loss"] == float(row["loss"]) and outcome["record"] == record["sha256"]
+    assert float(row["flops_with_head"]) == pytest.approx(record["target"]["C"], rel=1e-3)
+    point, (low, high) = record["forecast"]["loss"], record["forecast"]["intervals"]["run_bootstrap"]
+    text = (LADDER / "README.md").read_text()
+    for words in (f"**{point:.4f}**", f"{low:.4f} to {high:.4f}", f"**{outcome['loss']:.4f}**",
+                  f"{abs(outcome['error_percent']):.2f} % lower"):
+        assert words in text, words
+    assert not any(outcome["inside"].values()) and "outside all three intervals" in text

@@ -228,7 +228,7 @@ def share_of_sum(axis, split, dtype, _, g):
     g = jnp.pad(g, [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
     g = with_layout_constraint(g, Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    share = lax.optimization_barrier(share)     # libtpu 0.0.42 stops with an error where it may join the two slices
+    share = lax.optimization_barrier(share)         # libtpu 0.0.42 stops with an error if it may join the slices
     return lax.slice_in_dim(share, 0, words, axis=1 - split),
 
 

@@ -314,7 +314,7 @@ def test_misplaced_collectives_are_named(op, loop, once, want):
 
 
 def test_a_padded_reduce_scatter_is_one():
-    """[5120,1280] over 128 chips of v4, here over 4: an all-reduce by its text, a reduce-scatter by its emitter."""
+    """[5120,1280] over 128 chips of v4, here over 4: an all-reduce by text, a reduce-scatter by its emitter."""
     text = """HloModule jit_train_step
 %all-reduce-scatter.1 (input: f32[5120,1280]) -> f32[1536,1280] {
   %pad = f32[6144,1280]{1,0} pad(%input, %zero), padding=0_1024x0_0

@@ -745,8 +745,9 @@ def agreed(fine):
 
 def without_echoes(unraisable, show=sys.unraisablehook):
     """A sys.unraisablehook. When a write fails, tensorstore's threads go on and report each further piece to an
-    event loop that orbax has closed: hundreds of stacks that say nothing. The failure itself is an event."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    event loop that orbax has closed: hundreds of stacks that say nothing. When a read fails, the coroutines of the
+    further arrays that fail are dropped, each with its stack. The failure itself is an event, or one line."""
+    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
         show(unraisable)
 
 

@@ -327,10 +327,13 @@ def test_a_disk_that_stays_full(config, plain, table, tmp_path):
     judge(table, "disk full from a save on", "survived")
 
 
-def test_what_a_failed_write_echoes_is_not_shown_and_all_else_is():
-    shown = []
-    for error in (RuntimeError("Event loop is closed"), RuntimeError("Event loop is open")):
-        train.without_echoes(types.SimpleNamespace(exc_value=error), shown.append)
+def test_what_a_failed_write_or_read_echoes_is_not_shown_and_all_else_is():
+    async def read():
+        pass
+    shown, dropped = [], read()
+    for words, of in (("Event loop is closed", None), ("Event loop is open", None), ("a further array", dropped)):
+        train.without_echoes(types.SimpleNamespace(exc_value=RuntimeError(words), object=of), shown.append)
+    dropped.close()
     assert [str(x.exc_value) for x in shown] == ["Event loop is open"]
 
 

@@ -288,7 +288,8 @@ def test_all_checkpoints_are_broken(config, plain, table, tmp_path):
     judge(table, "all checkpoints broken", "injected")
     run = copy(plain, tmp_path)
     for step in (4, 8, 12):
-        truncate(run / "checkpoints" / str(step))         # a flipped bit can be one that nothing reads
+        for part in (run / "checkpoints" / str(step) / "state").rglob("d/*"):     # all: one can be a part nothing reads
+            part.write_bytes(part.read_bytes()[:part.stat().st_size // 2])
     files = lambda: {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
     before = files()
     stopped(go(config, run), 4, "none of 3 checkpoints can be trusted, and nothing was touched. step 12: .*8: ")

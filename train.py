@@ -761,10 +761,7 @@ class Checkpoints:
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        # What orbax logs with stacks is one line here; asyncio, at its leisure, each further array that fails
-        # after the first ("exception was never retrieved").
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is one line here
         sys.unraisablehook = without_echoes
         self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
@@ -1389,7 +1386,7 @@ def collectives(text, size):
     over slices goes through the hosts, as a `send` for "megascale" instead of an all-reduce. A reduce-scatter of
     shares that do not fill tiles is written as a fusion of pad, all-reduce and slice, and run as a reduce-scatter
     of padded shares: by the same emitter, AllReduceScatterFusion, as the others."""
-    bodies, lines, scatters = {}, [], set()                                 # {computation: its lines}
+    bodies, lines, scatters = {}, [], set()         # {computation: its lines}; {fusions that are reduce-scatters}
     for line in text.splitlines():
         if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             bodies[match[1]] = lines = []

@@ -308,7 +308,8 @@ def test_a_full_disk_during_a_save(config, plain, table, tmp_path, fault):
     done = go(config, run, fault)
     if fault[-1] == "3":
         stopped(done, 75, "the last checkpoint could not be written")
-        assert saved_steps(run) == [4, 8]
+        # orbax may fail at a note that it writes after the commit: then 12 is there too, to be judged by its proof
+        assert saved_steps(run) in ([4, 8], [4, 8, 12])
     else:
         assert done.returncode == 0 and "a checkpoint could not be written" in done.stdout, done.stderr
         assert "Traceback" not in done.stderr, done.stderr[-3000:]

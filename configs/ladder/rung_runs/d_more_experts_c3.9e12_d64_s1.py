@@ -1,0 +1,19 @@
+"""984,448 parameters, 247,168 active; 3,190,784 tokens.
+
+python train.py configs/ladder/rung_runs/d_more_experts_c3.9e12_d64_s1.py
+
+3.901e+12 training FLOPs, 3.9e+12 asked. train.py derives
+adam_lr 0.0295735, hyper_lr 0.016019, beta1 0.9062, beta2 0.95, eps 3.81922e-16."""
+from configs.ladder.rungs.d_more_experts import *
+
+recipe = 'v1'                           # [carried over]
+hidden_dim = 64                         # [derived: scaling.py]
+num_heads = 8                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
+expert_dim = 32                         # [derived: scaling.py]
+shared_dim = 64                         # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 1558                            # [derived: scaling.py]
+seed = 1                                # [carried over]
+run_dir = 'out/rung_runs_d_more_experts_c3.9e12_d64_s1' # [derived: scaling.py]

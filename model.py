@@ -214,8 +214,8 @@ def gather(w, axis, split, dtype):
     return lax.all_gather(w.astype(dtype), axis, axis=split, tiled=True)
 
 
-def share_of_sum(axis, split, dtype, _, g):
-    """The backward of gather: this device's share of the gradient, summed over devices.
+def share_of_sum(g, axis, split):
+    """This device's share along `split` of a weight's gradient, summed over devices in float32.
 
     The TPU compiler scatters a sum only if it can cut the other axis into pieces and if the split one does not lie
     along the lanes. With 128,256 = 768 x 167 words, and laid out by the loops that made them, the gradients of
@@ -224,15 +224,48 @@ def share_of_sum(axis, split, dtype, _, g):
     g = g.astype(jnp.float32)
     words = g.shape[1 - split] if g.ndim == 2 else 0
     if words <= 32_768:
-        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True),
+        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
     g = jnp.pad(g, [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
     g = with_layout_constraint(g, Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
     share = lax.optimization_barrier(share)         # libtpu 0.0.42 stops with an error if it may join the slices
-    return lax.slice_in_dim(share, 0, words, axis=1 - split),
+    return lax.slice_in_dim(share, 0, words, axis=1 - split)
 
 
-gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None), share_of_sum)
+gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None),
+              lambda axis, split, dtype, _, g: (share_of_sum(g, axis, split),))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def lookup(w_Vd, tokens_T, axis, dtype):
+    """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns of it.
+
+    The gradient sums over every place where a token stands: in float32 from there to the optimizer, and a large
+    vocabulary's in four pieces, one after the other, since all its columns at once, as a sum, padded and laid out
+    anew, were the 7 GiB at which v6e:16x16 stopped [measured: LOG.md]."""
+    return jnp.take(whole(w_Vd, axis, 1, dtype), tokens_T, axis=0)
+
+
+def lookup_gradient(axis, dtype, saved, g_TD):
+    (V, d), tokens_T = saved
+    pieces = 4 if V > 32_768 and d % 4 == 0 else 1
+    def piece(g_Td):
+        g_VD = jnp.zeros((V, g_Td[0].size), jnp.float32).at[tokens_T].add(g_Td.reshape(len(g_Td), -1))
+        return g_VD if alone(axis) else share_of_sum(g_VD, axis, 1)
+    g_ = jnp.moveaxis(g_TD.astype(jnp.float32).reshape(len(g_TD), -1, pieces, d // pieces), 2, 0)
+    return jnp.moveaxis(lax.map(piece, g_), 0, 1).reshape(V, d), None
+
+
+lookup.defvjp(lambda w, tokens_T, axis, dtype: (lookup(w, tokens_T, axis, dtype), (w.shape, tokens_T)),
+              lookup_gradient)
+
+
+def whole(w, axis, split, dtype):
+    return w.astype(dtype) if alone(axis) else gather(w, axis, split, dtype)
+
+
+def alone(axis):
+    return axis is None or lax.axis_size(axis) == 1
 
 
 def wake(weights, names, c, axis):
@@ -240,13 +273,9 @@ def wake(weights, names, c, axis):
 
     Backward, each device receives the summed gradient of its own share and nothing else. The small weights that
     every device holds whole stay in float32. A stacked weight comes with L already taken off by the scan."""
-    alone = axis is None or lax.axis_size(axis) == 1
     def one(name):
         w, spec = weights[name], names[name].spec
-        if "data" not in spec:
-            return w
-        split = spec.index("data") - (len(spec) - w.ndim)
-        return w.astype(c.compute_dtype) if alone else gather(w, axis, split, c.compute_dtype)
+        return whole(w, axis, spec.index("data") - (len(spec) - w.ndim), c.compute_dtype) if "data" in spec else w
     return {name: one(name) for name in weights if not isinstance(weights[name], dict)}
 
 
@@ -289,9 +318,8 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None, platform="cpu"
     The record holds, for every layer, margin_LTE and load_LE (what balancing reads) and z_LT; empty if dense.
     Layers are stacked and scanned, PERIOD at a time, so that local and full attention are different static
     programs and neither pays for the other; a remainder (6 layers = 4 + 2) is unrolled at the end."""
-    top = wake({k: params[k] for k in params if k != "head_DV"}, table(c), c, axis)
-    # looked up in float32: the gradient of a lookup is a sum over every place where a token stands
-    x_TD = jnp.take(top["embed_VD"].astype(jnp.float32), tokens_BS.reshape(-1), axis=0).astype(c.compute_dtype)
+    top = wake({k: params[k] for k in params if k not in ("embed_VD", "head_DV")}, table(c), c, axis)
+    x_TD = lookup(params["embed_VD"], tokens_BS.reshape(-1), axis, c.compute_dtype)
     x_TD = gated_norm(x_TD, top["embed_norm_gain_D"], top["embed_norm_down_DU"], top["embed_norm_up_UD"])
     rotation = rope_angles(c)
 

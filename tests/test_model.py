@@ -270,3 +270,20 @@ def test_each_device_gets_its_share_of_the_summed_gradient(shape, split):
     grads = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(spec, Spec("data")), out_specs=spec,
                                   check_vma=False))(w, x)
     np.testing.assert_allclose(grads, jnp.cos(w) * x.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("V, D", [(40_000, 32), (40_000, 24), (24, 16)])    # in pieces, not in pieces (3 a device), small
+def test_a_lookup_s_gradient_sums_over_places_and_devices(V, D):
+    """Against a gather from the whole table on one device; words that stand many times, and nowhere."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    w, x = jax.random.normal(jax.random.key(0), (V, D)), jax.random.normal(jax.random.key(1), (8 * 40, D))
+    tokens = jax.random.randint(jax.random.key(2), (8 * 40,), 0, V).at[5:50].set(7).at[100].set(V - 1)
+
+    def loss(w, x, tokens, axis="data"):
+        return jnp.sum(jnp.sin(model.lookup(w, tokens, axis, jnp.float32)) * x)
+    cut = Spec(None, "data")
+    many = jax.jit(jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(cut, Spec("data"), Spec("data")),
+                                 out_specs=cut, check_vma=False))(w, x, tokens)
+    plain = jax.grad(lambda w: jnp.sum(jnp.sin(w[tokens]) * x))(w)
+    np.testing.assert_allclose(many, plain, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss)(w, x, tokens, None), plain, rtol=1e-5, atol=1e-5)

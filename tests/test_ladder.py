@@ -276,6 +276,19 @@ def test_the_pilot_table_is_the_pilot():
         assert said == found[label], label
 
 
+def test_what_the_miss_was_not_is_what_the_runs_gave():
+    """The README's row of losses at 3.9e12 and width 56: the ladder's run, then those of second/why.csv."""
+    with open(LADDER / "second" / "why.csv", newline="") as file:
+        runs = {row["what"]: row for row in csv.DictReader(file)}
+    assert not any(row["commit"].endswith("dirty") for row in runs.values())
+    with open(LADDER / "isoflop" / "runs.csv", newline="") as file:
+        was = {row["config"]: row for row in csv.DictReader(file)}["c_moe_v1_c3.9e12_d56"]
+    assert {row["eval"] for row in runs.values()} == {was["eval"]}
+    losses = [float(row["loss"]) for row in (was, runs["batch of 4"], runs["batch of 4, adam x8 hyper x2"],
+                                             runs["adam x8 hyper x2"], runs["3 layers"])]
+    assert f"\n| loss | {' | '.join(f'{loss:.3f}' for loss in losses)} |\n" in (LADDER / "README.md").read_text()
+
+
 def test_the_ladder_table_is_the_ladder():
     """The vertices that `fit` finds in isoflop/runs.csv, and the runs the configs ask for."""
     path = LADDER / "isoflop" / "runs.csv"

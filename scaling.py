@@ -1165,7 +1165,8 @@ def rung_table(folder, law):
     table, rungs = [], list(runs)
     for i, rung in enumerate(rungs):
         loss, = columns(runs[rung], "loss")
-        row = dict(rung=rung, loss={C: float(loss[at].mean()) for C, at in by_budget(runs[rung]).items()})
+        row = dict(rung=rung, loss={float(f"{C:.1e}"): float(loss[at].mean())      # the budget asked for
+                                    for C, at in by_budget(runs[rung]).items()})
         for key, other in (("per_rung", rungs[max(0, i - 1)]), ("cumulative", rungs[0])):
             row[key] = speedup(points[other], points[rung], law["E"], law["alpha"])
         table.append(row)

@@ -289,6 +289,23 @@ def test_what_the_miss_was_not_is_what_the_runs_gave():
     assert f"\n| loss | {' | '.join(f'{loss:.3f}' for loss in losses)} |\n" in (LADDER / "README.md").read_text()
 
 
+def test_the_rung_tables_are_the_rungs():
+    """Every loss and speed-up of the tables in both READMEs, recomputed from rung_runs/runs.csv."""
+    folder = LADDER / "rung_runs"
+    with open(folder / "runs.csv", newline="") as file:
+        rows = {row["config"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {config.stem for config in folder.glob("*.py")} and len(rows) == 48
+    assert not any(row["commit"].endswith("dirty") for row in rows.values())
+    law = scaling.read_json(LADDER / "hero" / "forecast.json")["envelope"]
+    table = scaling.rung_table(folder, law)
+    for row in table:
+        cells = [f"{row['loss'][C]:.3f}" for C in (3e11, 7e11, 1.7e12, 3.9e12)] + [
+            f"{row[kind]['compute']:.2f} ({low:.2f} .. {high:.2f})" for kind in ("per_rung", "cumulative")
+            for low, high in [row[kind]["compute_interval"]]]
+        for path in (LADDER / "README.md", LADDER.parents[1] / "README.md"):
+            assert f"| {' | '.join(cells)} |" in path.read_text(), row["rung"]
+
+
 def test_the_ladder_table_is_the_ladder():
     """The vertices that `fit` finds in isoflop/runs.csv, and the runs the configs ask for."""
     path = LADDER / "isoflop" / "runs.csv"

@@ -300,8 +300,9 @@ def test_the_rung_tables_are_the_rungs():
     table = scaling.rung_table(folder, law)
     for row in table:
         cells = [f"{row['loss'][C]:.3f}" for C in (3e11, 7e11, 1.7e12, 3.9e12)] + [
-            f"{row[kind]['compute']:.2f} ({low:.2f} .. {high:.2f})" for kind in ("per_rung", "cumulative")
-            for low, high in [row[kind]["compute_interval"]]]
+            f"{row[kind][what]:.2f} ({low:.2f} .. {high:.2f})" for kind, what in (
+                ("per_rung", "compute"), ("cumulative", "compute"), ("cumulative", "wall_clock"))
+            for low, high in [row[kind][f"{what}_interval"]]]
         for path in (LADDER / "README.md", LADDER.parents[1] / "README.md"):
             assert f"| {' | '.join(cells)} |" in path.read_text(), row["rung"]
 

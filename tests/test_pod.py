@@ -388,5 +388,5 @@ def test_every_config_compiles_for_its_topology(path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "verdict   fits; " in done.stdout
     executed = float(re.search(r"executes ([\d.]+) x", done.stdout)[1])
-    # recipe V2's gates: 0.05 is Newton-Schulz, 0.03 capacity 1.25 [measured], the rest tiles of 256 experts [assumed]
+    # recipe V2: 0.05 is Newton-Schulz, 0.03 capacity 1.25 [measured], the rest tiles of 256 experts [assumed]
     assert 0.9 < executed < (1.52 if path.stem.startswith("v2") else 1.40), executed

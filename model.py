@@ -241,7 +241,7 @@ def lookup(w_Vd, tokens_T, axis, dtype):
     """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns of it.
 
     The gradient sums over every place where a token stands: in float32 from there to the optimizer. A large
-    vocabulary's is summed in pieces of columns, one after the other: all at once it is 2.5 GiB, and again padded."""
+    vocabulary's is summed in pieces of columns, one after the other: at once it is 2.5 GiB, padded again."""
     return jnp.take(whole(w_Vd, axis, 1, dtype), tokens_T, axis=0)
 
 

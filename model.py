@@ -214,6 +214,9 @@ def gather(w, axis, split, dtype):
     return lax.all_gather(w.astype(dtype), axis, axis=split, tiled=True)
 
 
+LARGE_VOCABULARY = 32_768      # words from which the gradients of embedding and head are summed with care
+
+
 def share_of_sum(g, axis, split):
     """This device's share along `split` of a weight's gradient, summed over devices in float32.
 
@@ -223,7 +226,7 @@ def share_of_sum(g, axis, split):
     [measured: LOG.md]. So a large vocabulary is padded, to 131,072, and the split axis made the outer one."""
     g = g.astype(jnp.float32)
     words = g.shape[1 - split] if g.ndim == 2 else 0
-    if words <= 32_768:
+    if words <= LARGE_VOCABULARY:
         return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
     g = jnp.pad(g, [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
     g = with_layout_constraint(g, Layout((split, 1 - split)))
@@ -247,7 +250,8 @@ def lookup(w_Vd, tokens_T, axis, dtype):
 
 def lookup_gradient(axis, dtype, saved, g_TD):
     (V, d), tokens_T = saved
-    pieces = d // 40 if V > 32_768 and d % 40 == 0 else 1       # no fewer columns than v4 is known to scatter
+    # no piece below the 40 columns a chip that v4 is known to scatter; a device alone has nothing to sum
+    pieces = 4 if V > LARGE_VOCABULARY and d % 160 == 0 and not alone(axis) else 1
     def piece(g_Td):
         g_VD = jnp.zeros((V, g_Td[0].size), jnp.float32).at[tokens_T].add(g_Td.reshape(len(g_Td), -1))
         return g_VD if alone(axis) else share_of_sum(g_VD, axis, 1)

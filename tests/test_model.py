@@ -272,7 +272,7 @@ def test_each_device_gets_its_share_of_the_summed_gradient(shape, split):
     np.testing.assert_allclose(grads, jnp.cos(w) * x.sum(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("V, D", [(33_000, 640), (33_000, 24), (24, 16)])    # two pieces; whole; small
+@pytest.mark.parametrize("V, D", [(33_000, 1280), (33_000, 24), (24, 16)])    # four pieces; whole; small
 def test_a_lookup_s_gradient_sums_over_places_and_devices(V, D):
     """Against a gather from the whole table on one device; words that stand many times, and nowhere."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])

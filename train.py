@@ -1026,8 +1026,9 @@ class Log:
         self.file, self.events = run / "metrics.jsonl", run / "events.jsonl"
         self.c, self.t, self.rows_of = c, t, rows_of
         numbers = {"step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps"}
-        whole = lambda row: (all(isinstance(row.get(k), int | float) for k in numbers) and
-                             all(isinstance(row.get(k, ""), int | float | None) for k in ("loss", "ema", "gnorm")))
+        number = lambda x: isinstance(x, int | float) and math.isfinite(x)      # json.loads takes NaN for a number
+        whole = lambda row: (all(number(row.get(k)) for k in numbers) and
+                             all(row.get(k, "") is None or number(row.get(k)) for k in ("loss", "ema", "gnorm")))
         kept = [row for row in read_rows(self.file) if whole(row) and row["step"] <= start]  # the rest comes again
         write_rows(self.file, kept)
         self.ema = kept[-1]["ema"] if kept else None

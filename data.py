@@ -804,8 +804,8 @@ def _open_foreign(source, tok, quiet):
     if not heldout:
         cut = len(parts[-1]) - max(2, len(parts[-1]) // 100)
         parts[-1:], heldout = [parts[-1][:cut]], [parts[-1][cut:]]
-    _check(len(parts[0]) and len(heldout[0]), f"{source}: expected tokens to train on and to hold out, found none in "
-           "the first of its files; name larger ones")
+    _check(len(parts[0]) and len(heldout[0]), f"{source}: expected tokens to train on and to hold out, found none "
+           "in the first of its files; name larger ones")
     name, ratio = _name(f"{kind}:{pattern}"), lambda ids: float(tok.bytes_V[ids[:1_000_000]].mean())
     train, held = (TokenStream(name, some, ratio(some[0])) for some in (parts, heldout))
     return Source(name, train, {name: held}, _digest(fingerprint, 64))

@@ -260,16 +260,20 @@ def in_unit(runs, unit, source):
 
 # ------------------------------------------------------------------------------------------- shapes and FLOPs
 
-def shape(hidden_dim, experts=64, unit=128, where="hidden_dim", aspect=0.0):
+def shape(hidden_dim, experts=64, unit=128, where="hidden_dim", aspect=0.0, group=4, head_dim=0):
     """Config keys of a width by the recipe's rules [cited: #4447]; experts=0 is dense (4x MLP, no GQA).
 
     unit is the head width and the rounding of the expert width: 128 in the recipe, less on a laptop. aspect is
-    the width per layer, for models of two layers and more; 0 is the recipe's rule, one layer up to width 123."""
-    need(hidden_dim >= unit and hidden_dim % unit == 0, where, f"hidden_dim a positive multiple of {unit}",
-         hidden_dim, "choose such a width, or give head_dim")
-    heads = hidden_dim // unit
-    grouped = max([k for k in range(1, heads // 4 + 1) if heads % k == 0] or [1])    # 4:1 where 4 divides
-    return dict(hidden_dim=hidden_dim, seq_len=4096, head_dim=unit, num_heads=heads,
+    the width per layer, for models of two layers and more; 0 is the recipe's rule, one layer up to width 123.
+    group is the query heads that share a key/value head, or more where it does not divide them. head_dim: heads
+    are no narrower than that, but the narrowest (of 4 k, for half-RoPE) that divide the width."""
+    need(hidden_dim >= max(unit, head_dim) and hidden_dim % unit == 0, where,
+         f"hidden_dim a positive multiple of {unit}", hidden_dim, "choose such a width, or give head_dim")
+    head_dim = next((h for h in range(head_dim, hidden_dim) if hidden_dim % h == 0 and h % 4 == 0),
+                    hidden_dim) if head_dim else unit
+    heads = hidden_dim // head_dim
+    grouped = max([k for k in range(1, heads // group + 1) if heads % k == 0] or [1])
+    return dict(hidden_dim=hidden_dim, seq_len=4096, head_dim=head_dim, num_heads=heads,
                 num_layers=(max(2, round(hidden_dim / aspect)) if aspect else
                             max(1, round(hidden_dim / (64 + 4 * math.log2(hidden_dim) - 9)))),
                 num_kv_heads=grouped if experts else heads, num_experts=experts,
@@ -946,8 +950,8 @@ def score(path, loss=None, run=None):
 # [assumed: data and tokenizer that need no download]
 CARRIED = dict(vocab_size=257, seq_len=4096, head_dim=128, num_experts=64, gated_norm_rank=128,
                mixture=(("books", 1.0),), tokenizer="bytes", recipe="v1")
-DERIVED = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "expert_dim", "shared_dim", "window", "steps",
-           "batch_size", "run_dir")
+DERIVED = ("hidden_dim", "num_layers", "head_dim", "num_heads", "num_kv_heads", "expert_dim", "shared_dim",
+           "window", "steps", "batch_size", "run_dir")
 RATES = ("adam_lr", "hyper_lr", "beta1", "beta2", "eps")        # follow from the size of a run: never carried
 
 
@@ -977,11 +981,13 @@ def trained_tokens(keys):
     return keys["steps"] * keys["batch_size"] * keys["seq_len"]
 
 
-def plan(C, base=(), tokens=None, batch=None, law=None, head=False, aspect=0.0):
+def plan(C, base=(), tokens=None, batch=None, law=None, head=False, aspect=0.0, group=4, unit=0):
     """Config keys of one run: the width whose tokens, C/flops_per_token, come nearest `tokens` or D*(C).
 
     base: config keys to carry over, without rates, which the heuristic derives. Batch: a power of two, at
-    least 32 sequences, for about 2^14 steps [cited: #4447]. Raises BadInput for fewer than 10 steps."""
+    least 32 sequences, for about 2^14 steps [cited: #4447]. unit: widths are its multiples, heads at least
+    base's head_dim wide; 0 is the recipe's rule, widths in multiples of that. Raises BadInput for fewer than
+    10 steps."""
     base = CARRIED | {key: value for key, value in dict(base).items() if key not in RATES}
     for key in ("head_dim", "num_experts", "seq_len", "vocab_size", "gated_norm_rank"):
         need(type(base[key]) is int and base[key] >= (key != "num_experts"), "--config",
@@ -989,10 +995,11 @@ def plan(C, base=(), tokens=None, batch=None, law=None, head=False, aspect=0.0):
     kept = {key: base[key] for key in ("seq_len", "gated_norm_rank", "experts_per_token") if key in base}
     if not base["num_experts"]:
         kept["experts_per_token"] = 0                   # a dense rung inherits its config from one with experts
-    unit, V, S = base["head_dim"], base["vocab_size"], base["seq_len"]
+    V, S, narrowest = base["vocab_size"], base["seq_len"], base["head_dim"] if unit else 0
+    unit = unit or base["head_dim"]
     wanted = tokens or optimal_tokens(C, not base["num_experts"], law)
-    grid = [shape(width, base["num_experts"], unit, aspect=aspect) | kept
-            for width in range(unit, 129 * unit, unit)]
+    grid = [shape(width, base["num_experts"], unit, aspect=aspect, group=group, head_dim=narrowest) | kept
+            for width in range(unit, 129 * unit, unit) if width >= narrowest]
     sizes = min(grid, key=lambda s: abs(math.log(C / flops_per_token(s, V, head) / wanted)))
     D = C / flops_per_token(sizes, V, head)
     batch = batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * S)))))
@@ -1036,7 +1043,7 @@ def read_config(path):
 
 
 def ladder(budgets, out, base=(), batch=None, law=None, head=False, aspect=0.0, widths=7, seeds=(0,), parent=None,
-           span=4.0):
+           span=4.0, group=4, unit=0):
     """Write an isoFLOP grid of configs to the folder `out`, return the paths: up to `widths` widths whose tokens
     lie evenly (in log) within a factor `span` of D*, or the one at D*; each with every seed. Equal configs are
     kept, different ones refused. parent: a config of this repository that all import; they are named after it."""
@@ -1044,7 +1051,7 @@ def ladder(budgets, out, base=(), batch=None, law=None, head=False, aspect=0.0, 
     for C in budgets:
         best = optimal_tokens(C, not (CARRIED | dict(base))["num_experts"], law)
         factors = np.geomspace(1 / span, span, widths) if widths > 1 else [1.0]
-        plans = [plan(C, base, best * f, batch, law, head, aspect) for f in factors]
+        plans = [plan(C, base, best * f, batch, law, head, aspect, group, unit) for f in factors]
         grid = {keys["hidden_dim"]: keys for keys in plans}
         off = np.log([trained_tokens(keys) / best for keys in grid.values()])
         need(widths == 1 or len(grid) >= 5 and min(off) < -0.2 and max(off) > 0.2, f"budget {C:.4g}",
@@ -1400,7 +1407,8 @@ def score_command(a):
 
 def plan_command(a):
     path = a.out or f"configs/plan_{a.flops:.6g}.py".replace("+", "")
-    keys = plan(a.flops, read_config(a.config), None, a.batch, a.law, a.count_head, a.aspect)
+    keys = plan(a.flops, read_config(a.config), None, a.batch, a.law, a.count_head, a.aspect, a.group,
+                a.unit)
     text = config_text(keys, a.flops, path)
     write_new(path, text)
     print(text + f"written to {path}")
@@ -1413,7 +1421,7 @@ def ladder_command(a):
         run_ladder(a.run, a.jobs)
     else:
         ladder(a.budgets, a.out, read_config(a.config), a.batch, a.law, a.count_head, a.aspect, a.widths, a.seeds,
-               a.config if a.inherit else None, a.span)
+               a.config if a.inherit else None, a.span, a.group, a.unit)
 
 
 def speedup_command(a):
@@ -1474,6 +1482,8 @@ def parser():
     add("--law", type=positive, nargs=2, metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
     add("--count-head", action="store_true", help="C with the output head in every model")
     add("--aspect", type=positive, default=0.0, metavar="R", help="width per layer, instead of the recipe's rule")
+    add("--group", type=count, default=4, metavar="N", help="query heads a key/value head; 1 is no grouping")
+    add("--unit", type=count, default=0, metavar="U", help="widths in multiples of it, heads of head_dim or wider")
 
     add = command("fit", fit_command, "fit a ladder and forecast", fitting)
     add("--predict", type=positive, nargs="+", action="extend", default=[], metavar="C", help="repeatable")

@@ -74,6 +74,11 @@ def test_the_129b_shape_and_its_steps():
     assert [round(counts[key] / 1e9, 2) for key in ("total", "active", "core")] == [129.18, 15.94, 14.62]
     assert round(1e23 / scaling.flops_per_token(sizes, 128_256) / (2048 * 4096)) == 120_332
     assert scaling.shape(5120)["num_kv_heads"] == 10 and scaling.shape(5120)["expert_dim"] == 2560
+    for width, group, heads in ((56, 4, 1), (64, 4, 2), (56, 1, 7), (64, 2, 4), (72, 2, 3), (8, 4, 1)):
+        assert scaling.shape(width, 16, 8, group=group)["num_kv_heads"] == heads
+    for width, head_dim in ((16, 16), (24, 24), (32, 16), (40, 20), (56, 28), (72, 24), (88, 44), (96, 16)):
+        sizes = scaling.shape(width, 16, 8, group=1, head_dim=16)
+        assert sizes["head_dim"] == head_dim and sizes["num_heads"] == sizes["num_kv_heads"] == width // head_dim
 
 
 @pytest.mark.parametrize("experts", [0, 1, 64])

@@ -1,18 +1,18 @@
-"""133,568 parameters, 96,704 active; 8,636,416 tokens.
+"""136,512 parameters, 99,648 active; 8,380,416 tokens.
 
 python train.py configs/ladder/isoflop/c_moe_v1_c3.9e12_d32.py
 
 3.9e+12 training FLOPs, 3.9e+12 asked. train.py derives
-adam_lr 0.0288388, hyper_lr 0.015621, beta1 0.9062, beta2 0.95, eps 6.28337e-16."""
+adam_lr 0.029084, hyper_lr 0.0157538, beta1 0.9062, beta2 0.95, eps 6.18955e-16."""
 from configs.ladder.rungs.c_moe_v1 import *
 
 recipe = 'v1'                           # [carried over]
 hidden_dim = 32                         # [derived: scaling.py]
-num_heads = 4                           # [derived: scaling.py]
+num_heads = 2                           # [derived: scaling.py]
 num_layers = 2                          # [derived: scaling.py]
-num_kv_heads = 1                        # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
 expert_dim = 16                         # [derived: scaling.py]
 shared_dim = 32                         # [derived: scaling.py]
 window = 64                             # [derived: scaling.py]
-steps = 4217                            # [derived: scaling.py]
+steps = 4092                            # [derived: scaling.py]
 run_dir = 'out/isoflop_c_moe_v1_c3.9e12_d32' # [derived: scaling.py]

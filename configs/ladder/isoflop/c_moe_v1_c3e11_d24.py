@@ -1,18 +1,19 @@
-"""98,208 parameters, 70,560 active; 917,504 tokens.
+"""99,648 parameters, 72,000 active; 905,216 tokens.
 
 python train.py configs/ladder/isoflop/c_moe_v1_c3e11_d24.py
 
-3.002e+11 training FLOPs, 3e+11 asked. train.py derives
-adam_lr 0.0602337, hyper_lr 0.0326266, beta1 0.9062, beta2 0.95, eps 2.048e-16."""
+3.003e+11 training FLOPs, 3e+11 asked. train.py derives
+adam_lr 0.0604626, hyper_lr 0.0327506, beta1 0.9062, beta2 0.95, eps 2.03424e-16."""
 from configs.ladder.rungs.c_moe_v1 import *
 
+head_dim = 24                           # [derived: scaling.py]
 recipe = 'v1'                           # [carried over]
 hidden_dim = 24                         # [derived: scaling.py]
-num_heads = 3                           # [derived: scaling.py]
+num_heads = 1                           # [derived: scaling.py]
 num_layers = 2                          # [derived: scaling.py]
 num_kv_heads = 1                        # [derived: scaling.py]
 expert_dim = 16                         # [derived: scaling.py]
 shared_dim = 24                         # [derived: scaling.py]
 window = 64                             # [derived: scaling.py]
-steps = 448                             # [derived: scaling.py]
+steps = 442                             # [derived: scaling.py]
 run_dir = 'out/isoflop_c_moe_v1_c3e11_d24' # [derived: scaling.py]

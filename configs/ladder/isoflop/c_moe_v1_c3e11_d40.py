@@ -1,18 +1,19 @@
-"""200,960 parameters, 131,840 active; 477,184 tokens.
+"""205,840 parameters, 136,720 active; 458,752 tokens.
 
 python train.py configs/ladder/isoflop/c_moe_v1_c3e11_d40.py
 
-3.005e+11 training FLOPs, 3e+11 asked. train.py derives
-adam_lr 0.0599944, hyper_lr 0.032497, beta1 0.9062, beta2 0.95, eps 1.47696e-16."""
+2.998e+11 training FLOPs, 3e+11 asked. train.py derives
+adam_lr 0.0606629, hyper_lr 0.0328591, beta1 0.9062, beta2 0.95, eps 1.44815e-16."""
 from configs.ladder.rungs.c_moe_v1 import *
 
+head_dim = 20                           # [derived: scaling.py]
 recipe = 'v1'                           # [carried over]
 hidden_dim = 40                         # [derived: scaling.py]
-num_heads = 5                           # [derived: scaling.py]
+num_heads = 2                           # [derived: scaling.py]
 num_layers = 2                          # [derived: scaling.py]
-num_kv_heads = 1                        # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
 expert_dim = 24                         # [derived: scaling.py]
 shared_dim = 40                         # [derived: scaling.py]
 window = 64                             # [derived: scaling.py]
-steps = 233                             # [derived: scaling.py]
+steps = 224                             # [derived: scaling.py]
 run_dir = 'out/isoflop_c_moe_v1_c3e11_d40' # [derived: scaling.py]

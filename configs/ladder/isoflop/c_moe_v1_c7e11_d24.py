@@ -1,18 +1,19 @@
-"""98,208 parameters, 70,560 active; 2,140,160 tokens.
+"""99,648 parameters, 72,000 active; 2,109,440 tokens.
 
 python train.py configs/ladder/isoflop/c_moe_v1_c7e11_d24.py
 
-7.002e+11 training FLOPs, 7e+11 asked. train.py derives
-adam_lr 0.0474642, hyper_lr 0.0257098, beta1 0.9062, beta2 0.95, eps 3.12787e-16."""
+6.999e+11 training FLOPs, 7e+11 asked. train.py derives
+adam_lr 0.0476577, hyper_lr 0.0258146, beta1 0.9062, beta2 0.95, eps 3.10534e-16."""
 from configs.ladder.rungs.c_moe_v1 import *
 
+head_dim = 24                           # [derived: scaling.py]
 recipe = 'v1'                           # [carried over]
 hidden_dim = 24                         # [derived: scaling.py]
-num_heads = 3                           # [derived: scaling.py]
+num_heads = 1                           # [derived: scaling.py]
 num_layers = 2                          # [derived: scaling.py]
 num_kv_heads = 1                        # [derived: scaling.py]
 expert_dim = 16                         # [derived: scaling.py]
 shared_dim = 24                         # [derived: scaling.py]
 window = 64                             # [derived: scaling.py]
-steps = 1045                            # [derived: scaling.py]
+steps = 1030                            # [derived: scaling.py]
 run_dir = 'out/isoflop_c_moe_v1_c7e11_d24' # [derived: scaling.py]

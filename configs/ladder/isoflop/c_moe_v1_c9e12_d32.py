@@ -1,0 +1,18 @@
+"""136,512 parameters, 99,648 active; 19,337,216 tokens.
+
+python train.py configs/ladder/isoflop/c_moe_v1_c9e12_d32.py
+
+9e+12 training FLOPs, 9e+12 asked. train.py derives
+adam_lr 0.0229882, hyper_lr 0.012452, beta1 0.9062, beta2 0.95, eps 9.40206e-16."""
+from configs.ladder.rungs.c_moe_v1 import *
+
+recipe = 'v1'                           # [carried over]
+hidden_dim = 32                         # [derived: scaling.py]
+num_heads = 2                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
+expert_dim = 16                         # [derived: scaling.py]
+shared_dim = 32                         # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 9442                            # [derived: scaling.py]
+run_dir = 'out/isoflop_c_moe_v1_c9e12_d32' # [derived: scaling.py]

@@ -1,0 +1,19 @@
+"""104,768 parameters, 104,768 active; 1,411,072 tokens.
+
+python train.py configs/ladder/rung_runs/a_dense_adamw_c7e11_d32_s1.py
+
+7.001e+11 training FLOPs, 7e+11 asked. train.py derives
+adam_lr 0.0240033, hyper_lr 0.104014, beta1 0.9, beta2 0.95, eps 1e-08."""
+from configs.ladder.rungs.a_dense_adamw import *
+
+recipe = 'v1'                           # [carried over]
+hidden_dim = 32                         # [derived: scaling.py]
+num_heads = 2                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
+expert_dim = 0                          # [derived: scaling.py]
+shared_dim = 128                        # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 689                             # [derived: scaling.py]
+seed = 1                                # [carried over]
+run_dir = 'out/rung_runs_a_dense_adamw_c7e11_d32_s1' # [derived: scaling.py]

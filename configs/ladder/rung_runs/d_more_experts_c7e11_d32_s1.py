@@ -1,0 +1,19 @@
+"""287,040 parameters, 102,720 active; 1,445,888 tokens.
+
+python train.py configs/ladder/rung_runs/d_more_experts_c7e11_d32_s1.py
+
+6.996e+11 training FLOPs, 7e+11 asked. train.py derives
+adam_lr 0.0476785, hyper_lr 0.0258259, beta1 0.9062, beta2 0.95, eps 2.57095e-16."""
+from configs.ladder.rungs.d_more_experts import *
+
+recipe = 'v1'                           # [carried over]
+hidden_dim = 32                         # [derived: scaling.py]
+num_heads = 2                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
+expert_dim = 16                         # [derived: scaling.py]
+shared_dim = 32                         # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 706                             # [derived: scaling.py]
+seed = 1                                # [carried over]
+run_dir = 'out/rung_runs_d_more_experts_c7e11_d32_s1' # [derived: scaling.py]

@@ -1,0 +1,17 @@
+"""287,040 parameters, 102,720 active; 1,445,888 tokens.
+
+python train.py configs/ladder/rung_runs/f_attention_c7e11_d32.py
+
+6.996e+11 training FLOPs, 7e+11 asked. train.py derives
+adam_lr 0.104818, hyper_lr 0.0283881, beta1 0.9062, beta2 0.95, eps 2.57098e-16."""
+from configs.ladder.rungs.f_attention import *
+
+hidden_dim = 32                         # [derived: scaling.py]
+num_heads = 2                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 2                        # [derived: scaling.py]
+expert_dim = 16                         # [derived: scaling.py]
+shared_dim = 32                         # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 706                             # [derived: scaling.py]
+run_dir = 'out/rung_runs_f_attention_c7e11_d32' # [derived: scaling.py]

@@ -1,0 +1,19 @@
+"""1,349,856 parameters, 313,056 active; 5,711,872 tokens.
+
+python train.py configs/ladder/rung_runs/d_more_experts_c9e12_d72.py
+
+9.002e+12 training FLOPs, 9e+12 asked. train.py derives
+adam_lr 0.0240411, hyper_lr 0.0130223, beta1 0.9062, beta2 0.95, eps 5.10993e-16."""
+from configs.ladder.rungs.d_more_experts import *
+
+head_dim = 24                           # [derived: scaling.py]
+recipe = 'v1'                           # [carried over]
+hidden_dim = 72                         # [derived: scaling.py]
+num_heads = 3                           # [derived: scaling.py]
+num_layers = 2                          # [derived: scaling.py]
+num_kv_heads = 3                        # [derived: scaling.py]
+expert_dim = 40                         # [derived: scaling.py]
+shared_dim = 72                         # [derived: scaling.py]
+window = 64                             # [derived: scaling.py]
+steps = 2789                            # [derived: scaling.py]
+run_dir = 'out/rung_runs_d_more_experts_c9e12_d72' # [derived: scaling.py]

@@ -224,34 +224,47 @@ def share_of_sum(g, axis, split):
     along the lanes. With 128,256 = 768 x 167 words, and laid out by the loops that made them, the gradients of
     embedding and head are neither: every chip would sum them whole, 10 GB a step and as much memory again
     [measured: LOG.md]. So a large vocabulary is padded, to 131,072, and the split axis made the outer one."""
-    g = g.astype(jnp.float32)
     words = g.shape[1 - split] if g.ndim == 2 else 0
     if words <= LARGE_VOCABULARY:
-        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    g = jnp.pad(g, [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
+        return lax.psum_scatter(g.astype(jnp.float32), axis, scatter_dimension=split, tiled=True)
+    g = jnp.pad(g.astype(jnp.float32), [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
     g = with_layout_constraint(g, Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
     share = lax.optimization_barrier(share)         # libtpu 0.0.42 stops with an error if it may join the slices
     return lax.slice_in_dim(share, 0, words, axis=1 - split)
 
 
-gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None),
-              lambda axis, split, dtype, _, g: (share_of_sum(g, axis, split),))
+def pieces_of(words, d, axis):
+    """In how many pieces, one after the other, a large vocabulary's gradient is summed: at once it is 2.5 GiB in
+    float32, and padded again. No piece below the 40 rows a chip that v4 is known to scatter; a device alone has
+    nothing to sum."""
+    return 4 if words > LARGE_VOCABULARY and d % 160 == 0 and not alone(axis) else 1
+
+
+def gather_gradient(axis, split, dtype, _, g):
+    d = g.shape[split] // lax.axis_size(axis)
+    pieces = pieces_of(g.shape[1], d, axis) if g.ndim == 2 and split == 0 else 1
+    if pieces == 1:
+        return share_of_sum(g, axis, split),
+    g_ = g.reshape(-1, pieces, d // pieces, g.shape[1])
+    piece = lambda i: share_of_sum(lax.dynamic_index_in_dim(g_, i, 1, False).reshape(-1, g.shape[1]), axis, 0)
+    return lax.map(piece, jnp.arange(pieces)).reshape(d, -1),
+
+
+gather.defvjp(lambda w, axis, split, dtype: (gather(w, axis, split, dtype), None), gather_gradient)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(w_Vd, tokens_T, axis, dtype):
     """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns of it.
 
-    The gradient sums over every place where a token stands: in float32 from there to the optimizer. A large
-    vocabulary's is summed in pieces of columns, one after the other: at once it is 2.5 GiB, padded again."""
+    The gradient sums over every place where a token stands: in float32 from there to the optimizer."""
     return jnp.take(whole(w_Vd, axis, 1, dtype), tokens_T, axis=0)
 
 
 def lookup_gradient(axis, dtype, saved, g_TD):
     (V, d), tokens_T = saved
-    # no piece below the 40 columns a chip that v4 is known to scatter; a device alone has nothing to sum
-    pieces = 4 if V > LARGE_VOCABULARY and d % 160 == 0 and not alone(axis) else 1
+    pieces = pieces_of(V, d, axis)
     def piece(g_Td):
         g_VD = jnp.zeros((V, g_Td[0].size), jnp.float32).at[tokens_T].add(g_Td.reshape(len(g_Td), -1))
         return g_VD if alone(axis) else share_of_sum(g_VD, axis, 1)

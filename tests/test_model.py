@@ -258,7 +258,8 @@ def test_contradictory_sizes_are_named(change, words):
         dataclasses.replace(TINY, **change)
 
 
-@pytest.mark.parametrize("shape, split", [((16, 40_000), 0), ((40_000, 16), 1), ((16, 24), 0), ((4, 16, 24), 1)])
+@pytest.mark.parametrize("shape, split", [((16, 40_000), 0), ((1280, 33_000), 0), ((40_000, 16), 1), ((16, 24), 0),
+                                          ((4, 16, 24), 1)])             # the second: four pieces
 def test_each_device_gets_its_share_of_the_summed_gradient(shape, split):
     """Padded for the sum where the vocabulary is large: the gradient is that of whole weights on one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])

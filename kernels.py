@@ -52,11 +52,11 @@ def row_tile(platform, rows, E):
     """Rows of a tile, to whole numbers of which moe.dispatch pads each of E experts that share `rows` rows.
 
     Small tiles waste fewer rows (half a tile an expert, on average), large ones make better matmuls. On a 2-core
-    CPU a quarter of the mean load is best: 256 of 64, 128, 256 for 1,024 rows an expert, 64 of 32 to 256 for 256
-    rows [measured]. TPU: 256, 3 % of padding and not the 6 % of 512 at the 129B shape; GPU: what one warpgroup
-    accumulates."""
+    CPU a quarter of the mean load is best: 256 of 64, 128, 256 for 1,024 rows an expert; 64 of 32 to 256 for 256
+    rows, and of 32, 64, 128 for 128 rows [measured]. TPU: 256, 3 % of padding and not the 6 % of 512 at the 129B
+    shape; GPU: what one warpgroup accumulates."""
     most = best(platform).row_tile
-    return most if platform != "cpu" else max(32, min(most, 2 ** ((rows // (4 * E)).bit_length() - 1)))
+    return most if platform != "cpu" else max(64, min(most, 2 ** ((rows // (4 * E)).bit_length() - 1)))
 
 
 # ------------------------------------------------------------------------------------------------- attention

@@ -53,6 +53,15 @@ def dyadic(T, E, seed):
     return np.round(rng.standard_normal((T, E)) * 64) / 64, np.round(rng.standard_normal(E) * 64) / 64
 
 
+@pytest.mark.parametrize("E, k", [(8, 1), (8, 8), (64, 5), (256, 9)])
+def test_top_few_is_top_k_ties_and_infinities_included(E, k):
+    x = jnp.asarray(np.round(np.random.default_rng(E).standard_normal((300, E)) * 4) / 4 + 0.0, jnp.float32)
+    x = x.at[1].set(2.5).at[2].set(-jnp.inf).at[3, 1:].set(-jnp.inf).at[4, E // 2].set(jnp.inf)
+    for ours, theirs in zip(jax.jit(balance.top_few, static_argnums=1)(x, k), jax.lax.top_k(x, k)):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    assert balance.top_few(x.at[5, 2].set(jnp.nan), k)[1][5, 0] == 2
+
 # ----------------------------------------------------------------------------------------- 1-11: the mathematics
 
 def test_01_the_thresholds_split_every_column_at_q():

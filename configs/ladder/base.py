@@ -12,7 +12,7 @@ tokenizer = "bpe:1024"              # fewest FLOPs a byte at these widths, the h
 vocab_size = 1024
 seq_len = 128
 
-head_dim = 16                       # at 1.7e12 FLOPs 0.18 below heads of 8, as good as 24 or 48 [measured: pilot.csv]
+head_dim = 16                       # at 1.7e12 FLOPs 0.18 below heads of 8, like 24 and 48 [measured: pilot.csv]
 num_experts = 16
 experts_per_token = 4               # [cited: marin #4697]
 gated_norm_rank = 16

@@ -305,6 +305,7 @@ def test_why_the_first_forecast_missed_is_what_the_runs_gave():
         "8 hyper x2", "8 hyper x0.5", "16 hyper x1")))]
     assert min(rates, key=lambda name: float(pilot[name]["loss"])) == rates[0]
     assert f"\n| MoE V1, heads of 16, 1.7e12 | {losses(pilot, *rates).replace(' |', ',')} |" in text
+    assert losses(pilot, *(f"dense at 9e12, rates x {n}" for n in (2, 4, 8))) in text
 
 
 def test_the_rung_tables_are_the_rungs():

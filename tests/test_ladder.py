@@ -375,6 +375,19 @@ def test_a_forecast_and_its_outcome_are_told_as_they_were(label):
         assert f"| {' | '.join(cells)} |" in path.read_text(), cells
 
 
+def test_the_analysis_of_the_misses_is_what_the_runs_gave():
+    path, text = LADDER / "isoflop" / "runs.csv", (LADDER / "README.md").read_text()
+    rows, (ten, thirty) = table("isoflop", "runs.csv"), [
+        (float(row["flops_with_head"]), float(row["loss"])) for name, row in table("hero", "runs.csv").items()
+        if not name.endswith("_s1")]
+    law = scaling.fit_law(scaling.checked(scaling.read_csv(path, True), "ladder"),
+                          scaling.Choices(head=True, asymptote=0.0))["law"]
+    assert f"the forecast would have been {scaling.loss_at(law, 9.1e13):.4f}" in text
+    assert f"falls as C^{np.log(thirty[1] / ten[1]) / np.log(thirty[0] / ten[0]):.3f}" in text
+    for name in ("c_moe_v1_c7e11_d32", "c_moe_v1_c1.7e12_d40"):
+        assert losses(rows, name, f"{name}_s1", f"{name}_s2").replace(" |", ",") in text
+
+
 def test_the_same_config_twice_is_the_same_run():
     """Runs that stand in two tables, trained on different days: equal to the last digit."""
     ladder, rungs = table("isoflop", "runs.csv"), table("rung_runs", "runs.csv")

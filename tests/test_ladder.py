@@ -384,6 +384,8 @@ def test_the_analysis_of_the_misses_is_what_the_runs_gave():
                           scaling.Choices(head=True, asymptote=0.0))["law"]
     assert f"the forecast would have been {scaling.loss_at(law, 9.1e13):.4f}" in text
     assert f"falls as C^{np.log(thirty[1] / ten[1]) / np.log(thirty[0] / ten[0]):.3f}" in text
+    again = float(table("hero", "runs.csv")["c_moe_v1_c9.1e13_d104_s1"]["loss"])
+    assert f"a second seed of it gave {again:.4f}" in text
     for name in ("c_moe_v1_c7e11_d32", "c_moe_v1_c1.7e12_d40"):
         assert losses(rows, name, f"{name}_s1", f"{name}_s2").replace(" |", ",") in text
 

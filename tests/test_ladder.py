@@ -391,7 +391,7 @@ def test_the_analysis_of_the_misses_is_what_the_runs_gave():
 
 
 def test_the_same_config_twice_is_the_same_run():
-    """Runs that stand in two tables, trained on different days: equal to the last digit."""
+    """Runs that stand in two tables, trained twice: equal to the last digit."""
     ladder, rungs = table("isoflop", "runs.csv"), table("rung_runs", "runs.csv")
     twice = ladder.keys() & rungs.keys()
     assert len(twice) >= 4 and all(ladder[name]["loss"] == rungs[name]["loss"] for name in twice)

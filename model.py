@@ -224,10 +224,11 @@ def share_of_sum(g, axis, split):
     along the lanes. With 128,256 = 768 x 167 words, and laid out by the loops that made them, the gradients of
     embedding and head are neither: every chip would sum them whole, 10 GB a step and as much memory again
     [measured: LOG.md]. So a large vocabulary is padded, to 131,072, and the split axis made the outer one."""
+    g = g.astype(jnp.float32)
     words = g.shape[1 - split] if g.ndim == 2 else 0
     if words <= LARGE_VOCABULARY:
-        return lax.psum_scatter(g.astype(jnp.float32), axis, scatter_dimension=split, tiled=True)
-    g = jnp.pad(g.astype(jnp.float32), [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
+        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
+    g = jnp.pad(g, [(0, 0) if i == split else (0, -words % 4096) for i in range(2)])
     g = with_layout_constraint(g, Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
     share = lax.optimization_barrier(share)         # libtpu 0.0.42 stops with an error if it may join the slices
@@ -243,6 +244,7 @@ def pieces_of(words, d, axis):
 
 def gather_gradient(axis, split, dtype, _, g):
     d = g.shape[split] // lax.axis_size(axis)
+    # split 0: the head. The embedding, cut the other way, has its gradient from lookup
     pieces = pieces_of(g.shape[1], d, axis) if g.ndim == 2 and split == 0 else 1
     if pieces == 1:
         return share_of_sum(g, axis, split),

@@ -62,6 +62,7 @@ def test_top_few_is_top_k_ties_and_infinities_included(E, k):
         assert ours.dtype == theirs.dtype
     assert balance.top_few(x.at[5, 2].set(jnp.nan), k)[1][5, 0] == 2
 
+
 # ----------------------------------------------------------------------------------------- 1-11: the mathematics
 
 def test_01_the_thresholds_split_every_column_at_q():

@@ -49,7 +49,8 @@ class ModelConfig:
     balancer: str = "quantile"          # rule that keeps experts evenly loaded: a name in moe.BALANCERS
     balancer_rate: float = 0.0          # of a rule that has one; 0 takes its own from balance.RULES
     half_rope: bool = False             # V2: rotate only the first half of each head
-    partial_key_offset: bool = False    # V2: on full layers and the last, the unrotated key half looks one back
+    last_layer_full: bool = False       # V2: the last layer sees the whole sequence, as every fourth one does
+    partial_key_offset: bool = False    # V2: on full layers, the unrotated half of a key is the previous token's
     combine_sum: float = 0.0            # V2: rescale a token's K combine weights to this sum (2.5); 0 leaves them
     compute_dtype: str = "float32"      # "float32" or "bfloat16"; weights, norms, router and loss stay float32
     remat: str = "block"                # "block" recomputes each layer in the backward pass; "none" stores it
@@ -98,7 +99,7 @@ class ModelConfig:
 class Weight(NamedTuple):
     shape: tuple
     spec: Spec              # axes split over the mesh's "data" (FSDP) and "expert"; Spec() is one copy each
-    kind: str               # "matrix", "expert", "head", "adam": train.py maps kinds to optimizers
+    kind: str               # "matrix", "expert", "shared", "head", "adam": train.py maps kinds to optimizers
     init: str = "normal"    # "normal": 0.5/sqrt(D), cut at 3 sigma; "ones"; "zeros"
 
 
@@ -125,11 +126,12 @@ def table(c):
         "out_QD":         Weight((L, Q, D),    rows,   "matrix"),
         "head_gate_DN":   Weight((L, D, N),    Spec(), "adam", "zeros"),
     }
+    mlp = "shared" if E else "matrix"       # beside routed experts it is clipped with them
     if Z:
         layers |= {
-            "shared_gate_DZ": Weight((L, D, Z),    rows,   "matrix"),
-            "shared_up_DZ":   Weight((L, D, Z),    rows,   "matrix"),
-            "shared_down_ZD": Weight((L, Z, D),    rows,   "matrix"),
+            "shared_gate_DZ": Weight((L, D, Z),    rows,   mlp),
+            "shared_up_DZ":   Weight((L, D, Z),    rows,   mlp),
+            "shared_down_ZD": Weight((L, Z, D),    rows,   mlp),
         }
     if E:
         layers |= {
@@ -343,7 +345,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None, platform="cpu"
 
     def layer(x_TD, p, bias_E, i):
         run = lambda x_TD, p, bias_E: block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform,
-                                            full=i % PERIOD == PERIOD - 1, last=i == c.num_layers - 1)
+                                            full=sees_all(c, i))
         return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, p, bias_E)
 
     def period(x_TD, stacked):
@@ -366,13 +368,18 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, axis=None, platform="cpu"
     return x_TD, jax.tree.map(lambda *r: jnp.concatenate(r), *records)
 
 
-def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
+def sees_all(c, i):
+    """Whether layer i attends to the whole sequence: every fourth does; in V2 so does the last.
+    [cited: marin #4697; for V2 #4976]"""
+    return i % PERIOD == PERIOD - 1 or c.last_layer_full and i == c.num_layers - 1
+
+
+def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full):
     """One layer: attention, then shared expert and routed experts side by side on the same normed input."""
     p = wake(p, table(c)["layers"], c, axis)
     with jax.named_scope("attention"):
         a_TD = gated_norm(x_TD, p["attn_norm_gain_D"], p["attn_norm_down_DU"], p["attn_norm_up_UD"])
-        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, platform, full,
-                             c.partial_key_offset and (full or last))
+        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, c, platform, full)
     with jax.named_scope("mlp"):
         m_TD = gated_norm(x_TD, p["mlp_norm_gain_D"], p["mlp_norm_down_DU"], p["mlp_norm_up_UD"])
         record = {}
@@ -394,14 +401,14 @@ def block(x_TD, p, bias_E, segment_BS, rotation, c, axis, platform, full, last):
     return x_TD, record
 
 
-def attend(a_TD, p, segment_BS, rotation, c, platform, full, offset):
+def attend(a_TD, p, segment_BS, rotation, c, platform, full):
     """Grouped-query attention with QK-norm, RoPE, exclusive self-attention and a gate per head."""
     B, S = segment_BS.shape
     N, M, H = c.num_heads, c.num_kv_heads, c.head_dim
     q_BSNH = (a_TD @ p["query_DQ"]).reshape(B, S, N, H)
     k_BSMH = (a_TD @ p["key_DP"]).reshape(B, S, M, H)
     v_BSMH = (a_TD @ p["value_DP"]).reshape(B, S, M, H)
-    if offset:
+    if c.partial_key_offset and full:
         k_BSMH = key_offset(k_BSMH, segment_BS)
     q_BSNH = rope(rms(q_BSNH, 1e-6), rotation) * c.qk_scale
     k_BSMH = rope(rms(k_BSMH, 1e-6), rotation)
@@ -421,16 +428,17 @@ def attend(a_TD, p, segment_BS, rotation, c, platform, full, offset):
 
 # ----------------------------------------------------------------------------------------- the small functions
 
-def rms(x, eps):
-    """x over its root mean square along the last axis, in float32; returns x's type."""
+def rms(x, eps, gain=1.0):
+    """gain * x over its root mean square along the last axis. In float32 until the result is cast to x's type:
+    the recipe multiplies by the gain before it rounds."""
     x32 = x.astype(jnp.float32)
-    return (x32 * lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return (x32 * lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps) * gain).astype(x.dtype)
 
 
 def gated_norm(x_TD, gain_D, down_DU, up_UD):
     """RMSNorm with a gain, then a learned gate on every channel: n * sigmoid(silu(n down) up).
     [arXiv 2601.22966; eps 1e-5 as the run had it]"""
-    n_TD = (rms(x_TD, 1e-5) * gain_D).astype(x_TD.dtype)
+    n_TD = rms(x_TD, 1e-5, gain_D)
     return n_TD * jax.nn.sigmoid(jax.nn.silu(n_TD @ down_DU) @ up_UD)
 
 

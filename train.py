@@ -150,6 +150,7 @@ class TrainConfig:
             need(0 <= getattr(self, key) < 1, key, "a number from 0 to below 1")
         need(self.schedule == "linear" or self.warmup + self.decay <= 1, "decay",
              f"at most 1 - warmup = {1 - self.warmup:g}")
+        need(int(self.warmup * self.steps) < self.steps, "warmup", "a share that leaves a step after the warm-up")
         need(self.batch_size % self.accumulate == 0, "accumulate", f"a divisor of batch_size={self.batch_size}")
         need(len(self.mixture) > 0 and all(
             isinstance(m, tuple) and len(m) == 2 and isinstance(m[0], str) and isinstance(m[1], (int, float))
@@ -350,13 +351,11 @@ def heuristic(recipe, tokens, tokens_per_batch, hidden_dim):
     if recipe == "v1":
         adam_lr = 1.63 * T**-0.2813 * D**-0.3678 * sequences**0.5
         eps = 1e-15 * (32 * T / (sequences * 1.4e9)) ** 0.5
-        cap = 0.05
     else:
         adam_lr = 0.06602 * T**-0.395 * D**-0.150 * tokens_per_batch**0.5
         eps = 9.676e-18 * (T / tokens_per_batch) ** 0.5
-        cap = math.inf
     beta2 = min(max(0.999 ** (tokens_per_batch / 131_072), 0.95), 0.9999)     # a constant half-life in tokens
-    return Rates(min(adam_lr, cap), min(13 / 3 * adam_lr, cap), beta2, eps)
+    return Rates(min(adam_lr, 0.05), min(13 / 3 * adam_lr, 0.05), beta2, eps)
 
 
 def rates(c, t):
@@ -369,11 +368,13 @@ def rates(c, t):
 
 
 def lr_share(t, step):
-    """The learning rate of a step over its peak: up over `warmup`, then down to min_lr_ratio at the end."""
-    warm = max(1, round(t.warmup * t.steps))
-    held = warm if t.schedule == "linear" else max(warm, t.steps - round(t.decay * t.steps))
-    corners, heights = [0, warm, held, t.steps], [0, 1, 1, t.min_lr_ratio]
-    return jnp.interp(step + 1, jnp.array(corners, jnp.float32), jnp.array(heights, jnp.float32))
+    """The learning rate of the step that follows `step` others, over its peak: up in int(warmup * steps) steps, then
+    down to min_lr_ratio. The first step of a warm-up has rate 0. [cited: levanter, optim/config.py]"""
+    warm = int(t.warmup * t.steps)
+    down = t.steps - warm if t.schedule == "linear" else int(t.decay * t.steps)
+    parts = (optax.linear_schedule(0.0, 1.0, warm), optax.constant_schedule(1.0),
+             optax.linear_schedule(1.0, t.min_lr_ratio, down))
+    return optax.join_schedules(parts, (warm, t.steps - down))(step)
 
 
 class HyperballState(NamedTuple):
@@ -445,12 +446,13 @@ def deal(x, mesh):
     return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
-# Which optimizer owns which kind of weight (model.table names the kinds). V1 clips routed experts as a group of
-# their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to
+# Which optimizer owns which kind of weight (model.table names the kinds). V1 clips experts, routed and shared, as a
+# group of their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to
 # Adam, and stacked gains falling into the matrix group]
-GROUPS = {"adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert"},
-          "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh"},
-          "adamw": {"adam": "adam", "matrix": "adamw", "head": "adamw", "expert": "adamw"}}
+GROUPS = {
+    "adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert", "shared": "adamh_expert"},
+    "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh", "shared": "muonh"},
+    "adamw": {"adam": "adam", "matrix": "adamw", "head": "adamw", "expert": "adamw", "shared": "adamw"}}
 
 
 def make_optimizer(c, t, mesh=None):

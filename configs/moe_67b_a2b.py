@@ -8,8 +8,7 @@ tokens of context [cited: marin #6044]. Run by us: no.
 
 What differs from the run: its full-attention layers have no position encoding (NoPE) and its local layers rotate
 half of each head; here every layer rotates half. Its batch grew from 4,096 to 8,192 rows at step 15,000, with all
-rates times sqrt(2); here it stays. Its last layer is full even where the period of four makes it local. Its data,
-a mix that changes by phase, was not published: the mix of moe_129b.py stands in."""
+rates times sqrt(2); here it stays. Its data, a mix that changes by phase, was not published: the mix of moe_129b.py stands in."""
 from configs.moe_129b import *
 
 seq_len = 8192                      # [cited: marin #6044], as are the sizes to expert_dim
@@ -22,6 +21,7 @@ num_experts = 256
 expert_dim = 1280
 window = 2048                       # [cited: marin #6044]
 half_rope = True                    # [cited: marin #6044, of local layers]
+last_layer_full = True              # [cited: marin #4976, #6044]
 combine_sum = 2.5                   # [cited: marin #5951]
 router_z = 0.0                      # [cited: marin #5951]
 logit_z = 1e-4                      # back after large gradient norms in overtrained models [cited: marin #6044]

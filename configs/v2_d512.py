@@ -8,6 +8,7 @@ from configs.v1_d512 import *
 
 num_experts = 256                   # [cited: marin #5951], as are the values to min_lr_ratio
 half_rope = True
+last_layer_full = True              # [cited: marin #4976]
 partial_key_offset = True
 combine_sum = 2.5
 router_z = 0.0

@@ -2,5 +2,6 @@
 from configs.ladder.rungs.e_muonh import *
 
 half_rope = True
+last_layer_full = True
 partial_key_offset = True
 combine_sum = 2.5

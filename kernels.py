@@ -1,15 +1,18 @@
-"""Kernels: the few operations in which a MoE transformer spends its time.            Imports: jax only.
+"""Kernels: the few operations in which a mixture-of-experts transformer spends its time.
 
-Run:  python kernels.py                                    every fast path beside its plain twin: errors, time
-      python kernels.py roofline --chip v4|v5p|v6e|h200    FLOPs, bytes and bound of each at the 129B shape
-Read: best -> attention -> cross_entropy -> grouped_matmul -> experts -> count_reaching -> the two reports.
-Each has a plain twin with the same signature, which is the definition; `impl` names the implementation
-and an unknown name is an error: nothing here falls back to something slower behind your back. Without a
-name, `best` says what the target platform uses: "cpu", "tpu" or "gpu", handed down from train.py's mesh.
+Run:  python kernels.py        every fast implementation beside its plain twin: the largest error
+      python tests/bench.py    the same with times and rivals; the roofline of the 129B run
+Read: best -> attention -> cross_entropy -> grouped_matmul -> expert_mlp -> count_reaching ->
+      weights on many devices -> the heap of a CPU process.
+Each operation has a plain twin with the same signature: the definition. `impl` names an
+implementation; an unknown name is an error, and nothing falls back to a slower one in silence.
 
-B batch  S sequence  T=B*S tokens  D hidden  N query heads  M key/value heads  H head dim  V vocabulary
-E experts  F expert width  R rows of the expert-sorted buffer, a multiple of the row tile  L layers"""
+B batch  S sequence  T=B*S tokens  D hidden  N query heads  M key/value heads  H head dim
+E experts  F expert width  R rows of the expert-sorted buffer, a multiple of the row tile
+L layers  V vocabulary"""
 
+import ctypes
+import importlib.util
 from functools import partial
 from typing import NamedTuple
 
@@ -17,226 +20,256 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 
-LOGITS = 1024 * 128_256  # float32 logits held at once by "chunked" cross-entropy, 0.5 GiB
-MASKED = -1e30      # not -inf: a softmax row is never empty (a token sees itself), but inf - inf would be NaN
+CHUNK_LOGITS = 1024 * 128_256   # float32 logits that "chunked" cross-entropy holds at once, 0.5 GiB
+MASKED = -1e30                  # not -inf: a token sees itself, but inf - inf would be NaN
 
 
 class Impl(NamedTuple):
     attention: str
     cross_entropy: str
     grouped_matmul: str
-    experts: str
+    expert_mlp: str
     count: str
     row_tile: int       # the most rows of one expert that a kernel takes at a time; see row_tile
 
 
 BEST = {
     "cpu": Impl("chunked", "chunked", "tiles", "loop", "plain", 256),
+    "gpu": Impl("chunked", "chunked", "tiles", "tiles", "plain", 128),
     "tpu": Impl("splash", "vocabulary", "pallas_tpu", "pallas_tpu", "pallas_tpu", 256),
-    "gpu": Impl("chunked", "chunked", "pallas_gpu", "pallas_gpu", "plain", 128),
 }
 
 
 def best(platform):
-    """The implementations that a target platform uses. The platform is that of the devices the program is
-    compiled FOR (mesh.devices.flat[0].platform): under ahead-of-time compilation it differs from
-    jax.default_backend(). Kernels written for another platform run in interpret mode where platform="cpu"."""
-    if platform not in BEST:
-        raise ValueError(f"platform={platform!r}: expected one of {', '.join(map(repr, BEST))}")
-    return BEST[platform]
+    """The implementations that a platform uses. The platform is that of the devices for which the
+    program is compiled, mesh.devices.flat[0].platform. It differs from jax.default_backend() when a
+    program is compiled ahead of time. A kernel written for another platform runs in interpret mode
+    where platform="cpu"."""
+    return BEST[_known("platform", platform, BEST)]
+
+
+def _known(what, name, names):
+    """The name, if it is one of the names; ValueError if not."""
+    if name not in names:
+        raise ValueError(f"{what}={name!r}: expected one of {', '.join(map(repr, names))}")
+    return name
 
 
 def row_tile(platform, rows, E):
-    """Rows of a tile, to whole numbers of which moe.dispatch pads each of E experts that share `rows` rows.
+    """How many rows a tile has. moe.dispatch pads each of E experts, which share `rows` rows, to
+    whole tiles.
 
-    Small tiles waste fewer rows (half a tile an expert, on average), large ones make better matmuls. On a 2-core
-    CPU a quarter of the mean load is best: 256 of 64, 128, 256 for 1,024 rows an expert; 64 of 32 to 256 for 256
-    rows, and of 32, 64, 128 for 128 rows [measured]. TPU: 256, 3 % of padding and not the 6 % of 512 at the 129B
-    shape; GPU: what one warpgroup accumulates."""
+    Small tiles waste fewer rows (half a tile an expert, on average). Large tiles make better
+    matmuls. On a 2-core CPU a quarter of the mean load is best: 256 of 64, 128 and 256 for 1,024
+    rows an expert, 64 of 32 to 256 for 256 rows [measured]. On a TPU 256 pads the 129B shape by 3
+    %, where 512 would pad it by 6 %."""
     most = best(platform).row_tile
-    return most if platform != "cpu" else max(64, min(most, 2 ** ((rows // (4 * E)).bit_length() - 1)))
+    if platform != "cpu":
+        return most
+    quarter = rows // (4 * E)
+    return max(64, min(most, 2 ** (quarter.bit_length() - 1)))
 
 
-# ------------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------- attention
 
 def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="cpu"):
-    """Causal attention with a sliding window and document masking. Returns [B,S,N,H].
+    """Causal grouped-query attention with a sliding window and document masking. Returns [B,S,N,H].
 
-    Position i sees j when 0 <= i-j < window and both are in the same document (equal segment ids).
-    N query heads share M key/value heads in consecutive groups of N/M. Scores are scaled by 1/sqrt(H);
-    softmax in float32. impl:
+    Position i sees position j when 0 <= i-j < window and both are in the same document (equal
+    segment ids). N query heads share M key/value heads in consecutive groups of N/M [grouped-query
+    attention, arXiv 2305.13245]. Scores are scaled by 1/sqrt(H). The softmax is in float32. impl:
     "plain"    the definition, all S*S scores
-    "chunked"  queries in chunks, each with the keys it can see: CPU, and what GPUs use here
-    "splash"   JAX's TPU kernel: no S*S array, masked blocks skipped; interpret mode on platform "cpu"
-    "cudnn"    cuDNN's flash attention, documents as an explicit [B,1,S,S] mask, which costs it more than half
-               its speed [jax PR 35114]. Not run by us on a GPU (none at hand), so not the default there"""
+    "chunked"  queries in chunks, each with the keys that it can see; XLA only, so it runs
+               everywhere
+    "splash"   JAX's TPU kernel: no S*S array, masked blocks are skipped"""
     impl = impl or best(platform).attention
+    _known("attention impl", impl, ("plain", "chunked", "splash"))
     if impl == "plain":
-        return _attend(q_BSNH, k_BSMH, v_BSMH, segment_BS, segment_BS, 0, window)
-    if impl == "chunked":
-        chunk = {} if platform == "cpu" else {"chunk": 512}     # a GPU wants few large products
-        return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, **chunk)
+        return _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window)
     if impl == "splash":
         return _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform == "cpu")
-    if impl == "cudnn":
-        same_B1SS = (segment_BS[:, :, None] == segment_BS[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(q_BSNH, k_BSMH, v_BSMH, mask=same_B1SS, is_causal=True,
-                                            local_window_size=(window - 1, 0),
-                                            implementation="xla" if platform == "cpu" else "cudnn")
-    raise ValueError(f"attention impl={impl!r}: expected 'plain', 'chunked', 'splash' or 'cudnn'")
+    chunk = 64 if platform == "cpu" else 512        # an accelerator wants few, large products
+    return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, chunk)
 
 
-def _attend(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window):
-    """Softmax attention of Q queries on J keys; query 0 stands `offset` positions after key 0.
-
-    Scores lie with keys in rows and the queries of a whole head group in columns, [J, G*Q], G = N/M: one
-    matmul a key head, and the softmax reduces over rows, which XLA's CPU backend vectorises and a reduction
-    along the last axis it does not."""
-    return _attend_chunk_forward(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window)[0]
-
-
-def _weights(q_BMXH, k_BMJH, segment_BQ, segment_BJ, offset, window):
-    """Softmax of masked scores, float32 [B,M,J,G*Q]."""
-    Q, J = segment_BQ.shape[1], segment_BJ.shape[1]
-    score_BMJX = jnp.einsum("BMJH,BMXH->BMJX", k_BMJH, q_BMXH, preferred_element_type=jnp.float32)
-    distance = offset + jnp.arange(Q)[None, :] - jnp.arange(J)[:, None]                             # J,Q
-    visible = (distance >= 0) & (distance < window) & (segment_BJ[:, :, None] == segment_BQ[:, None, :])
-    # added, not selected: a sum needs no second pass in the backward direction
-    score_BMJX += jnp.tile(jnp.where(visible, 0.0, MASKED), (1, 1, q_BMXH.shape[2] // Q))[:, None]
-    return jax.nn.softmax(score_BMJX, axis=-2)
+def _visible(segment_BC, segment_BJ, offset, window):
+    """Which keys a query sees, [B,C,J]. Query 0 comes `offset` positions after key 0."""
+    C, J = segment_BC.shape[1], segment_BJ.shape[1]
+    distance_CJ = offset + jnp.arange(C)[:, None] - jnp.arange(J)[None, :]
+    near_CJ = (distance_CJ >= 0) & (distance_CJ < window)
+    return near_CJ & (segment_BC[:, :, None] == segment_BJ[:, None, :])
 
 
-def _group(q_BQNH, M):
-    """Queries of the heads that share a key head, side by side: [B,Q,N,H] -> [B,M,G*Q,H]."""
-    B, Q, N, H = q_BQNH.shape
-    return q_BQNH.reshape(B, Q, M, N // M, H).transpose(0, 2, 3, 1, 4).reshape(B, M, -1, H)
+def _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window):
+    B, S, N, H = q_BSNH.shape
+    M = k_BSMH.shape[2]
+    q_BSMGH = q_BSNH.reshape(B, S, M, N // M, H)
+    score_BMGSJ = jnp.einsum("BSMGH,BJMH->BMGSJ", q_BSMGH, k_BSMH,
+                             preferred_element_type=jnp.float32)
+    visible_BSJ = _visible(segment_BS, segment_BS, 0, window)
+    score_BMGSJ = jnp.where(visible_BSJ[:, None, None], score_BMGSJ * H**-0.5, MASKED)
+    weight_BMGSJ = jax.nn.softmax(score_BMGSJ, axis=-1).astype(v_BSMH.dtype)
+    return jnp.einsum("BMGSJ,BJMH->BSMGH", weight_BMGSJ, v_BSMH).reshape(B, S, N, H)
 
 
-def _ungroup(q_BMXH, Q):
-    B, M, X, H = q_BMXH.shape
-    return q_BMXH.reshape(B, M, X // Q, Q, H).transpose(0, 3, 1, 2, 4).reshape(B, Q, -1, H)
-
-
-# The same with the gradient written out: the softmax's row sums of weight * dweight, [J,X] of them, are also those
-# of y * dy, [X,H], and no product is laid out for a transposed operand that has a plain one. 0.86 of the time
-# that autodiff's takes, forward and backward, at the sizes of configs/laptop.py [measured].
-
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend_chunk(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window):
-    return _attend_chunk_forward(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window)[0]
-
-
-def _attend_chunk_forward(q_BQNH, k_BJMH, v_BJMH, segment_BQ, segment_BJ, offset, window):
-    H, M = q_BQNH.shape[3], k_BJMH.shape[2]
-    q_BMXH = _group(q_BQNH, M) * H**-0.5
-    k_BMJH, v_BMJH = k_BJMH.transpose(0, 2, 1, 3), v_BJMH.transpose(0, 2, 1, 3)
-    weight_BMJX = _weights(q_BMXH, k_BMJH, segment_BQ, segment_BJ, offset, window).astype(v_BJMH.dtype)
-    y_BMXH = jnp.einsum("BMJX,BMJH->BMXH", weight_BMJX, v_BMJH)
-    return _ungroup(y_BMXH, q_BQNH.shape[1]), (q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH)
-
-
-def _attend_chunk_backward(offset, window, residuals, dy_BQNH):
-    q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH = residuals
-    Q, H = dy_BQNH.shape[1], dy_BQNH.shape[3]
-    dy_BMXH = _group(dy_BQNH, k_BMJH.shape[1])
-    dweight_BMJX = jnp.einsum("BMJH,BMXH->BMJX", v_BMJH, dy_BMXH, preferred_element_type=jnp.float32)
-    mean_BMX = jnp.sum(dy_BMXH.astype(jnp.float32) * y_BMXH, axis=-1)
-    dscore_BMJX = (weight_BMJX * (dweight_BMJX - mean_BMX[:, :, None, :])).astype(k_BMJH.dtype)
-    dq_BMXH = jnp.einsum("BMJX,BMJH->BMXH", dscore_BMJX, k_BMJH) * H**-0.5
-    dk_BMJH = jnp.einsum("BMJX,BMXH->BMJH", dscore_BMJX, q_BMXH)
-    dv_BMJH = jnp.einsum("BMJX,BMXH->BMJH", weight_BMJX, dy_BMXH)
-    return _ungroup(dq_BMXH, Q), dk_BMJH.transpose(0, 2, 1, 3), dv_BMJH.transpose(0, 2, 1, 3), None, None
-
-
-_attend_chunk.defvjp(_attend_chunk_forward, _attend_chunk_backward)
-
-
-def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, chunk=64):
-    """Queries in chunks; each chunk touches only the keys that it can see.
-
-    The plain form computes S*S scores and throws more than half away. Here chunk c reads keys from
-    (start - window + 1), rounded down to a chunk, to its own end: S*S/2 for full attention, about
-    S*window for a local layer. chunk=64: fastest of 32, 64, 128, 256 for S=256, H=32 on a 2-core CPU
-    [measured]; below it the loop overhead wins, above it the masked triangle."""
+def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, chunk):
+    """The plain form computes S*S scores and throws more than half of them away. Here a chunk of
+    queries reads the keys from (its start - window + 1), rounded down to a chunk, to its own end:
+    S*S/2 scores for full attention, about S*window with a window. chunk=64 is the fastest of 32,
+    64, 128 and 256 for S=256, H=32 on a 2-core CPU [measured]: below it the overhead of the loop
+    wins, above it the masked triangle."""
     S = q_BSNH.shape[1]
     outs = []
     for start in range(0, S, chunk):
         end = min(start + chunk, S)
         first = max(0, start - window + 1) // chunk * chunk
-        outs.append(_attend_chunk(q_BSNH[:, start:end], k_BSMH[:, first:end], v_BSMH[:, first:end],
-                                  segment_BS[:, start:end], segment_BS[:, first:end], start - first, window))
+        queries, keys = slice(start, end), slice(first, end)
+        outs.append(_attend(q_BSNH[:, queries], k_BSMH[:, keys], v_BSMH[:, keys],
+                            segment_BS[:, queries], segment_BS[:, keys], start - first, window))
     return jnp.concatenate(outs, axis=1)
 
 
+# Attention of C queries on J keys. Scores lie with the keys in rows and the queries of all G = N/M
+# heads of a key head in columns, [J, X = G*C]: one matmul a key head, and a softmax over rows,
+# which XLA's CPU backend vectorizes (it does not vectorize a reduction along the last axis). The
+# gradient is written out: the softmax's row sums of weight * dweight are also those of y * dy,
+# [X,H], and no operand is laid out anew for a transposed product. Forward and backward take 0.86 of
+# autodiff's time at the sizes of configs/laptop.py [measured].
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window):
+    return _attend_forward(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window)[0]
+
+
+def _attend_forward(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window):
+    H, M = q_BCNH.shape[3], k_BJMH.shape[2]
+    q_BMXH = _group_heads(q_BCNH, M) * H**-0.5
+    k_BMJH, v_BMJH = k_BJMH.swapaxes(1, 2), v_BJMH.swapaxes(1, 2)
+    score_BMJX = jnp.einsum("BMJH,BMXH->BMJX", k_BMJH, q_BMXH,
+                            preferred_element_type=jnp.float32)
+    visible_BJC = _visible(segment_BC, segment_BJ, offset, window).swapaxes(1, 2)
+    # added, not selected: a sum needs no second pass in the backward direction
+    mask_BJC = jnp.where(visible_BJC, 0.0, MASKED)
+    score_BMJX += jnp.tile(mask_BJC, (1, 1, q_BCNH.shape[2] // M))[:, None]
+    weight_BMJX = jax.nn.softmax(score_BMJX, axis=-2).astype(v_BJMH.dtype)
+    y_BMXH = jnp.einsum("BMJX,BMJH->BMXH", weight_BMJX, v_BMJH)
+    residuals = q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH
+    return _ungroup_heads(y_BMXH, q_BCNH.shape[1]), residuals
+
+
+def _attend_backward(offset, window, residuals, dy_BCNH):
+    q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH = residuals
+    C, H = dy_BCNH.shape[1], dy_BCNH.shape[3]
+    dy_BMXH = _group_heads(dy_BCNH, k_BMJH.shape[1])
+    dweight_BMJX = jnp.einsum("BMJH,BMXH->BMJX", v_BMJH, dy_BMXH,
+                              preferred_element_type=jnp.float32)
+    sum_BMX = jnp.sum(dy_BMXH.astype(jnp.float32) * y_BMXH, axis=-1)
+    dscore_BMJX = (weight_BMJX * (dweight_BMJX - sum_BMX[:, :, None, :])).astype(k_BMJH.dtype)
+    dq_BMXH = jnp.einsum("BMJX,BMJH->BMXH", dscore_BMJX, k_BMJH) * H**-0.5
+    dk_BMJH = jnp.einsum("BMJX,BMXH->BMJH", dscore_BMJX, q_BMXH)
+    dv_BMJH = jnp.einsum("BMJX,BMXH->BMJH", weight_BMJX, dy_BMXH)
+    dk_BJMH, dv_BJMH = dk_BMJH.swapaxes(1, 2), dv_BMJH.swapaxes(1, 2)
+    return _ungroup_heads(dq_BMXH, C), dk_BJMH, dv_BJMH, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _group_heads(q_BCNH, M):
+    """Queries of the heads that share a key head, side by side: [B,C,N,H] -> [B,M,G*C,H]."""
+    B, C, N, H = q_BCNH.shape
+    return q_BCNH.reshape(B, C, M, N // M, H).transpose(0, 2, 3, 1, 4).reshape(B, M, -1, H)
+
+
+def _ungroup_heads(q_BMXH, C):
+    B, M, X, H = q_BMXH.shape
+    return q_BMXH.reshape(B, M, X // C, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, -1, H)
+
+
 def _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, interpret):
-    """The mask is an object that is asked block by block, never an [S,S] array; one kernel call per key head
-    serves its G query heads. Blocks of 1,024: half the memory of 512 for the backward pass [measured: AOT]."""
+    """The mask is an object that is asked block by block, never an [S,S] array. One kernel call for
+    each key head serves its G query heads. Blocks of 1,024 take half the memory of 512 in the
+    backward pass [measured: AOT]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     B, S, N, H = q_BSNH.shape
     M = k_BSMH.shape[2]
     block = _divisor(S, 128, 1024, "attention impl='splash': sequence length")
-    # LocalMask counts the keys to the left without the query's own; window >= S sees everything before it
-    mask = masks.LocalMask((S, S), (window - 1, 0), 0) if window < S else masks.CausalMask((S, S))
+    if window < S:              # LocalMask counts the keys to the left, without the query's own
+        mask = masks.LocalMask((S, S), (window - 1, 0), 0)
+    else:
+        mask = masks.CausalMask((S, S))
+    sizes = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
+                              block_q_dq=block, block_kv_dq=block)
     kernel = splash.make_splash_mqa_single_device(
-        masks.MultiHeadMask([mask] * (N // M)), interpret=interpret,
-        block_sizes=splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-                                      block_q_dq=block, block_kv_dq=block))
+        masks.MultiHeadMask([mask] * (N // M)), interpret=interpret, block_sizes=sizes)
     q_BMGSH = (q_BSNH * H**-0.5).reshape(B, S, M, N // M, H).transpose(0, 2, 3, 1, 4)
-    k_BMSH, v_BMSH = k_BSMH.transpose(0, 2, 1, 3), v_BSMH.transpose(0, 2, 1, 3)
+    k_BMSH, v_BMSH = k_BSMH.swapaxes(1, 2), v_BSMH.swapaxes(1, 2)
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     y_BMGSH = jax.vmap(heads)(q_BMGSH, k_BMSH, v_BMSH, splash.SegmentIds(segment_BS, segment_BS))
     return y_BMGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H).astype(q_BSNH.dtype)
 
 
 def _divisor(size, unit, most, what):
-    """A kernel's block along an axis: the largest multiple of `unit` that divides `size` and is at most `most`."""
+    """A kernel's block along an axis: the largest multiple of `unit`, `most` at most, that
+    divides `size`."""
     for block in range(most - most % unit, 0, -unit):
         if size % block == 0:
             return block
     raise ValueError(f"{what}: expected a multiple of {unit}, found {size}")
 
 
-# -------------------------------------------------------------------------------- linear + softmax + entropy
+# ----------------------------------------------------------------- linear + softmax + cross-entropy
 
 def cross_entropy(x_TD, head_DV, target_T, impl=None, platform="cpu", chunk=None):
     """Next-token loss straight from the last hidden state: (nll_T, lse_T), both float32, in nats.
 
-    nll is -log softmax(x @ head)[target]; lse, the log of the normaliser, is what a z-loss squares.
-    The logits are computed in the input's type and accumulated and normalised in float32. impl:
-    "plain"       holds [T,V] logits: 7.8 GiB in float32 for 16,384 tokens of V=128,256
-    "chunked"     `chunk` (1,024 at V=128,256: LOGITS) tokens at a time; the backward pass computes their logits
-                  again, 2*D*V FLOPs more a token. As "plain" if all tokens fit
-    "vocabulary"  `chunk` (4,096) words at a time for all tokens, with the same extra pass, from the saved lse. It
-                  adds up the tokens' gradient, [T,D], where "chunked" adds up the head's, [D,V], in float32:
-                  .39 GiB of temporaries against 2.47 and 7.83 for "plain" on a TPU at these sizes [measured: AOT]
+    nll is -log softmax(x @ head)[target]. lse is the log of the normalizer, which a z-loss squares.
+    The logits are computed in the input's type; they are accumulated and normalized in float32.
+    impl:
+    "plain"       holds all [T,V] logits: 7.8 GiB in float32 for 16,384 tokens of V=128,256
+    "chunked"     `chunk` tokens at a time (1,024 at V=128,256: CHUNK_LOGITS). The backward pass
+                  computes their logits again, 2*D*V FLOPs more a token. The same as "plain" if all
+                  tokens fit
+    "vocabulary"  `chunk` (4,096) words at a time for all tokens, with the same extra pass, from the
+                  saved lse. It accumulates the tokens' gradient, [T,D], where "chunked" accumulates
+                  the head's, [D,V], in float32: 0.39 GiB of temporaries against 2.47, and 7.83 for
+                  "plain", on a TPU at these sizes [measured: AOT]
     `chunk` need not divide T or V."""
     impl = impl or best(platform).cross_entropy
-    (T, D), V = x_TD.shape, head_DV.shape[1]
-    if impl not in ("plain", "chunked", "vocabulary"):
-        raise ValueError(f"cross_entropy impl={impl!r}: expected 'plain', 'chunked' or 'vocabulary'")
-    chunk = chunk or {"plain": 0, "chunked": max(1, LOGITS // V), "vocabulary": 4096}[impl]
-    if impl == "plain" or impl == "chunked" and T <= chunk or impl == "vocabulary" and V <= chunk:
-        return _token_losses(x_TD, head_DV, target_T)
-    if impl == "vocabulary":
+    _known("cross_entropy impl", impl, ("plain", "chunked", "vocabulary"))
+    T, V = x_TD.shape[0], head_DV.shape[1]
+    chunk = chunk or (4096 if impl == "vocabulary" else max(1, CHUNK_LOGITS // V))
+    if impl == "vocabulary" and V > chunk:
         return _by_vocabulary(x_TD, head_DV, target_T, chunk)
-    pad = -T % chunk
-    x_CTD = jnp.pad(x_TD, ((0, pad), (0, 0))).reshape(-1, chunk, D)
-    target_CT = jnp.pad(target_T, (0, pad)).reshape(-1, chunk)
-    wide_DV = head_DV.astype(jnp.float32)                       # so that its gradient adds up in float32
-    losses = jax.checkpoint(lambda x, target: _token_losses(x, wide_DV.astype(x.dtype), target))
-    _, (nll, lse) = lax.scan(lambda carry, xs: (carry, losses(*xs)), None, (x_CTD, target_CT))
-    return nll.reshape(-1)[:T], lse.reshape(-1)[:T]
+    if impl == "chunked" and T > chunk:
+        return _by_tokens(x_TD, head_DV, target_T, chunk)
+    return _token_losses(x_TD, head_DV, target_T)
 
 
 def _token_losses(x_TD, head_DV, target_T):
     logits_TV = jnp.dot(x_TD, head_DV, preferred_element_type=jnp.float32)
     lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
-    # compare-and-sum, not an index: its gradient is then a compare too, not a scatter into [T,V]
+    # compare and sum, not an index: its gradient is then a compare too, not a scatter into [T,V]
     hit_TV = target_T[:, None] == jnp.arange(head_DV.shape[1])[None, :]
     return lse_T - jnp.sum(jnp.where(hit_TV, logits_TV, 0.0), axis=-1), lse_T
+
+
+def _by_tokens(x_TD, head_DV, target_T, chunk):
+    T, D = x_TD.shape
+    x_CTD = jnp.pad(x_TD, ((0, -T % chunk), (0, 0))).reshape(-1, chunk, D)
+    target_CT = jnp.pad(target_T, (0, -T % chunk)).reshape(-1, chunk)
+    wide_DV = head_DV.astype(jnp.float32)           # so that its gradient accumulates in float32
+
+    @jax.checkpoint
+    def losses(xs):
+        x_tD, target_t = xs
+        return _token_losses(x_tD, wide_DV.astype(x_tD.dtype), target_t)
+    nll_CT, lse_CT = lax.map(losses, (x_CTD, target_CT))
+    return nll_CT.reshape(-1)[:T], lse_CT.reshape(-1)[:T]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -244,27 +277,41 @@ def _by_vocabulary(x_TD, head_DV, target_T, block):
     return _by_vocabulary_forward(x_TD, head_DV, target_T, block)[0]
 
 
-def _vocabulary_block(i, x_TD, head_DV, block):
-    """Logits of the i-th block of words, the words' numbers, and which of them no earlier block had: the last
-    block is moved back to end at V, since padding the head would copy it."""
+class _Words(NamedTuple):
+    start: jax.Array            # number of the first word
+    word_W: jax.Array           # numbers of the words
+    new_W: jax.Array            # whether no earlier block had the word
+    head_DW: jax.Array
+    logits_TW: jax.Array        # float32
+
+
+def _words(i, x_TD, head_DV, block):
+    """The i-th block of words. The last one is moved back to end at V: padding the head would
+    copy it."""
     start = jnp.minimum(i * block, head_DV.shape[1] - block)
-    head_DW = lax.dynamic_slice_in_dim(head_DV, start, block, axis=1).astype(x_TD.dtype)
     word_W = start + jnp.arange(block)
-    return jnp.dot(x_TD, head_DW, preferred_element_type=jnp.float32), head_DW, start, word_W, word_W >= i * block
+    head_DW = lax.dynamic_slice_in_dim(head_DV, start, block, axis=1).astype(x_TD.dtype)
+    logits_TW = jnp.dot(x_TD, head_DW, preferred_element_type=jnp.float32)
+    return _Words(start, word_W, word_W >= i * block, head_DW, logits_TW)
 
 
 def _by_vocabulary_forward(x_TD, head_DV, target_T, block):
+    """The running maximum and sum of exponentials of an online softmax, one block of words after
+    the other."""
     def step(carry, i):
         top_T, sum_T, hit_T = carry
-        logits_TW, _, _, word_W, new_W = _vocabulary_block(i, x_TD, head_DV, block)
-        logits_TW = jnp.where(new_W, logits_TW, MASKED)
+        w = _words(i, x_TD, head_DV, block)
+        logits_TW = jnp.where(w.new_W, w.logits_TW, MASKED)
         next_T = jnp.maximum(top_T, jnp.max(logits_TW, axis=1))
-        sum_T = sum_T * jnp.exp(top_T - next_T) + jnp.sum(jnp.exp(logits_TW - next_T[:, None]), axis=1)
-        hit_TW = new_W & (target_T[:, None] == word_W)
-        return (next_T, sum_T, hit_T + jnp.sum(jnp.where(hit_TW, logits_TW, 0), axis=1)), None
+        exp_TW = jnp.exp(logits_TW - next_T[:, None])
+        sum_T = sum_T * jnp.exp(top_T - next_T) + jnp.sum(exp_TW, axis=1)
+        hit_TW = w.new_W & (target_T[:, None] == w.word_W)
+        hit_T += jnp.sum(jnp.where(hit_TW, logits_TW, 0), axis=1)
+        return (next_T, sum_T, hit_T), None
 
-    zeros, blocks = jnp.zeros(x_TD.shape[0]), jnp.arange(-(-head_DV.shape[1] // block))
-    (top_T, sum_T, hit_T), _ = lax.scan(step, (zeros + MASKED, zeros, zeros), blocks)
+    zero_T = jnp.zeros(x_TD.shape[0])
+    blocks = jnp.arange(-(-head_DV.shape[1] // block))
+    (top_T, sum_T, hit_T), _ = lax.scan(step, (zero_T + MASKED, zero_T, zero_T), blocks)
     lse_T = top_T + jnp.log(sum_T)
     return (lse_T - hit_T, lse_T), (x_TD, head_DV, target_T, lse_T)
 
@@ -275,104 +322,116 @@ def _by_vocabulary_backward(block, residuals, gradients):
 
     def step(carry, i):
         dx_TD, dhead_DV = carry
-        logits_TW, head_DW, start, word_W, new_W = _vocabulary_block(i, x_TD, head_DV, block)
-        d_TW = ((dnll_T + dlse_T)[:, None] * jnp.exp(logits_TW - lse_T[:, None])
-                - dnll_T[:, None] * (target_T[:, None] == word_W))
-        d_TW = jnp.where(new_W, d_TW, 0).astype(x_TD.dtype)
-        dx_TD += jnp.dot(d_TW, head_DW.T, preferred_element_type=jnp.float32)
+        w = _words(i, x_TD, head_DV, block)
+        d_TW = ((dnll_T + dlse_T)[:, None] * jnp.exp(w.logits_TW - lse_T[:, None])
+                - dnll_T[:, None] * (target_T[:, None] == w.word_W))
+        d_TW = jnp.where(w.new_W, d_TW, 0).astype(x_TD.dtype)
+        dx_TD += jnp.dot(d_TW, w.head_DW.T, preferred_element_type=jnp.float32)
         # every column gets one block's sum over all tokens, and zeros from a block that overlaps it
-        dhead_DW = jnp.dot(x_TD.T, d_TW, preferred_element_type=jnp.float32).astype(head_DV.dtype)
-        dhead_DW += lax.dynamic_slice_in_dim(dhead_DV, start, block, axis=1)
-        return (dx_TD, lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DW, start, axis=1)), None
+        dhead_DW = jnp.dot(x_TD.T, d_TW, preferred_element_type=jnp.float32)
+        dhead_DW = dhead_DW.astype(head_DV.dtype)
+        dhead_DW += lax.dynamic_slice_in_dim(dhead_DV, w.start, block, axis=1)
+        dhead_DV = lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DW, w.start, axis=1)
+        return (dx_TD, dhead_DV), None
 
-    start = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros_like(head_DV)
-    (dx_TD, dhead_DV), _ = lax.scan(step, start, jnp.arange(-(-head_DV.shape[1] // block)))
+    zeros = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros_like(head_DV)
+    blocks = jnp.arange(-(-head_DV.shape[1] // block))
+    (dx_TD, dhead_DV), _ = lax.scan(step, zeros, blocks)
     return dx_TD.astype(x_TD.dtype), dhead_DV, None
 
 
 _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 
 
-# -------------------------------------------------------------------------------------------- grouped matmul
-# moe.dispatch sorts rows by expert and pads every expert to whole tiles, so a tile of rows never straddles two
-# experts: one expert number per tile is all that a kernel needs, nothing is masked inside a tile, and rows of
-# padding are zero, inputs and gradients alike. Tiles that nobody needed stand at the end and carry the number E:
-# all their rows are padding. Every expert owns a tile, so every expert's weight gradient is written.
+# ------------------------------------------------------------------------------ grouped matmul
+# moe.dispatch sorts rows by expert and pads every expert to whole tiles, so a tile of rows belongs
+# to one expert: one expert number a tile is all that a kernel needs, nothing is masked inside a
+# tile, and rows of padding are zero, inputs and gradients alike. Tiles that are left over come last
+# and carry the number E: all their rows are padding. Every expert owns at least one tile, so every
+# expert's weight gradient is written.
 
 def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
-    """Every row tile times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type, summed in float32.
+    """Every tile of rows times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type,
+    summed in float32.
 
-    tile_expert: int32 [R/tile], ascending: the expert that owns each tile of R/len(tile_expert) consecutive
-    rows, E for a tile of nobody. impl:
+    tile_expert: int32 [R/tile], ascending: the expert that owns each tile of R/len(tile_expert)
+    consecutive rows, or E for a tile without an owner. impl:
     "plain"       every row times every expert, then select: E times the work, the definition
-    "tiles"       a weight matrix gathered for every tile and a batched matmul: CPU. Copies a matrix per tile
-    "pallas_tpu"  the TPU kernels below; in interpret mode on platform "cpu"
-    "pallas_gpu"  the Hopper kernels below; in interpret mode on platform "cpu". Not timed: no GPU at hand
-    "ragged_dot"  jax.lax.ragged_dot, for comparison only: in silence it does E times the useful work on CPU
-                  and GPU, and in the weight gradient on TPU v4 to v6e [jax 0.10.2, libtpu 0.0.42: AOT]"""
+    "tiles"       a batched matmul with a weight matrix gathered for every tile; XLA only, so it
+                  runs everywhere
+    "ragged_dot"  jax.lax.ragged_dot. On a CPU, and in the weight gradient on TPU v4 to v6e, it does
+                  E times the useful work [measured: jax 0.10.2, libtpu 0.0.42, AOT]
+    "pallas_tpu"  the TPU kernels below"""
     impl = impl or best(platform).grouped_matmul
-    tiles, E = tile_expert.shape[0], w_EDF.shape[0]
+    _known("grouped_matmul impl", impl, ("plain", "ragged_dot", *GROUPED))
+    E, rows = w_EDF.shape[0], x_RD.shape[0] // tile_expert.shape[0]
     if impl == "plain":
-        row_expert = jnp.repeat(tile_expert, x_RD.shape[0] // tiles)
         every_REF = jnp.einsum("RD,EDF->REF", x_RD, w_EDF)
-        chosen_RE = row_expert[:, None] == jnp.arange(E)[None, :]
-        return jnp.sum(jnp.where(chosen_RE[:, :, None], every_REF, 0), axis=1)
+        owner_RE = jnp.repeat(tile_expert, rows)[:, None] == jnp.arange(E)
+        return jnp.sum(jnp.where(owner_RE[:, :, None], every_REF, 0), axis=1)
     if impl == "ragged_dot":
-        rows_E = jnp.sum(tile_expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32) * (x_RD.shape[0] // tiles)
-        return lax.ragged_dot(x_RD, w_EDF, rows_E)
-    if impl in PAIRS:
-        return _grouped(x_RD, w_EDF, tile_expert, impl, platform == "cpu")
-    raise ValueError(f"grouped_matmul impl={impl!r}: expected 'plain', 'ragged_dot' or one of "
-                     + ", ".join(map(repr, PAIRS)))
+        tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+        return lax.ragged_dot(x_RD, w_EDF, tiles_E * rows)
+    return _grouped(x_RD, w_EDF, tile_expert, impl, platform == "cpu")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped(x_RD, w_EDF, tile_expert, impl, interpret):
-    """Two products serve forward and backward. `rows`: each tile times its matrix, or, sideways, its transpose,
-    which is dx = g w[e]^T. `outer`: dw[e], the sum of x^T g over the tiles of e, in float32."""
-    rows, _ = PAIRS[impl]
-    return rows(x_RD, w_EDF, tile_expert, False, interpret)
+    """Two products serve forward and backward: `matmul` gives y = x w[e] and dx = g w[e]^T,
+    `weight_grad` gives dw[e], the sum of x^T g over the tiles of e, in float32."""
+    matmul, _ = GROUPED[impl]
+    return matmul(x_RD, w_EDF, tile_expert, False, interpret)
+
+
+def _grouped_forward(x_RD, w_EDF, tile_expert, impl, interpret):
+    return _grouped(x_RD, w_EDF, tile_expert, impl, interpret), (x_RD, w_EDF, tile_expert)
 
 
 def _grouped_backward(impl, interpret, residuals, g_RF):
     x_RD, w_EDF, tile_expert = residuals
-    rows, outer = PAIRS[impl]
-    dw_EDF = outer(x_RD, g_RF, tile_expert, w_EDF, interpret)
-    return rows(g_RF, w_EDF, tile_expert, True, interpret), dw_EDF, None
+    matmul, weight_grad = GROUPED[impl]
+    dx_RD = matmul(g_RF, w_EDF, tile_expert, True, interpret)
+    like_w = jax.ShapeDtypeStruct(w_EDF.shape, w_EDF.dtype)
+    return dx_RD, weight_grad(x_RD, g_RF, tile_expert, like_w, interpret), None
 
 
-_grouped.defvjp(lambda x, w, tile_expert, impl, interpret: (_grouped(x, w, tile_expert, impl, interpret),
-                                                            (x, w, tile_expert)), _grouped_backward)
+_grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _tiles_rows(x_RD, w_EDF, tile_expert, sideways, interpret):
+def _tiles_matmul(x_RD, w_EDF, tile_expert, transpose_w, interpret):
     x_nrD = x_RD.reshape(tile_expert.shape[0], -1, x_RD.shape[1])
-    w_nDF = jnp.take(w_EDF, tile_expert, axis=0, mode="fill", fill_value=0)          # nobody's matrix is zero
-    return jnp.einsum("nrF,nDF->nrD" if sideways else "nrD,nDF->nrF", x_nrD, w_nDF).reshape(x_RD.shape[0], -1)
+    w_nDF = jnp.take(w_EDF, tile_expert, axis=0, mode="fill", fill_value=0)      # no owner: a zero matrix
+    product = "nrF,nDF->nrD" if transpose_w else "nrD,nDF->nrF"
+    return jnp.einsum(product, x_nrD, w_nDF).reshape(x_RD.shape[0], -1)
 
 
-def _tiles_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
+def _tiles_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
     x_nrD, g_nrF = (a.reshape(tile_expert.shape[0], -1, a.shape[1]) for a in (x_RD, g_RF))
     each_nDF = jnp.einsum("nrD,nrF->nDF", x_nrD, g_nrF, preferred_element_type=jnp.float32)
-    return jnp.zeros(w_EDF.shape, jnp.float32).at[tile_expert].add(each_nDF, mode="drop").astype(w_EDF.dtype)
+    sum_EDF = jnp.zeros(like_w.shape, jnp.float32).at[tile_expert].add(each_nDF, mode="drop")
+    return sum_EDF.astype(like_w.dtype)
 
 
-# -------------------------------------------------------------------------------- grouped matmul: Pallas, TPU
-# tile_expert is prefetched to scalar memory, so that the block of weights to load is known before the tile is
-# reached. A v4 chip is two cores behind one program ("megacore"): a grid axis marked parallel is split over them.
+# The TPU kernels. tile_expert is prefetched to scalar memory, so that the block of weights to load
+# is known before the tile is reached. A v4 chip is two cores behind one program ("megacore"): a
+# grid axis marked parallel is split over them.
 
-def _axis_block(size, most, dtype, what):
-    """A block along an axis: up to `most` numbers of bfloat16, half as many of float32. With 256 rows, 1280 each
-    way, and 1280 by 640 for the weight gradient, kernels fill the 16 MiB of fast memory of a v4 core; blocks of
-    128 would load 5 times the bytes [measured: AOT]. A short axis is one block."""
+def _tpu_block(size, most, dtype, what):
+    """A block along an axis: up to `most` numbers of bfloat16, half as many of float32. With 256
+    rows, 1,280 each way, and 1,280 by 640 for the weight gradient, kernels fill the 16 MiB of fast
+    memory of a v4 core. Blocks of 128 would load 5 times the bytes [measured: AOT]. A short axis is
+    one block."""
     most = most * 2 // jnp.dtype(dtype).itemsize
-    return size if size <= most else _divisor(size, 128, most, f"grouped_matmul impl='pallas_tpu': {what}")
+    if size <= most:
+        return size
+    return _divisor(size, 128, most, f"grouped_matmul impl='pallas_tpu': {what}")
 
 
-def _tpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
+def _tpu_matmul(x_RC, w_EDF, tile_expert, transpose_w, interpret):
     (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
-    O, dtype = (D if sideways else F), x_RC.dtype
-    c, o = _axis_block(C, 1280, dtype, "width of the input"), _axis_block(O, 1280, dtype, "width of the output")
+    O, dtype = (D if transpose_w else F), x_RC.dtype            # C columns in, O columns out
+    c = _tpu_block(C, 1280, dtype, "width of the input")
+    o = _tpu_block(O, 1280, dtype, "width of the output")
     r, steps = R // tiles, C // c
 
     def kernel(tile_expert, x, w, y, total):
@@ -382,33 +441,31 @@ def _tpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
 
         @pl.when(tile_expert[pl.program_id(1)] < E)
         def _():
-            total[...] += lax.dot_general(x[...], w[...], (((1,), (1 if sideways else 0,)), ((), ())),
+            contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
+            total[...] += lax.dot_general(x[...], w[...], contract,
                                           preferred_element_type=jnp.float32)
 
         @pl.when(pl.program_id(2) == steps - 1)
         def _():
             y[...] = total[...].astype(y.dtype)
 
-    expert = lambda i, tile_expert: jnp.minimum(tile_expert[i], E - 1)
-    w_spec = (pl.BlockSpec((None, o, c), lambda j, i, k, te: (expert(i, te), j, k)) if sideways else
-              pl.BlockSpec((None, c, o), lambda j, i, k, te: (expert(i, te), k, j)))
-    size = jnp.dtype(dtype).itemsize
-    return pl.pallas_call(
-        kernel, out_shape=jax.ShapeDtypeStruct((R, O), dtype), interpret=interpret,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(O // o, tiles, steps),
-            in_specs=[pl.BlockSpec((r, c), lambda j, i, k, te: (i, k)), w_spec],
-            out_specs=pl.BlockSpec((r, o), lambda j, i, k, te: (i, j)),
-            scratch_shapes=[pltpu.VMEM((r, o), jnp.float32)]),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(flops=2 * R * D * F, transcendentals=0,
-                                      bytes_accessed=size * (O // o * R * C + tiles * D * F + R * O)),
-    )(tile_expert, x_RC, w_EDF)
+    def w_block(j, i, k, tile_expert):
+        e = jnp.minimum(tile_expert[i], E - 1)
+        return (e, j, k) if transpose_w else (e, k, j)
+
+    return _tpu_call(
+        kernel, jax.ShapeDtypeStruct((R, O), dtype), interpret, grid=(O // o, tiles, steps),
+        in_specs=[pl.BlockSpec((r, c), lambda j, i, k, te: (i, k)),
+                  pl.BlockSpec((None, o, c) if transpose_w else (None, c, o), w_block)],
+        out_specs=pl.BlockSpec((r, o), lambda j, i, k, te: (i, j)), total=(r, o), flops=2 * R * D * F,
+        elements=O // o * R * C + tiles * D * F + R * O)(tile_expert, x_RC, w_EDF)
 
 
-def _tpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
-    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape
-    d, f, r = _axis_block(D, 1280, x_RD.dtype, "D"), _axis_block(F, 640, x_RD.dtype, "F"), R // tiles
+def _tpu_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
+    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], like_w.shape
+    d = _tpu_block(D, 1280, x_RD.dtype, "D")
+    f = _tpu_block(F, 640, x_RD.dtype, "F")
+    r = R // tiles
 
     def kernel(tile_expert, x, g, dw, total):
         i = pl.program_id(2)
@@ -418,379 +475,363 @@ def _tpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
         def _():
             total[...] = jnp.zeros_like(total)
 
-        @pl.when(e < E)                                         # tiles of nobody come last and change nothing
+        @pl.when(e < E)                             # tiles without an owner come last and change nothing
         def _():
-            total[...] += lax.dot_general(x[...], g[...], (((0,), (0,)), ((), ())),
+            contract = (((0,), (0,)), ((), ()))
+            total[...] += lax.dot_general(x[...], g[...], contract,
                                           preferred_element_type=jnp.float32)
 
-        @pl.when((e < E) & ((i == tiles - 1) | (tile_expert[jnp.minimum(i + 1, tiles - 1)] != e)))
+        next_e = tile_expert[jnp.minimum(i + 1, tiles - 1)]
+
+        @pl.when((e < E) & ((i == tiles - 1) | (next_e != e)))
         def _():
             dw[...] = total[...].astype(dw.dtype)
 
-    size = jnp.dtype(x_RD.dtype).itemsize
+    return _tpu_call(
+        kernel, like_w, interpret, grid=(D // d, F // f, tiles),
+        in_specs=[pl.BlockSpec((r, d), lambda j, k, i, te: (i, j)),
+                  pl.BlockSpec((r, f), lambda j, k, i, te: (i, k))],
+        out_specs=pl.BlockSpec((None, d, f), lambda j, k, i, te: (jnp.minimum(te[i], E - 1), j, k)),
+        total=(d, f), flops=2 * R * D * F,
+        elements=F // f * R * D + D // d * R * F + E * D * F)(tile_expert, x_RD, g_RF)
+
+
+def _tpu_call(kernel, out, interpret, grid, in_specs, out_specs, total, flops, elements):
+    """What both kernels share: a float32 accumulator in fast memory, the last grid axis in
+    order."""
+    size = elements * jnp.dtype(out.dtype).itemsize
     return pl.pallas_call(
-        kernel, out_shape=jax.ShapeDtypeStruct((E, D, F), w_EDF.dtype), interpret=interpret,
+        kernel, out_shape=out, interpret=interpret,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(D // d, F // f, tiles),
-            in_specs=[pl.BlockSpec((r, d), lambda j, k, i, te: (i, j)),
-                      pl.BlockSpec((r, f), lambda j, k, i, te: (i, k))],
-            out_specs=pl.BlockSpec((None, d, f), lambda j, k, i, te: (jnp.minimum(te[i], E - 1), j, k)),
-            scratch_shapes=[pltpu.VMEM((d, f), jnp.float32)]),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(flops=2 * R * D * F, transcendentals=0,
-                                      bytes_accessed=size * (F // f * R * D + D // d * R * F + E * D * F)),
-    )(tile_expert, x_RD, g_RF)
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(total, jnp.float32)]),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=size))
 
 
-# -------------------------------------------------------------------- grouped matmul: Pallas Mosaic GPU, Hopper
-# One persistent block per multiprocessor takes output tiles of 128 x 256 in turn. In it one warpgroup fetches
-# (TMA) while two multiply (wgmma), 128 columns each; results leave through shared memory in 32-column slices.
-
-WARPGROUP = 128     # rows and columns that one warpgroup accumulates in registers
-SLICE = 32          # columns stored at a time: 4 fetched blocks of depth 64 leave 16 KiB of shared memory
+GROUPED = {                     # name: (matmul, weight_grad), the two products of _grouped
+    "tiles": (_tiles_matmul, _tiles_weight_grad),
+    "pallas_tpu": (_tpu_matmul, _tpu_weight_grad),
+}
 
 
-def _gpu_kernel(body, out_shape, interpret, *arguments):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    if interpret:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams      # no public name in 0.10.2
-    return plgpu.kernel(
-        body, out_type=out_shape, grid=(2 if interpret else 132,), grid_names=("sm",),      # as an H200 has
-        num_threads=3, thread_name="wg", interpret=InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*arguments)
+# ---------------------------------------------------------------------------------- the experts
 
+def expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl=None, platform="cpu"):
+    """The SwiGLU of every row's expert: (silu(x gate) * (x up)) down, [R,D] -> [R,D] [SwiGLU, arXiv
+    2002.05202].
 
-def _gpu_tile(depth, left_spec, right_spec, multiply, out, place):
-    """One 128 x 256 output tile: accumulate `depth` fetched pairs of blocks in float32, then store."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    half = lax.axis_index("wg")
-
-    def compute(pipeline):
-        def accumulate(total):
-            pipeline(total)
-            done = total[...].astype(out.dtype)
-            for c in range(0, WARPGROUP, SLICE):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out[half] = done[:, c:c + SLICE]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out.at[half], place(half * WARPGROUP + c))
-        pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP, WARPGROUP)))
-
-    def step(_, left, right, total):
-        multiply(total, left, right, pl.ds(half * WARPGROUP, WARPGROUP))
-        plgpu.wgmma_wait(0)
-        return total
-
-    return plgpu.emit_pipeline_warp_specialized(
-        step, grid=(depth,), in_specs=[left_spec, right_spec], memory_registers=40, wg_axis="wg",
-        num_compute_wgs=2, max_concurrent_steps=4, compute_context=compute)
-
-
-def _gpu_check(tile, dtype, **sizes):
-    if tile != WARPGROUP or dtype != jnp.bfloat16:
-        raise ValueError(f"grouped_matmul impl='pallas_gpu': expected bfloat16 rows in tiles of {WARPGROUP}, "
-                         f"found {dtype} in tiles of {tile}")
-    for name, size in sizes.items():
-        _divisor(size, 256, size, f"grouped_matmul impl='pallas_gpu': {name}")
-
-
-def _gpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
-    r, O = R // tiles, (D if sideways else F)
-    _gpu_check(r, x_RC.dtype, D=D, F=F)
-
-    def multiply(total, x, w, half):
-        plgpu.wgmma(total, x, plgpu.transpose_ref(w.at[half], (1, 0)) if sideways else w.at[:, half])
-
-    def body(tile_expert, x, w, y):
-        def scope(out):
-            @plgpu.nd_loop((tiles, O // (2 * WARPGROUP)), collective_axes="sm")
-            def _(info):
-                i, j = info.index
-                e = jnp.minimum(tile_expert[i], E - 1)          # rows of nobody are zero, with any matrix
-                w_spec = (plgpu.BlockSpec((2 * WARPGROUP, 64), lambda k: (j, k)) if sideways else
-                          plgpu.BlockSpec((64, 2 * WARPGROUP), lambda k: (k, j)))
-                place = lambda c: y.at[pl.ds(i * r, r), pl.ds(j * 2 * WARPGROUP + c, SLICE)]
-                x_spec = plgpu.BlockSpec((r, 64), lambda k: (i, k))
-                _gpu_tile(C // 64, x_spec, w_spec, multiply, out, place)(x, w.at[e])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pl.run_scoped(scope, plgpu.SMEM((2, WARPGROUP, SLICE), x.dtype), collective_axes="wg")
-
-    if sideways and interpret:          # the interpreter cannot transpose a reference (jax 0.10.2)
-        return _gpu_rows(x_RC, w_EDF.swapaxes(1, 2), tile_expert, False, True)
-    return _gpu_kernel(body, jax.ShapeDtypeStruct((R, O), x_RC.dtype), interpret, tile_expert, x_RC, w_EDF)
-
-
-def _gpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape
-    r = R // tiles
-    _gpu_check(r, x_RD.dtype, D=D, F=F)
-    tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    start_E = jnp.cumsum(tiles_E) - tiles_E
-
-    def multiply(total, x, g, half):
-        plgpu.wgmma(total, x if interpret else plgpu.transpose_ref(x, (1, 0)), g.at[:, half])
-
-    def body(tiles_E, start_E, x, g, dw):
-        def scope(out):
-            @plgpu.nd_loop((E, D // WARPGROUP, F // (2 * WARPGROUP)), collective_axes="sm")
-            def _(info):
-                e, i, j = info.index
-                first = start_E[e] * (r // 64)
-                x_spec = (plgpu.BlockSpec((WARPGROUP, 64), lambda k: (i, first + k)) if interpret else
-                          plgpu.BlockSpec((64, WARPGROUP), lambda k: (first + k, i)))
-                g_spec = plgpu.BlockSpec((64, 2 * WARPGROUP), lambda k: (first + k, j))
-                place = lambda c: dw.at[e, pl.ds(i * WARPGROUP, WARPGROUP), pl.ds(j * 2 * WARPGROUP + c, SLICE)]
-                _gpu_tile(tiles_E[e] * (r // 64), x_spec, g_spec, multiply, out, place)(x, g)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pl.run_scoped(scope, plgpu.SMEM((2, WARPGROUP, SLICE), dw.dtype), collective_axes="wg")
-
-    x = x_RD.T if interpret else x_RD
-    return _gpu_kernel(body, jax.ShapeDtypeStruct((E, D, F), w_EDF.dtype), interpret, tiles_E, start_E, x, g_RF)
-
-
-# implementation: (rows, outer), the two products of _grouped
-PAIRS = {"tiles": (_tiles_rows, _tiles_outer), "pallas_tpu": (_tpu_rows, _tpu_outer),
-         "pallas_gpu": (_gpu_rows, _gpu_outer)}
-
-
-# ------------------------------------------------------------------------------------------------ the experts
-
-def experts(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl=None, platform="cpu"):
-    """The SwiGLU of every row's expert: (silu(x gate) * (x up)) down, [R,D] -> [R,D].
-
-    Rows and tile_expert as in grouped_matmul. impl: "loop", or the name of a grouped_matmul, applied three
-    times. "loop" walks the tiles once and does everything for a tile while it is in the cache, forward and
-    backward; it stops at the last tile that belongs to an expert. For CPUs:
-    0.26 of the dense einsum's time, 0.09 of ragged_dot's, 1.5 of torch._grouped_mm's [measured: python moe.py]"""
-    impl = impl or best(platform).experts
+    Rows and tile_expert as in grouped_matmul. impl: "loop", or the name of a grouped_matmul,
+    applied three times. "loop" visits the tiles once and does everything for a tile while it is in
+    the cache, forward and backward. It stops at the last tile that belongs to an expert. For CPUs:
+    0.22 to 0.26 of the time of a dense einsum over all experts, 1.0 to 1.6 of torch._grouped_mm's,
+    over the machines that were tried [measured: python tests/bench.py moe]."""
+    impl = impl or best(platform).expert_mlp
     if impl == "loop":
-        return _experts_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)
-    multiply = lambda x, w: grouped_matmul(x, w, tile_expert, impl, platform)
-    return multiply(jax.nn.silu(multiply(x_RD, gate_EDF)) * multiply(x_RD, up_EDF), down_EFD)
+        return _expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)
+    multiply = partial(grouped_matmul, tile_expert=tile_expert, impl=impl, platform=platform)
+    h_RF = jax.nn.silu(multiply(x_RD, gate_EDF)) * multiply(x_RD, up_EDF)
+    return multiply(h_RF, down_EFD)
 
 
 @jax.custom_vjp
-def _experts_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
-    return _experts_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)[0]
+def _expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
+    return _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)[0]
 
 
-def _walk(step, start, tile_expert, E, r):
-    """step(carry, expert, rows, put) for every tile of r rows that has an expert: rows(a) reads the tile of an
-    [R,...] array, put(a, tile) writes it, in place."""
+def _for_each_tile(step, start, tile_expert, E, rows):
+    """step(carry, expert, read, write) for every tile that has an owner. read(a_RX) gives the
+    tile's rows of an array, write(a_RX, a_rX) replaces them."""
     def tile(i, carry):
-        rows = lambda a_RX: lax.dynamic_slice_in_dim(a_RX, i * r, r)
-        put = lambda a_RX, a_rX: lax.dynamic_update_slice_in_dim(a_RX, a_rX.astype(a_RX.dtype), i * r, 0)
-        return step(carry, tile_expert[i], rows, put)
+        def read(a_RX):
+            return lax.dynamic_slice_in_dim(a_RX, i * rows, rows)
+
+        def write(a_RX, a_rX):
+            return lax.dynamic_update_slice_in_dim(a_RX, a_rX.astype(a_RX.dtype), i * rows, 0)
+
+        return step(carry, tile_expert[i], read, write)
     return lax.fori_loop(0, jnp.sum(tile_expert < E), tile, start)
 
 
-def _experts_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
+def _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
     E, D, F = gate_EDF.shape
-    both_EDF = jnp.concatenate([gate_EDF, up_EDF], axis=2)                          # one product instead of two
+    both_EDF = jnp.concatenate([gate_EDF, up_EDF], axis=2)              # one product instead of two
 
-    def step(carry, e, rows, put):
+    def step(carry, e, read, write):
         y_RD, h_RF = carry
-        h_rF = jnp.dot(rows(x_RD), both_EDF[e], preferred_element_type=jnp.float32)
+        h_rF = jnp.dot(read(x_RD), both_EDF[e], preferred_element_type=jnp.float32)
         a_rF = (jax.nn.silu(h_rF[:, :F]) * h_rF[:, F:]).astype(x_RD.dtype)
-        return put(y_RD, jnp.dot(a_rF, down_EFD[e])), put(h_RF, h_rF)
+        return write(y_RD, jnp.dot(a_rF, down_EFD[e])), write(h_RF, h_rF)
 
-    start = jnp.zeros_like(x_RD), jnp.zeros((x_RD.shape[0], 2 * F), x_RD.dtype)
-    y_RD, h_RF = _walk(step, start, tile_expert, E, x_RD.shape[0] // tile_expert.shape[0])
+    zeros = jnp.zeros_like(x_RD), jnp.zeros((x_RD.shape[0], 2 * F), x_RD.dtype)
+    rows = x_RD.shape[0] // tile_expert.shape[0]
+    y_RD, h_RF = _for_each_tile(step, zeros, tile_expert, E, rows)
     return y_RD, (x_RD, h_RF, both_EDF, down_EFD, tile_expert)
 
 
-def _experts_loop_backward(residuals, dy_RD):
+def _expert_loop_backward(residuals, dy_RD):
     x_RD, h_RF, both_EDF, down_EFD, tile_expert = residuals
     E, F, D = down_EFD.shape
-    product = lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32)
+    product = partial(jnp.dot, preferred_element_type=jnp.float32)
 
-    def add(dw, e, part):                                       # in place; .at[e].add would be a scatter
+    def add(dw, e, part):                           # in place; .at[e].add would be a scatter
         return lax.dynamic_update_index_in_dim(dw, dw[e] + part, e, axis=0)
 
-    def step(carry, e, rows, put):
+    def step(carry, e, read, write):
         dx_RD, dboth_EDF, ddown_EFD = carry
-        x_rD, dy_rD, h_rF = rows(x_RD), rows(dy_RD), rows(h_RF).astype(jnp.float32)
+        x_rD, dy_rD, h_rF = read(x_RD), read(dy_RD), read(h_RF).astype(jnp.float32)
         gate_rF, up_rF = h_rF[:, :F], h_rF[:, F:]
-        share_rF = jax.nn.sigmoid(gate_rF)
-        silu_rF = gate_rF * share_rF
+        sigmoid_rF = jax.nn.sigmoid(gate_rF)
+        silu_rF = gate_rF * sigmoid_rF
         da_rF = product(dy_rD, down_EFD[e].T)
-        dgate_rF = da_rF * up_rF * (share_rF + silu_rF * (1 - share_rF))
+        dgate_rF = da_rF * up_rF * (sigmoid_rF + silu_rF * (1 - sigmoid_rF))
         dh_rF = jnp.concatenate([dgate_rF, da_rF * silu_rF], axis=1).astype(x_RD.dtype)
         ddown_EFD = add(ddown_EFD, e, product((silu_rF * up_rF).astype(x_RD.dtype).T, dy_rD))
         dboth_EDF = add(dboth_EDF, e, product(x_rD.T, dh_rF))
-        return put(dx_RD, product(dh_rF, both_EDF[e].T)), dboth_EDF, ddown_EFD
+        return write(dx_RD, product(dh_rF, both_EDF[e].T)), dboth_EDF, ddown_EFD
 
-    start = jnp.zeros_like(x_RD), jnp.zeros(both_EDF.shape, jnp.float32), jnp.zeros(down_EFD.shape, jnp.float32)
-    dx_RD, dboth_EDF, ddown_EFD = _walk(step, start, tile_expert, E, x_RD.shape[0] // tile_expert.shape[0])
-    dboth_EDF = dboth_EDF.astype(both_EDF.dtype)
-    return dx_RD, dboth_EDF[:, :, :F], dboth_EDF[:, :, F:], ddown_EFD.astype(down_EFD.dtype), None
+    zeros = (jnp.zeros_like(x_RD), jnp.zeros(both_EDF.shape, jnp.float32),
+             jnp.zeros(down_EFD.shape, jnp.float32))
+    rows = x_RD.shape[0] // tile_expert.shape[0]
+    dx_RD, dboth_EDF, ddown_EFD = _for_each_tile(step, zeros, tile_expert, E, rows)
+    dgate_EDF, dup_EDF = jnp.split(dboth_EDF.astype(both_EDF.dtype), 2, axis=2)
+    return dx_RD, dgate_EDF, dup_EDF, ddown_EFD.astype(down_EFD.dtype), None
 
 
-_experts_loop.defvjp(_experts_loop_forward, _experts_loop_backward)
+_expert_loop.defvjp(_expert_loop_forward, _expert_loop_backward)
 
 
-# ------------------------------------------------------------------------------------------ counting scores
+# ------------------------------------------------------------------------------ counting scores
 
-def count_reaching(key_LTE, tried_CLE, impl=None, platform="cpu"):
-    """How many tokens reach each tried key: uint32 [L,T,E] and [C,L,E] -> int32 [C,L,E], key >= tried.
+def count_reaching(key_LTE, candidate_CLE, impl=None, platform="cpu"):
+    """How many tokens reach each candidate: uint32 [L,T,E] and [C,L,E] -> int32 [C,L,E], key >=
+    candidate.
 
-    The inner step of quantile balancing: balance.qth_largest decides the bits of an order statistic by such
-    counts. Counting against several candidates while the keys pass by reads them fewer times: C = 15 decides
-    4 bits a pass, 8 passes instead of 32. impl: "plain", "pallas_tpu" (interpret mode on platform "cpu")."""
-    impl = impl or best(platform).count
+    This is the inner step of quantile balancing: balance.kth_largest decides the bits of an order
+    statistic by such counts. Several candidates at once read the keys fewer times: C = 15 decides 4
+    bits a pass, so 8 passes do instead of 32. impl: "plain" or "pallas_tpu"."""
+    impl = _known("count_reaching impl", impl or best(platform).count, ("plain", "pallas_tpu"))
     if impl == "plain":
-        return jnp.sum(key_LTE >= tried_CLE[:, :, None], axis=2, dtype=jnp.int32)
-    if impl != "pallas_tpu":
-        raise ValueError(f"count_reaching impl={impl!r}: expected 'plain' or 'pallas_tpu'")
-    (L, T, E), C = key_LTE.shape, tried_CLE.shape[0]
+        return jnp.sum(key_LTE >= candidate_CLE[:, :, None], axis=2, dtype=jnp.int32)
+    (L, T, E), C = key_LTE.shape, candidate_CLE.shape[0]
     t = _divisor(T, 8, 1024, "count_reaching impl='pallas_tpu': tokens") if T > 1024 else T
 
-    def kernel(key, tried, count):
+    def kernel(key, candidate, count):
         @pl.when(pl.program_id(1) == 0)
         def _():
             count[...] = jnp.zeros_like(count)
         for c in range(C):
-            reached_tE = key[...] >= tried[c:c + 1, :]
+            reached_tE = key[...] >= candidate[c:c + 1, :]
             count[c:c + 1, :] += jnp.sum(reached_tE.astype(jnp.int32), axis=0, keepdims=True)
 
-    # TPUs compare signed integers: turning the top bit keeps the order
-    signed = lambda x: lax.bitcast_convert_type(x ^ jnp.uint32(1 << 31), jnp.int32)
+    def signed(x):              # TPUs compare signed integers: flipping the top bit keeps the order
+        return lax.bitcast_convert_type(x ^ jnp.uint32(1 << 31), jnp.int32)
+
     once = pl.BlockSpec((None, C, E), lambda l, i: (l, 0, 0))
-    return pl.pallas_call(
-        kernel, grid=(L, T // t), interpret=platform == "cpu",
+    cost = pl.CostEstimate(flops=2 * L * T * C * E, transcendentals=0,
+                           bytes_accessed=4 * L * E * (T + 2 * C))
+    call = pl.pallas_call(
+        kernel, grid=(L, T // t), interpret=platform == "cpu", cost_estimate=cost,
         out_shape=jax.ShapeDtypeStruct((L, C, E), jnp.int32),
         in_specs=[pl.BlockSpec((None, t, E), lambda l, i: (l, i, 0)), once], out_specs=once,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(flops=2 * L * T * C * E, transcendentals=0,
-                                      bytes_accessed=4 * L * E * (T + 2 * C)),
-    )(signed(key_LTE), signed(tried_CLE).swapaxes(0, 1)).swapaxes(0, 1)
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")))
+    return call(signed(key_LTE), signed(candidate_CLE).swapaxes(0, 1)).swapaxes(0, 1)
 
 
-# ------------------------------------------------------------------------------------------ python kernels.py
+# -------------------------------------------------------------------- weights on many devices
+# Inside shard_map every device holds its share of a weight. It gathers the others' shares when it
+# needs the weight, and the gradient comes back summed and scattered (FSDP) [arXiv 2304.11277].
 
-def stopwatch(forms, repeats=10):
-    """{name: seconds} of {name: function without arguments}: the least of `repeats` runs, all forms in turn, so
-    that whatever disturbs the machine disturbs them alike. Prints a warning where it was disturbed much."""
-    import statistics
-    import time
-    seconds = {name: [] for name in forms}
-    for f in forms.values():
-        jax.block_until_ready(f())                              # compiled and warm
-    for _ in range(repeats):
-        for name, f in forms.items():
-            start = time.perf_counter()
-            jax.block_until_ready(f())
-            seconds[name].append(time.perf_counter() - start)
-    for name, all_of in seconds.items():
-        if statistics.median(all_of) > 1.3 * min(all_of):
-            print(f"warning: a noisy machine: {name} took {min(all_of) * 1e3:.1f} ms at best and "
-                  f"{statistics.median(all_of) * 1e3:.1f} ms in the median; run again when it is quiet")
-    return {name: min(all_of) for name, all_of in seconds.items()}
+LARGE_VOCABULARY = 32_768       # from this size the gradients of embedding and head need the care below
 
+
+def single_device(axis):
+    """Whether there is nothing to exchange over the mesh axis; None stands for a program without a
+    mesh."""
+    return axis is None or lax.axis_size(axis) == 1
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_weight(w, axis, split, dtype):
+    """A weight in the compute type, whole, from every device's share of it along its axis `split`.
+
+    Its gradient is summed over devices in float32 and scattered. Plain autodiff would sum in the
+    compute type, and bfloat16 sums stop growing at 256 equal terms."""
+    if single_device(axis):
+        return w.astype(dtype)
+    return lax.all_gather(w.astype(dtype), axis, axis=split, tiled=True)
+
+
+def _gather_forward(w, axis, split, dtype):
+    return gather_weight(w, axis, split, dtype), None
+
+
+def _gather_backward(axis, split, dtype, _, g):
+    if single_device(axis):
+        return (g.astype(jnp.float32),)
+    d = g.shape[split] // lax.axis_size(axis)
+    # split 0 is the head's; the gradient of the embedding, which is cut the other way, comes from
+    # embed
+    chunks = _num_chunks(g.shape[1], d, axis) if g.ndim == 2 and split == 0 else 1
+    if chunks == 1:
+        return (_reduce_scatter(g, axis, split),)
+    g_nCdV = g.reshape(-1, chunks, d // chunks, g.shape[1])
+
+    def chunk(i):
+        g_DV = lax.dynamic_index_in_dim(g_nCdV, i, 1, keepdims=False).reshape(-1, g.shape[1])
+        return _reduce_scatter(g_DV, axis, 0)
+    return (lax.map(chunk, jnp.arange(chunks)).reshape(d, -1),)
+
+
+gather_weight.defvjp(_gather_forward, _gather_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def embed(w_Vd, token_T, axis, dtype):
+    """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns of
+    it.
+
+    The gradient sums over every occurrence of a token, in float32 from there to the optimizer."""
+    return jnp.take(gather_weight(w_Vd, axis, 1, dtype), token_T, axis=0)
+
+
+def _embed_forward(w_Vd, token_T, axis, dtype):
+    return embed(w_Vd, token_T, axis, dtype), (w_Vd.shape, token_T)
+
+
+def _embed_backward(axis, dtype, residuals, g_TD):
+    (V, d), token_T = residuals
+    chunks = _num_chunks(V, d, axis)
+
+    def chunk(g_Tnd):
+        g_TD = g_Tnd.reshape(len(g_Tnd), -1)
+        g_VD = jnp.zeros((V, g_TD.shape[1]), jnp.float32).at[token_T].add(g_TD)
+        return g_VD if single_device(axis) else _reduce_scatter(g_VD, axis, 1)
+
+    g_TnCd = g_TD.astype(jnp.float32).reshape(len(g_TD), -1, chunks, d // chunks)
+    return jnp.moveaxis(lax.map(chunk, jnp.moveaxis(g_TnCd, 2, 0)), 0, 1).reshape(V, d), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+def _reduce_scatter(g, axis, split):
+    """This device's share along `split` of a weight's gradient, summed over devices in float32.
+
+    The TPU compiler scatters a sum only if it can cut the other axis into pieces and if the split
+    axis does not lie along the lanes. With 128,256 = 768 x 167 words, laid out by the loops that
+    made them, the gradients of embedding and head meet neither condition: every chip would sum them
+    whole, 10 GB a step and as much memory again [measured: LOG.md]. So a large vocabulary is
+    padded, to 131,072, and the split axis is made the outer one."""
+    g = g.astype(jnp.float32)
+    words = g.shape[1 - split] if g.ndim == 2 else 0
+    if words <= LARGE_VOCABULARY:
+        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
+    padding = [(0, 0), (0, 0)]
+    padding[1 - split] = (0, -words % 4096)
+    g = with_layout_constraint(jnp.pad(g, padding), Layout((split, 1 - split)))
+    share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
+    share = lax.optimization_barrier(share)     # libtpu 0.0.42 stops with an error if it may join the slices
+    return lax.slice_in_dim(share, 0, words, axis=1 - split)
+
+
+def _num_chunks(words, d, axis):
+    """In how many chunks, one after the other, a large vocabulary's gradient is summed: at once it
+    is 2.5 GiB in float32, and padded again. No chunk is below the 40 rows a chip that v4 is known
+    to scatter."""
+    return 4 if words > LARGE_VOCABULARY and d % 160 == 0 and not single_device(axis) else 1
+
+
+# ----------------------------------------------------------------------- the heap of a CPU process
+# XLA's CPU backend allocates all temporaries of a step as one block, with malloc. These two
+# functions keep glibc from making that slow. Elsewhere they do nothing.
+
+def keep_freed_memory():
+    """Let the process keep what it frees, if its only devices are CPUs.
+
+    Past 32 MB glibc maps the block for every step anew, and the kernel clears it page by page:
+    59,449 page faults, 110 of 380 ms of CPU time, in one step of configs/smoke.py [measured]. One
+    arena that neither maps nor trims keeps the block: 0 faults."""
+    plugins = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
+    if plugins and jax.config.jax_platforms != "cpu":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8              # malloc.h
+    libc.mallopt(M_ARENA_MAX, 1)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+class _MallocInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33 and newer."""
+    _fields_ = [("others", ctypes.c_size_t * 9), ("keepcost", ctypes.c_size_t)]
+
+
+_filled = []        # the pieces of the heap that fill_holes holds: they belong to the process
+
+
+def fill_holes():
+    """Occupy the free pieces, up to 1 MB each, that compiling leaves between used ones on the heap.
+
+    Compiling configs/smoke.py leaves 40,000 of them, 670 MB in all, and every allocation of a step
+    walks lists of them while the other threads wait for the one arena: 217 to 250 ms a step,
+    against 141 with the holes filled and 132 in a process that loaded its programs instead
+    [measured]. It takes no memory that the process did not already hold."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallinfo2.restype = _MallocInfo
+    except (OSError, AttributeError):
+        return
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    while _filled:
+        libc.free(_filled.pop())
+    size = 1 << 20
+    while size >= 1024:
+        last_hole = libc.sbrk(None) - libc.mallinfo2().keepcost     # beyond it, the heap is untouched
+        piece = libc.malloc(size)
+        while piece and piece < last_hole:
+            _filled.append(piece)
+            piece = libc.malloc(size)
+        libc.free(piece)
+        size = size * 7 // 8
+
+
+# ---------------------------------------------------------------------------------- python kernels.py
 
 def _demonstrate():
-    key = iter(jax.random.split(jax.random.key(0), 32))
-    normal = lambda *shape: jax.random.normal(next(key), shape)
-    B, S, N, M, H, W = 8, 512, 4, 2, 32, 256
-    segment_BS = jnp.cumsum(jax.random.bernoulli(next(key), 0.01, (B, S)), axis=1)
-    T, D, V, E, F, r = 2048, 128, 8192, 8, 64, 64
-    tile_expert = jnp.repeat(jnp.arange(E), 4 * T // (E * r))
-    x_RD, target_T = normal(4 * T, D), jax.random.randint(next(key), (T,), 0, V)
-    cases = {       # name: (function of (impl, differentiable arguments), arguments, fast implementations)
-        f"attention S={S}": (lambda impl, q, k, v: attention(q, k, v, segment_BS, S, impl),
-                             (normal(B, S, N, H), normal(B, S, M, H), normal(B, S, M, H)), ["chunked"]),
-        f"attention S={S} window={W}": (lambda impl, q, k, v: attention(q, k, v, segment_BS, W, impl),
-                                        (normal(B, S, N, H), normal(B, S, M, H), normal(B, S, M, H)), ["chunked"]),
-        f"cross_entropy T={T} V={V}": (lambda impl, x, head: cross_entropy(x, head, target_T, impl)[0],
-                                       (normal(T, D), normal(D, V) * D**-0.5), ["chunked", "vocabulary"]),
-        f"grouped_matmul R={4 * T} E={E}": (lambda impl, x, w: grouped_matmul(x, w, tile_expert, impl),
-                                            (x_RD, normal(E, D, F) * D**-0.5), ["tiles", "ragged_dot"]),
-        f"experts R={4 * T} E={E}": (lambda impl, *a: experts(*a, tile_expert, impl), (
-            x_RD, *(normal(E, *shape) * shape[0]**-0.5 for shape in ((D, F), (D, F), (F, D)))), ["loop", "tiles"]),
-    }
-    print(f"forward and backward, float32, {jax.devices()[0].device_kind}; best of 10, interleaved")
-    print(f"{'kernel':30s} {'implementation':14s} {'ms':>8s} {'x plain':>8s}   relative errors: value, gradients")
-    for name, (f, args, fast) in cases.items():
-        def run(impl):
-            g = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(jnp.sin(f(impl, *a))), argnums=range(len(args))))
-            return lambda: g(*args)
-        forms = {impl: run(impl) for impl in ("plain", *fast)}
-        truth, times = jax.tree.leaves(forms["plain"]()), stopwatch(forms)
-        for impl in forms:
-            errors = [float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
-                      for a, b in zip(jax.tree.leaves(forms[impl]()), truth)]
-            print(f"{name:30s} {impl:14s} {times[impl] * 1e3:8.1f} {times[impl] / times['plain']:8.2f}   "
-                  + " ".join(f"{e:.0e}" for e in errors if impl != "plain"))
+    """Print the largest relative error of every fast implementation's value and gradients."""
+    keys = iter(jax.random.split(jax.random.key(0), 16))
 
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape) * shape[-2]**-0.5
 
-CHIPS = {       # bfloat16 FLOP/s and bytes/s of high-bandwidth memory of one chip [cited: the makers' data sheets]
-    "v4": (275e12, 1.228e12), "v5p": (459e12, 2.765e12), "v6e": (918e12, 1.640e12), "h200": (989e12, 4.8e12)}
-
-
-def roofline(chip):
-    """Rows (kernel, model FLOPs, FLOPs in view, executed FLOPs, bytes) of one chip's share of the 129B run, of one
-    layer and of the head: 16,384 tokens, forward and backward without rematerialisation, bfloat16.
-
-    Model: as model.count has it, 3 times the forward products and attention over all S*S scores; MFU divides by
-    these. In view: only scores that causality and the window let through. Executed: what the TPU kernels do:
-    whole blocks of scores, 9 products of them where autodiff needs 6; logits twice; half a tile of padding an
-    expert. Bytes: every operand, as often as the kernel's grid streams it; a GPU's cache saves some of that."""
-    T, S, D, N, M, H, E, K, F, V, L = 16_384, 4096, 5120, 40, 10, 128, 64, 4, 2560, 128_256, 48
-    tpu = chip != "h200"
-    rows, block = [], 1024
-    for name, window in ("attention, full", S), ("attention, window 2048", S // 2):
-        pairs = sum(min(i + 1, window) for i in range(S)) * T // S
-        seen = sum(1 for i in range(S // block) for j in range(i + 1) if i * block - (j + 1) * block < window)
-        scores = 2 * N * H * (seen * block**2 * T // S)         # FLOPs of one product of all scores in use
-        read = 2 * T * (N + 2 * M) * H * (2 + 7)                # q, k, v, output and their gradients, some twice
-        rows.append((name, 12 * T * S * N * H, 12 * pairs * N * H, 9 * scores, read))
-    R, local = 65_536, E // 4                                   # EP4: a chip computes T*K rows for 16 experts
-    tile = row_tile("tpu" if tpu else "gpu", R, local)
-    padded = R + local * tile // 2
-    for name, d, f in ("experts, gate and up", D, 2 * F), ("experts, down", F, D):
-        o = 1280 if tpu else 256                                # columns of an output block
-        sweep = lambda a, b: 2 * (padded * a * (b // o) + padded // tile * a * b + padded * b)
-        outer = 2 * (padded * d * (f // 640) + padded * f * (d // 1280) + local * d * f)
-        rows.append((name, 6 * R * d * f, 6 * R * d * f, 6 * padded * d * f, sweep(d, f) + sweep(f, d) + outer))
-    streams = -(-V // 4096)
-    rows.append(("loss over 128,256 words", 6 * T * D * V, 6 * T * D * V, 8 * T * D * V,
-                 2 * (3 * D * V + 3 * streams * T * D) + 4 * 2 * streams * T * D))
-    passes = 8 if tpu else 32
-    rows.append(("counts, one layer's balancing", 0, 0, 2 * T * E * (15 * 8 if tpu else 32), 4 * T * E * passes))
-    return rows
-
-
-def _print_roofline(chip):
-    peak, bandwidth = CHIPS[chip]
-    print(f"{chip}: {peak / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s, {peak / bandwidth:.0f} FLOP a byte; "
-          "16,384 tokens of the 129B model, bfloat16,")
-    print("forward and backward of one layer, and of the head. TFLOP; arithmetic, not a measurement.")
-    print(f"{'kernel':30s} {'model':>7s} {'in view':>8s} {'executed':>9s} {'GB':>7s} {'FLOP/B':>7s} {'ms':>7s} "
-          f"{'bound':>8s} {'MFU at most':>12s}")
-    for name, model_flops, in_view, executed, size in roofline(chip):
-        compute, memory = executed / peak, size / bandwidth
-        time = max(compute, memory)
-        print(f"{name:30s} {model_flops / 1e12:7.2f} {in_view / 1e12:8.2f} {executed / 1e12:9.3f} "
-              f"{size / 1e9:7.2f} {executed / size:7.0f} {time * 1e3:7.2f} "
-              f"{'compute' if compute >= memory else 'memory':>8s} {model_flops / peak / time:12.0%}")
-    print("MFU counts `model`: all S*S scores, no logits twice. Attention that skips what is masked passes 100 %.")
-
-
-def main(arguments):
-    import sys
-    if not arguments:
-        return _demonstrate()
-    if len(arguments) == 3 and arguments[:2] == ["roofline", "--chip"] and arguments[2] in CHIPS:
-        return _print_roofline(arguments[2])
-    print(f"kernels.py: expected nothing or `roofline --chip {'|'.join(CHIPS)}`, found {' '.join(arguments)!r}",
-          file=sys.stderr)
-    sys.exit(2)
+    segment_BS = jnp.repeat(jnp.arange(3), 50)[None, :130]
+    target_T, tile_expert = jnp.arange(300) % 77, jnp.array([0, 0, 2, 4])
+    cases = {       # name: (function of impl and arguments, arguments, fast implementations)
+        "attention": (lambda impl, q, k, v: attention(q, k, v, segment_BS, 70, impl),
+                      (normal(1, 130, 4, 8), normal(1, 130, 2, 8), normal(1, 130, 2, 8)), ["chunked"]),
+        "cross_entropy": (lambda impl, *a: cross_entropy(*a, target_T, impl, chunk=50),
+                          (normal(300, 16), normal(16, 77)), ["chunked", "vocabulary"]),
+        "grouped_matmul": (lambda impl, *a: grouped_matmul(*a, tile_expert, impl),
+                           (normal(32, 16).at[24:].set(0), normal(4, 16, 8)), ["tiles", "pallas_tpu"]),
+        "expert_mlp": (lambda impl, *a: expert_mlp(*a, tile_expert, impl),
+                       (normal(32, 16).at[24:].set(0), normal(4, 16, 8), normal(4, 16, 8),
+                        normal(4, 8, 16)), ["loop", "tiles"])}
+    for name, (f, arguments, fast) in cases.items():
+        def gradients(impl):
+            value = lambda *a: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(impl, *a)))
+            return jax.tree.leaves(jax.value_and_grad(value, range(len(arguments)))(*arguments))
+        for impl in fast:
+            pairs = zip(gradients(impl), gradients("plain"))
+            error = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+            print(f"{name:16s}{impl:12s} error {error:.0e}")
 
 
 if __name__ == "__main__":
-    import sys
-    main(sys.argv[1:])
+    _demonstrate()

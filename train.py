@@ -48,13 +48,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
 import data
+import kernels
 import model
 from model import ModelConfig
 
@@ -166,6 +166,8 @@ def check(key, value, where):
         near = difflib.get_close_matches(key, KEYS, 1)
         raise ConfigError(f"{where}: unknown config key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
                           + "  (python train.py --help lists all keys)")
+    if typing.get_origin(KEYS[key]) is typing.Literal:
+        return value
     if KEYS[key] is float and type(value) is int:
         value = float(value)
     if type(value) is not KEYS[key]:
@@ -226,114 +228,6 @@ def describe_keys():
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------------- mesh
-
-MESH = ("replica", "data", "expert")    # tokens are split over all three; model.table says what splits weights
-
-
-def keep_freed_memory():
-    """Let the process keep what it frees, if its only devices are CPUs (glibc; elsewhere nothing happens).
-
-    XLA allocates all temporaries of a step as one block. Past 32 MB glibc maps that block for every step anew, and
-    the kernel clears it page by page: 59,449 page faults, 110 of 380 ms of CPU time, in one step of
-    configs/smoke.py [measured]. One arena that neither maps nor trims keeps the block: 0 faults."""
-    if jax.config.jax_platforms != "cpu" and any(map(importlib.util.find_spec, ("libtpu", "jax_plugins"))):
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return
-    for option, value in {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}.values():
-        libc.mallopt(option, value)
-
-
-HOLES = []      # pieces of the heap that fill_holes holds
-
-
-def fill_holes():
-    """Occupy the free pieces, up to 1 MB each, that compiling leaves between used ones on the heap (glibc only).
-
-    Compiling configs/smoke.py leaves 40,000, 670 MB in all, and every allocation of a step walks lists of them
-    while the other threads wait for the one arena: 217 to 250 ms a step, against 141 with the holes filled and 132
-    in a process that loaded its programs instead [measured]. It takes no memory that was not already held."""
-    class Info(ctypes.Structure):                               # struct mallinfo2 [cited: malloc.h, glibc >= 2.33]
-        _fields_ = [("others", ctypes.c_size_t * 9), ("keepcost", ctypes.c_size_t)]
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallinfo2.restype = Info
-    except (OSError, AttributeError):
-        return
-    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-    free = lambda piece: libc.free(ctypes.c_void_p(piece))
-    while HOLES:
-        free(HOLES.pop())
-    size = 1 << 20
-    while size >= 1024:
-        end = libc.sbrk(None) - libc.mallinfo2().keepcost       # of the last hole: beyond, the heap is untouched
-        while (piece := libc.malloc(ctypes.c_size_t(size))) and piece < end:
-            HOLES.append(piece)
-        free(piece)
-        size = size * 7 // 8
-
-
-def mesh_shape(t, n):
-    """{axis: length} of the mesh of n devices."""
-    copies = t.replicas or n // t.expert_parallel
-    return dict(zip(MESH, (copies, n // copies // t.expert_parallel, t.expert_parallel)))
-
-
-def misfit(c, t, n):
-    """Why n devices cannot share this model and this batch, in one line; None if they can."""
-    least = max(1, t.replicas) * t.expert_parallel
-    if n % least:
-        return f"devices: expected a multiple of replicas x expert_parallel = {least}, found {n}"
-    rows = t.batch_size // t.accumulate
-    if rows % n:
-        return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
-    size = mesh_shape(t, n)
-    def check(path, w):
-        for axis, length in zip(w.spec, w.shape):
-            if axis and length % size[axis]:
-                return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length} over "
-                        f"{size[axis]} of {axis!r}; use other sizes, replicas or expert_parallel")
-    return next(iter(jax.tree.leaves(model.walk(check, c))), None)
-
-
-def make_mesh(c, t, devices=None):
-    """The devices as replica x data x expert: copies (one per slice, say), FSDP shares, experts.
-
-    "expert" comes last, so neighbours share experts, and mesh_utils lays the axes along a TPU's torus."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fitting = lambda most: max((n for n in range(1, most + 1) if not misfit(c, t, n)), default=most)
-    if devices is None:
-        keep_freed_memory()
-        try:    # XLA's CPU backend runs most operations on one core: one device per core keeps all of them busy
-            jax.config.update("jax_num_cpu_devices", t.devices or fitting(cores))
-        except RuntimeError:
-            pass    # a backend already runs (tests): take the devices that it has
-        if t.compiled_dir:
-            jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
-        devices = jax.devices()
-        n = t.devices or (fitting(len(devices)) if devices[0].platform == "cpu" else len(devices))
-        if n > len(devices):
-            raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), found {n}")
-        devices = devices[:n]
-    if reason := misfit(c, t, len(devices)):
-        raise ConfigError(reason)
-    shape = tuple(mesh_shape(t, len(devices)).values())
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices > 1 and shape[0] % slices:
-        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {shape[0]}")
-    if slices > 1:                              # the replicas are dealt to the slices: only their sums leave one
-        inside = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
-    else:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH, axis_types=(AxisType.Auto,) * 3)
-
-
-# --------------------------------------------------------------------------------------------------- optimizer
-
 class Rates(NamedTuple):
     adam_lr: float
     hyper_lr: float
@@ -358,18 +252,99 @@ def heuristic(recipe, tokens, tokens_per_batch, hidden_dim):
     return Rates(min(adam_lr, 0.05), min(13 / 3 * adam_lr, 0.05), beta2, eps)
 
 
+# -------------------------------------------------------------------------------------------- mesh
+
+MESH = ("replica", "data", "expert")    # tokens are split over all three; model.param_specs says
+#                                         what splits weights
+
+
+def mesh_shape(t, n):
+    """{axis: length} of the mesh of n devices."""
+    copies = t.replicas or n // t.expert_parallel
+    return dict(zip(MESH, (copies, n // copies // t.expert_parallel, t.expert_parallel)))
+
+
+def mesh_error(c, t, n):
+    """Why n devices cannot share this model and this batch, in one line; None if they can."""
+    least = max(1, t.replicas) * t.expert_parallel
+    if n % least:
+        return f"devices: expected a multiple of replicas x expert_parallel = {least}, found {n}"
+    rows = t.batch_size // t.accumulate
+    if rows % n:
+        return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
+    size = mesh_shape(t, n)
+
+    def check(path, w):
+        for axis, length in zip(w.spec, w.shape):
+            if axis and length % size[axis]:
+                return (f"{path} {w.shape}: expected axes that divide over the mesh, found "
+                        f"{length} over {size[axis]} of {axis!r}; use other sizes, replicas or "
+                        "expert_parallel")
+    return next(iter(jax.tree.leaves(model.map_params(check, c))), None)
+
+
+def local_devices(c, t):
+    """The devices of this machine that the run uses: all accelerators, or as many CPU devices as
+    cores can share the batch. XLA's CPU backend runs most operations on one core, so one device for
+    each core keeps all of them busy."""
+    def most_that_fit(most):
+        return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
+
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
+        cores = len(os.sched_getaffinity(0))
+    kernels.keep_freed_memory()
+    try:
+        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(cores))
+    except RuntimeError:
+        pass                    # a backend already runs (tests): take the devices that it has
+    if t.compiled_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
+    devices = jax.devices()
+    cpu = devices[0].platform == "cpu"
+    n = t.devices or (most_that_fit(len(devices)) if cpu else len(devices))
+    if n > len(devices):
+        raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), "
+                          f"found {n}")
+    return devices[:n]
+
+
+def make_mesh(c, t, devices=None):
+    """The devices as replica x data x expert: copies (one for each slice, say), FSDP shares,
+    experts.
+
+    "expert" comes last, so that neighbors share experts. mesh_utils lays the axes along a TPU's
+    torus. Raises ConfigError if the devices cannot share the model or the batch."""
+    devices = local_devices(c, t) if devices is None else devices
+    if reason := mesh_error(c, t, len(devices)):
+        raise ConfigError(reason)
+    shape = tuple(mesh_shape(t, len(devices)).values())
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1 and shape[0] % slices:
+        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {shape[0]}")
+    if slices > 1:              # each slice has its own replicas: only their sums leave it
+        inside = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH, axis_types=(AxisType.Auto,) * 3)
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
 def rates(c, t):
-    """The heuristic's numbers, with whatever the config sets in their place."""
-    tokens_per_batch = t.batch_size * c.seq_len
-    derived = heuristic(t.recipe, t.steps * tokens_per_batch, tokens_per_batch, c.hidden_dim)
-    derived = derived._replace(adam_lr=t.rate_scale * t.adam_scale * derived.adam_lr,
-                               hyper_lr=t.rate_scale * derived.hyper_lr)
-    return Rates(*(getattr(t, name) or value for name, value in derived._asdict().items()))
+    """The peak rates, beta2 and eps: scaling.heuristic's, with whatever the config sets instead."""
+    batch_tokens = t.batch_size * c.seq_len
+    fit = heuristic(t.recipe, t.steps * batch_tokens, batch_tokens, c.hidden_dim)
+    fit = fit._replace(adam_lr=t.rate_scale * t.adam_scale * fit.adam_lr,
+                       hyper_lr=t.rate_scale * fit.hyper_lr)
+    return Rates(*(getattr(t, name) or value for name, value in fit._asdict().items()))
 
 
-def lr_share(t, step):
-    """The learning rate of the step that follows `step` others, over its peak: up in int(warmup * steps) steps, then
-    down to min_lr_ratio. The first step of a warm-up has rate 0. [cited: levanter, optim/config.py]"""
+def lr_multiplier(t, step):
+    """The learning rate over its peak, for the step that follows `step` others: up in
+    int(warmup * steps) steps, then down to min_lr_ratio. The first step of a warm-up has rate 0.
+    [levanter, optim/config.py]"""
     warm = int(t.warmup * t.steps)
     down = t.steps - warm if t.schedule == "linear" else int(t.decay * t.steps)
     parts = (optax.linear_schedule(0.0, 1.0, warm), optax.constant_schedule(1.0),
@@ -383,16 +358,20 @@ class HyperballState(NamedTuple):
 
 
 def matrix_norm(w):
-    """Frobenius norm of every matrix in a stack: over the last two axes, so per layer and per expert."""
+    """Frobenius norm of every matrix of a stack: over the last two axes, so per layer and
+    expert."""
     return jnp.sqrt(jnp.sum(w * w, axis=(-2, -1), keepdims=True))
 
 
 def hyperball(direction, rate):
-    """Keep every matrix on the sphere on which it was born, and walk along it: the H of AdamH and MuonH.
+    """Keep every matrix on the sphere of its initial norm and move along it: the H of AdamH and
+    MuonH.
 
-    `direction` is any optax transformation; its output u only points. The step is `rate` times the matrix's
-    own norm along -u, then the matrix is scaled back to that norm. So the rate is a relative step, the same
-    for every size of matrix, weight decay has nothing to do, and no norm can run away. [cited: marin #4697]"""
+    `direction` is any optax transformation; of its output u only the direction counts. The step is
+    `rate` times the matrix's own norm along -u, then the matrix is scaled back to that norm. So the
+    rate is a relative step, the same for every size of matrix; weight decay has nothing to do, and
+    no norm can run away. The floor of 1e-10 keeps a zero gradient from becoming NaN. [marin
+    #4697]"""
     def init(params):
         return HyperballState(jnp.zeros((), jnp.int32), direction.init(params))
 
@@ -400,44 +379,45 @@ def hyperball(direction, rate):
         us, inner = direction.update(grads, state.direction, params)
 
         def move(w, u):
-            radius = matrix_norm(w)
-            there = w - rate(state.count) * radius * u / jnp.maximum(matrix_norm(u), 1e-10)
-            return there * radius / jnp.maximum(matrix_norm(there), 1e-10) - w
+            norm = matrix_norm(w)
+            moved = w - rate(state.count) * norm * u / jnp.maximum(matrix_norm(u), 1e-10)
+            return moved * norm / jnp.maximum(matrix_norm(moved), 1e-10) - w
         return jax.tree.map(move, params, us), HyperballState(state.count + 1, inner)
 
     return optax.GradientTransformation(init, update)
 
 
-# One triple (a, b, c) per iteration of X <- aX + (bA + cAA)X, A = XX': five steps that take every singular value
-# from (0, 1] to near 1. [cited: levanter's muon, "quintic"]
+# One triple (a, b, c) for each iteration of X <- aX + (bA + cAA)X, A = XX': five steps take every
+# singular value from (0, 1] to near 1. [levanter's muon, "quintic"]
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
 
 def orthogonalize(m, mesh=None, spec=None):
-    """The orthogonal matrix nearest to each matrix of a stack, roughly: Newton-Schulz in bfloat16.
+    """Roughly the orthogonal matrix nearest to each matrix of a stack, by Newton-Schulz in bfloat16
+    [Muon, kellerjordan.github.io/posts/muon].
 
-    On a mesh the matrices of a stack, which lie in shares as `spec` says, are dealt out whole, so that their
-    products need no sums over devices (that would be gigabytes per step), and brought back: two all-to-alls."""
+    On a mesh the matrices, which are split as `spec` says, are first redistributed so that each
+    device holds whole ones: their products then need no sums over devices, which would be gigabytes
+    a step. Two all-to-alls. The 1e-8 keeps a zero matrix from becoming NaN."""
     x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
     if mesh is not None:
-        x, placed = deal(x, mesh)
-        x = lax.with_sharding_constraint(x, NamedSharding(mesh, placed))
+        x, whole = shard_by_matrix(x, mesh)
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
     wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT                                      # the shorter side is squared
+    x = x if wide else x.mT                                     # the shorter side is squared
     for a, b, c in NEWTON_SCHULZ:
         A = x @ x.mT
         x = a * x + (b * A + c * A @ A) @ x
     x = x if wide else x.mT
     if mesh is not None:
-        x = lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-        x = x[:m.shape[0]]
+        x = lax.with_sharding_constraint(x, NamedSharding(mesh, spec))[:m.shape[0]]
     return x.astype(m.dtype)
 
 
-def deal(x, mesh):
-    """How to lay a stack so that "data" splits whole matrices: by expert if they divide, else by layer, padded
-    with zero matrices to a multiple. A matrix that stands alone is copied."""
+def shard_by_matrix(x, mesh):
+    """(x, spec) so that "data" splits a stack into whole matrices: by expert if they divide, else
+    by layer, padded with zero matrices to a multiple. A single matrix is copied."""
     if x.ndim == 2:
         return x, Spec()
     if x.ndim == 4 and x.shape[1] % (mesh.shape["expert"] * mesh.shape["data"]) == 0:
@@ -446,159 +426,157 @@ def deal(x, mesh):
     return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
-# Which optimizer owns which kind of weight (model.table names the kinds). V1 clips experts, routed and shared, as a
-# group of their own. [cited: marin #4697; two of Marin's quirks are not kept: the substring that sent one GatedNorm to
-# Adam, and stacked gains falling into the matrix group]
+# Which optimizer owns which group of model.param_specs. V1 clips experts, routed and shared, as a
+# group of their own. [marin #4697. Two of Marin's quirks are not kept: the substring that sent one
+# GatedNorm to Adam, and stacked gains in the matrix group]
 GROUPS = {
-    "adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh", "expert": "adamh_expert", "shared": "adamh_expert"},
-    "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh", "expert": "muonh", "shared": "muonh"},
-    "adamw": {"adam": "adam", "matrix": "adamw", "head": "adamw", "expert": "adamw", "shared": "adamw"}}
+    "adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh",
+              "expert": "adamh_expert", "shared": "adamh_expert"},
+    "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh",
+              "expert": "muonh", "shared": "muonh"},
+    "adamw": {"adam": "adam", "matrix": "adamw", "head": "adamw",
+              "expert": "adamw", "shared": "adamw"},
+}
+
+
+def masked(leaf):
+    """Whether a leaf stands for a weight of another group, as optax.multi_transform marks it."""
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def make_optimizer(c, t, mesh=None):
-    """The optax transformation of the whole tree: clip, direction and step, group by group."""
-    specs = specs_by_name(c)
+    """The optax transformation of all weights: clip, direction and step, group by group."""
+    specs, r = model.map_params(lambda _, w: w.spec, c), rates(c, t)
+
     @jax.named_scope("orthogonalize")
     def orthogonal(ms, _):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, m: orthogonalize(m, mesh, specs[model.path_name(path)]), ms)
-    r = rates(c, t)
+        one = lambda m, spec: m if masked(m) else orthogonalize(m, mesh, spec)
+        return jax.tree.map(one, ms, specs, is_leaf=masked)
+
+    def ball(direction):
+        return hyperball(direction, lambda step: r.hyper_lr * lr_multiplier(t, step))
+
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
     muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
-    ball = lambda direction: hyperball(direction, lambda step: r.hyper_lr * lr_share(t, step))
-    step_down = optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_share(t, step))
-    rules = {"adam": optax.chain(adam, step_down),
-             "adamw": optax.chain(adam, optax.add_decayed_weights(t.weight_decay), step_down),
+    down = optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_multiplier(t, step))
+    rules = {"adam": optax.chain(adam, down),
+             "adamw": optax.chain(adam, optax.add_decayed_weights(t.weight_decay), down),
              "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
     clip = optax.clip_by_global_norm(t.clip) if t.clip else optax.identity()
-    labels = model.walk(lambda path, w: GROUPS[t.optimizer][w.kind], c)
-    return optax.multi_transform({name: optax.chain(clip, rule) for name, rule in rules.items()}, labels)
+    labels = model.map_params(lambda _, w: GROUPS[t.optimizer][w.group], c)
+    return optax.multi_transform({k: optax.chain(clip, rule) for k, rule in rules.items()}, labels)
 
 
-# -------------------------------------------------------------------------------------------------------- step
+# -------------------------------------------------------------------------------------------- step
 
 class State(NamedTuple):
     step: jax.Array             # int32, optimizer steps taken
-    params: dict                # float32, the tree of model.table
+    params: dict                # float32, the tree of model.param_specs
     opt: typing.Any             # optax state
     bias_LE: jax.Array          # float32, the balancing bias in use: the only one there is
-    recent_2W: jax.Array        # float32, loss and gradient norm of the last W steps, a ring; -1 is not yet
+    history_2W: jax.Array       # float32, loss and gradient norm of the last W steps; -1: not yet
 
 
-WINDOW = 128                    # W: what `guard` compares a step with [cited: OLMo-core's SkipStepOptimizer]
+WINDOW = 128                    # W [OLMo-core's SkipStepOptimizer]
 
 
-def guard(t, state, loss, gnorm):
-    """Whether a step's update may be taken, and the new recent_2W.
+def accept_step(t, state, loss, gnorm):
+    """Whether a step's update may be taken, and the new history_2W.
 
-    What is not finite never may. With skip_sigma, neither may a loss or gradient norm more than so many standard
-    deviations above its mean over the last W steps, once half of them are known. Outliers enter the window, so
-    a new level is accepted in time instead of being skipped for ever."""
-    now_2, recent = jnp.stack([loss, gnorm]), state.recent_2W
+    An update that is not finite never may. With skip_sigma, neither may one whose loss or gradient
+    norm is more than so many standard deviations above its mean over the last W steps, once half of
+    them are known. Outliers enter the history, so a new level is accepted in time."""
+    now_2, history = jnp.stack([loss, gnorm]), state.history_2W
     good = finite = jnp.all(jnp.isfinite(now_2))
     if t.skip_sigma:
-        known = recent >= 0
-        count_2 = jnp.maximum(known.sum(1), 2)
-        mean_2 = jnp.where(known, recent, 0).sum(1) / count_2
-        sigma_2 = jnp.sqrt(jnp.where(known, recent - mean_2[:, None], 0) ** 2 @ jnp.ones(WINDOW) / (count_2 - 1))
-        good &= jnp.all((count_2 < WINDOW // 2) | (now_2 <= mean_2 + t.skip_sigma * sigma_2))
-    return good, jnp.where(finite, recent.at[:, state.step % WINDOW].set(now_2), recent)
+        known = history >= 0
+        count_2 = jnp.maximum(known.sum(axis=1), 2)
+        mean_2 = jnp.sum(history, axis=1, where=known) / count_2
+        squares_2 = jnp.sum((history - mean_2[:, None]) ** 2, axis=1, where=known)
+        limit_2 = mean_2 + t.skip_sigma * jnp.sqrt(squares_2 / (count_2 - 1))
+        good &= jnp.all((count_2 < WINDOW // 2) | (now_2 <= limit_2))
+    return good, jnp.where(finite, history.at[:, state.step % WINDOW].set(now_2), history)
 
 
 def make_state(c, t, key):
+    """The state before the first step. A dense model has one idle expert's bias: orbax refuses
+    empty arrays."""
     params = model.init(c, key)
-    experts = max(1, c.num_experts)             # a dense model keeps one idle column: orbax refuses empty arrays
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
-                 jnp.zeros((c.num_layers, experts), jnp.float32), -jnp.ones((2, WINDOW), jnp.float32))
-
-
-def specs_by_name(c):
-    """{"layers/query_DQ": its PartitionSpec, ...}"""
-    named = jax.tree.leaves(model.walk(lambda path, w: [path, w.spec], c), is_leaf=lambda x: isinstance(x, list))
-    return dict(named)
-
-
-def state_shardings(c, t, mesh):
-    """The sharding of every leaf of the state: an optimizer moment lies as its weight lies; all else is copied."""
-    specs = model.walk(lambda path, w: w.spec, c)
-    abstract = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-    by_name = specs_by_name(c)
-    # optax nests the weights' tree, group by group: the path of a moment ends in the path of its weight
-    opt = jax.tree_util.tree_map_with_path(
-        lambda path, _: by_name.get(model.path_name(path).partition("/")[2], Spec()), abstract.opt)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), State(Spec(), specs, opt, Spec(), Spec()),
-                        is_leaf=lambda x: isinstance(x, Spec))
-
-
-def sum_copies(grads, specs, platform):
-    """Sum gradients over the mesh axes that do not split the weight, so that all its copies take the same step.
-
-    XLA's CPU backend lets the devices meet once for every array, at some 0.1 ms each: there, what is summed over
-    the same axes is laid end to end first; what has one copy is not touched."""
-    leaves, tree = jax.tree.flatten(grads)
-    axes = [tuple(a for a in MESH if a not in spec and lax.axis_size(a) > 1) for spec in tree.flatten_up_to(specs)]
-    if platform != "cpu":
-        return tree.unflatten([lax.psum(g, a) for g, a in zip(leaves, axes)])
-    for some in filter(None, dict.fromkeys(axes)):      # in one order on all processes, which a set has not
-        which = [i for i, a in enumerate(axes) if a == some]
-        flat, split = ravel_pytree([leaves[i] for i in which])
-        for i, g in zip(which, split(lax.psum(flat, some))):
-            leaves[i] = g
-    return tree.unflatten(leaves)
+                 jnp.zeros((c.num_layers, max(1, c.num_experts)), jnp.float32),
+                 -jnp.ones((2, WINDOW), jnp.float32))
 
 
 def abstract_state(c, t, mesh):
-    """Shapes, types and places of a state that need not exist."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                        jax.eval_shape(lambda: make_state(c, t, jax.random.key(0))), state_shardings(c, t, mesh))
+    """Shapes, types and shardings of a state that need not exist: an optimizer moment is split like
+    its weight, all else is copied."""
+    shapes = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
+    specs = model.map_params(lambda _, w: w.spec, c)
+    copies = jax.tree.map(lambda _: Spec(), shapes)
+    opt = optax.tree_map_params(
+        make_optimizer(c, t), lambda a, spec: a if masked(a) else spec, shapes.opt, specs,
+        transform_non_params=lambda _: Spec(), is_leaf=masked)
+    placed = copies._replace(params=specs, opt=opt)
+    return jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes, placed)
 
 
-def make_train_step(c, t, mesh):
-    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split over the mesh.
+def state_shardings(c, t, mesh):
+    return jax.tree.map(lambda a: a.sharding, abstract_state(c, t, mesh))
 
-    Forward, backward and balancing run inside one shard_map, where every collective is a line of code: the
-    all_gather in model.wake, the psums below, the psum of counts in balance. The optimizer runs outside, on
-    whole arrays; its norms are sums over split axes, so XLA adds one small all-reduce for each."""
-    specs = model.walk(lambda path, w: w.spec, c)
+
+def merge_microbatches(stats):
+    """RouterStats of A microbatches, stacked, as those of one batch: tokens end to end, counts
+    summed."""
+    def tokens(x_ALT):
+        A, L, T, *rest = x_ALT.shape
+        return jnp.moveaxis(x_ALT, 0, 1).reshape(L, A * T, *rest)
+    return stats._replace(load_E=stats.load_E.sum(0), dropped=stats.dropped.sum(0),
+                          margin_TE=tokens(stats.margin_TE), z_T=tokens(stats.z_T), prob_TE=None)
+
+
+def make_train_step(c, t, mesh, platform=None):
+    """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split
+    over the mesh. platform: that of the mesh's devices, unless another is compiled for.
+
+    Forward, backward and balancing run inside one shard_map, where every collective is a line of
+    code: all_gather and reduce_scatter in kernels.gather_weight, the exchanges in moe, the psums
+    below, the psum of counts in balance. The optimizer runs outside, on whole arrays; its norms are
+    sums over split axes, for which XLA adds one small all-reduce each."""
+    specs = model.map_params(lambda _, w: w.spec, c)
     optimizer = make_optimizer(c, t, mesh)
-    platform = mesh.devices.flat[0].platform         # of the devices compiled for, not of jax.default_backend()
+    platform = platform or mesh.devices.flat[0].platform
+
+    def sum_copies(g, spec):
+        """Sum a gradient over the mesh axes that copy its weight. Over those that split it, the
+        transposes of gathers and exchanges have summed."""
+        return lax.psum(g, tuple(axis for axis in MESH if axis not in spec))
 
     def gradients(params, bias_LE, batch):
-        norm = lax.psum({"weight": jnp.sum(batch["weights"]),
-                         "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
+        totals = lax.psum({"weight": jnp.sum(batch["weights"]),
+                           "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
 
         def objective(params, rows):
-            loss, stats = model.loss(params, bias_LE, rows, norm, c, "data", platform)
-            stats.pop("nll_T")
-            if "prob_LTE" in stats:
-                valid_T = rows["segments"].reshape(-1) != 0
-                loss += balance.auxiliary(c.balancer, stats.pop("prob_LTE"), stats["margin_LTE"], valid_T,
-                                          norm["tokens"], c.experts_per_token, MESH, c.balancer_rate)
-            return loss, stats
+            return model.loss(params, bias_LE, rows, totals, c, True, platform)
 
         def microbatch(total, rows):
-            (_, stats), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
-            return jax.tree.map(jnp.add, total, grads), stats
+            (_, record), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
+            return jax.tree.map(jnp.add, total, grads), record
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, stats = lax.scan(microbatch, zeros, batch)
-        # over the axes that split a weight, wake's and the exchange's transposes have summed; over those that copy
-        # it, it is summed here, in float32 and once a step
-        grads = sum_copies(grads, specs, platform)
-        out = {"loss": lax.psum(jnp.sum(stats["nll"]), MESH) / norm["weight"], "tokens": norm["tokens"]}
-        if c.num_experts:
-            out["load_LE"] = lax.psum(jnp.sum(stats["load_LE"], axis=0), MESH)
-            out["dropped_L"] = lax.psum(jnp.sum(stats["dropped_L"], axis=0), MESH)
-            valid_T = batch["segments"].reshape(-1) != 0
-            out["router_z"] = lax.psum(jnp.sum(stats["z_LT"] * valid_T.reshape(t.accumulate, 1, -1)), MESH) / (
-                c.num_layers * norm["tokens"])
-            margin_LTE = jnp.moveaxis(stats["margin_LTE"], 0, 1).reshape(c.num_layers, -1, c.num_experts)
-            if c.balancer == "threshold":       # half of its slots are silent: count those that are heard
-                out["load_LE"] = lax.psum(balance.loads(margin_LTE, valid_T), MESH)
-            bias_LE, kept_L = balance.update(c.balancer, margin_LTE, valid_T, bias_LE, c.experts_per_token, MESH,
-                                             c.balancer_rate, *model.counting(platform))
-            out["bias_kept"] = jnp.sum(kept_L)
-        return grads, bias_LE, out
+        grads, (nll_A, stats) = lax.scan(microbatch, zeros, batch)
+        grads = jax.tree.map(sum_copies, grads, specs)
+        metrics = {"loss": lax.psum(jnp.sum(nll_A), MESH) / totals["weight"]}
+        if stats is not None:
+            stats, real_T = merge_microbatches(stats), batch["segments"].reshape(-1) != 0
+            load_LE, dropped_L, z = lax.psum(
+                (stats.load_E, stats.dropped, jnp.sum(stats.z_T * real_T)), MESH)
+            bias_LE, kept_L = balance.update(c.balancer, stats.margin_TE, real_T, bias_LE,
+                                             c.experts_per_token, MESH, c.balancer_rate, platform)
+            metrics |= {"load_LE": load_LE, "dropped_L": dropped_L, "bias_kept": jnp.sum(kept_L),
+                        "router_z": z / (c.num_layers * totals["tokens"])}
+        return grads, bias_LE, metrics
 
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                             out_specs=(specs, Spec(), Spec()), check_vma=False)
@@ -608,65 +586,76 @@ def make_train_step(c, t, mesh):
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         gnorm = optax.tree.norm(grads)
-        good, recent_2W = guard(t, state, metrics["loss"], gnorm)
+        good, history_2W = accept_step(t, state, metrics["loss"], gnorm)
         # XLA fuses this choice into the update itself, so it costs no pass over memory
-        params, opt, bias_LE = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt, bias_LE),
-                                            (state.params, state.opt, state.bias_LE))
-        metrics |= {"gnorm": gnorm, "lr_share": lr_share(t, state.step), "skipped": ~good}
-        return State(state.step + 1, params, opt, bias_LE, recent_2W), metrics
+        params, opt, bias_LE = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt, bias_LE),
+            (state.params, state.opt, state.bias_LE))
+        metrics |= {"gnorm": gnorm, "lr_multiplier": lr_multiplier(t, state.step), "skipped": ~good}
+        return State(state.step + 1, params, opt, bias_LE, history_2W), metrics
 
-    shardings = state_shardings(c, t, mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, Spec())))
+    shardings = state_shardings(c, t, mesh), NamedSharding(mesh, Spec())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
-def rows_here(batch_size, mesh, accumulate=1):
-    """Which rows of the global batch this process feeds to its devices, microbatch by microbatch: [rows]."""
+def local_rows(batch_size, mesh, accumulate=1):
+    """Which rows of the global batch this process feeds to its devices, microbatch by
+    microbatch."""
     shape = (accumulate, batch_size // accumulate)
-    places = NamedSharding(mesh, Spec(None, MESH)).addressable_devices_indices_map(shape).values()
+    sharding = NamedSharding(mesh, Spec(None, MESH))
+    places = sharding.addressable_devices_indices_map(shape).values()
     mine = sorted({row for _, rows in places for row in range(shape[1])[rows]})
     return np.arange(batch_size).reshape(shape)[:, mine].reshape(-1)
 
 
-def put(batch, mesh, accumulate=1):
-    """This process's rows of a data.Batch as a dict of global arrays [A,B/A,S], on the devices they belong to."""
+def to_global_batch(batch, mesh, accumulate=1):
+    """This process's rows of a data.Batch as a dict of global arrays [A,B/A,S] on their devices."""
     arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
               "weights": batch.weights_BS.astype(np.float32)}
     sharding = NamedSharding(mesh, Spec(None, MESH))
-    return {k: jax.make_array_from_process_local_data(sharding, v.reshape(accumulate, -1, v.shape[-1]))
-            for k, v in arrays.items()}
+
+    def place(x_BS):
+        x_ABS = x_BS.reshape(accumulate, -1, x_BS.shape[-1])
+        return jax.make_array_from_process_local_data(sharding, x_ABS)
+    return {name: place(x_BS) for name, x_BS in arrays.items()}
 
 
-# -------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------- evaluation
+
+def serving(c):
+    """The config of evaluation and sampling: nothing is dropped, and no token's experts depend on
+    other tokens, whatever training does. A held-out loss must not depend on who shares a batch."""
+    causal = balance.NON_CAUSAL.get(c.balancer, c.balancer)
+    return dataclasses.replace(c, capacity_factor=0.0, exchange="ring", balancer=causal)
+
 
 def make_eval_step(c, mesh, bytes_V):
-    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias is only read.
+    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias
+    is only read."""
+    c, platform = serving(c), mesh.devices.flat[0].platform
+    bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)    # unused ids have 0 bytes
 
-    Nothing is dropped, whatever training does: a held-out loss must not depend on who shares a batch with whom."""
-    c = dataclasses.replace(c, capacity_factor=0.0, exchange="ring",
-                            balancer=balance.LEAKS.get(c.balancer, c.balancer))
-    bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)            # ids that no token uses: 0 bytes
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
-        _, stats = model.loss(params, bias_LE, rows, {"weight": 1.0, "tokens": 1.0}, c, "data",
-                              mesh.devices.flat[0].platform)
-        scored = rows["weights"]
-        return lax.psum((stats["nll"], jnp.sum(scored), jnp.sum(bytes_V[rows["targets"]] * scored)), MESH)
+        nll_T, _, _ = model.token_losses(params, bias_LE, rows, c, True, platform)
+        weights, sizes = rows["weights"], bytes_V[rows["targets"]]
+        nats = jnp.sum(weights.reshape(-1) * nll_T)
+        return lax.psum((nats, jnp.sum(weights), jnp.sum(sizes * weights)), MESH)
 
-    specs = model.walk(lambda path, w: w.spec, c)
+    specs = model.map_params(lambda _, w: w.spec, c)
     return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                                  out_specs=Spec(), check_vma=False))
 
 
 def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
-    """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}}, and their
-    unweighted mean as "macro". Bits per byte compare across tokenizers; nats per token do not."""
+    """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}},
+    and their unweighted mean as "macro". Bits per byte compare across tokenizers; nats do not."""
     rows = t.batch_size // t.accumulate
-    here = rows_here(rows, mesh)
-    domains = {}
+    here, domains = local_rows(rows, mesh), {}
     for name, stream in mixture.heldout.items():
         sums = np.zeros(3)
         for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
-            batch = put(data.Batch(*(array[here] for array in batch)), mesh)
+            batch = to_global_batch(data.Batch(*(array[here] for array in batch)), mesh)
             sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, batch)])
         nats, tokens, size = sums
         domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size,
@@ -675,13 +664,12 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
     return domains | {"macro": macro}
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 def make_sampler(c, t, tokenizer):
-    """A function (params, bias_LE, prompt, n, seed) -> text. Fixed window, no cache: every token runs the last
-    seq_len tokens again, on one device. Slow and short: serving is not this project's business."""
-    c = dataclasses.replace(c, balancer=balance.LEAKS.get(c.balancer, c.balancer))
-    one = jax.devices()[0]
+    """A function (params, bias_LE, prompt, n, seed) -> text, on one device. There is no cache:
+    every token runs the last seq_len tokens again. It is slow, and meant for a look."""
+    c, one = serving(c), jax.devices()[0]
 
     @jax.jit
     def next_token(params, bias_LE, window_S, length, key):
@@ -689,18 +677,18 @@ def make_sampler(c, t, tokenizer):
         logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1,
                                 platform=one.platform)
         logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
-        hot = jax.random.categorical(key, logits_V / max(t.temperature, 1e-6))
-        return jnp.argmax(logits_V) if t.temperature == 0 else hot
+        if t.temperature == 0:
+            return jnp.argmax(logits_V)
+        return jax.random.categorical(key, logits_V / t.temperature)
 
     def sample(params, bias_LE, prompt, n, seed=0):
         params, bias_LE = jax.device_put((params, bias_LE), one)
         tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
         for i in range(n):
-            window = tokens[-c.seq_len:]
-            padded = np.zeros(c.seq_len, np.int32)
-            padded[:len(window)] = window
+            window_S, recent = np.zeros(c.seq_len, np.int32), tokens[-c.seq_len:]
+            window_S[:len(recent)] = recent
             key = jax.random.fold_in(jax.random.key(seed), i)
-            new = int(next_token(params, bias_LE, padded, len(window), key))
+            new = int(next_token(params, bias_LE, window_S, len(recent), key))
             if new == tokenizer.eot:
                 break
             tokens.append(new)
@@ -1059,8 +1047,8 @@ class Log:
         finite = lambda x: x if math.isfinite(x) else None                  # JSON knows no nan
         row = {"step": step, "loss": finite(loss), "ema": self.ema, "gnorm": finite(gnorm),
                "skipped": sum(int(r["skipped"]) for r in rows),
-               "lr": self.rates.hyper_lr * float(last["lr_share"]),
-               "adam_lr": self.rates.adam_lr * float(last["lr_share"]),
+               "lr": self.rates.hyper_lr * float(last["lr_multiplier"]),
+               "adam_lr": self.rates.adam_lr * float(last["lr_multiplier"]),
                "tokens": step * self.tokens, "flops": step * self.tokens * self.count.flops_per_token,
                "tokens_per_second": speed, "seconds": seconds, "steps": len(rows), "time": time.time()}
         if self.c.num_experts:
@@ -1221,7 +1209,7 @@ def traffic(c, t, size):
     def weight(path, w):
         elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
         if "data" in w.spec:
-            kind = "experts" if w.kind == "expert" else "other weights"
+            kind = "experts" if w.group == "expert" else "other weights"
             gathers = 2 if again and path.startswith("layers/") else 1
             add("data", f"{kind}, gathered", gathers * t.accumulate * elements * half * (d - 1) / d)
             add("data", f"{kind}, gradients", t.accumulate * elements * 4 * (d - 1) / d)
@@ -1229,7 +1217,7 @@ def traffic(c, t, size):
         for axis in MESH:
             if axis not in w.spec:
                 add(axis, "gradients of copies", 2 * elements * 4 * (size[axis] - 1) / size[axis])
-    model.walk(weight, c)
+    model.map_params(weight, c)
     if c.num_experts and P > 1:
         tokens = t.batch_size * c.seq_len / math.prod(size.values())            # a chip's, over all microbatches
         passes = 4 + again if c.exchange == "ring" else 4 + 2 * again
@@ -1269,7 +1257,7 @@ def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = hardware(t)
     chip, n, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := misfit(c, t, chips):
+    if reason := mesh_error(c, t, chips):
         raise ConfigError(reason)
     if chips > 1 and not chip.link:
         raise ConfigError(f"topology: expected one {name} at most, found {chips}: GPU networks are not modelled")
@@ -1705,16 +1693,16 @@ def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
     """One pure function, again and again. Returns the last state and the signal that ended it early, or None."""
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
-    here = rows_here(t.batch_size, mesh, t.accumulate)
+    here = local_rows(t.batch_size, mesh, t.accumulate)
     cpu = mesh.devices.flat[0].platform == "cpu"
     with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
-            state, metrics = train_step(state, put(rows, mesh, t.accumulate))
+            state, metrics = train_step(state, to_global_batch(rows, mesh, t.accumulate))
             step, stop = i + 1, stopping(i, caught)
             if cpu and i == start:                                              # it has just been compiled
                 jax.block_until_ready(metrics)
-                fill_holes()
+                kernels.fill_holes()
             due = step == t.steps or step % t.save_every == 0 or t.keep_every > 0 == step % t.keep_every
             if t.save_minutes and step % t.log_every == 0:
                 due |= not agreed(time.monotonic() - saved < 60 * t.save_minutes)
@@ -1730,7 +1718,7 @@ def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
                 paused = time.perf_counter()
                 hold_out(state, step, t.eval_tokens)
                 if cpu and step - start <= t.eval_every:                        # the first of this process
-                    fill_holes()
+                    kernels.fill_holes()
                 log.since += time.perf_counter() - paused                       # an evaluation is no step time
     return state, None
 

@@ -17,12 +17,13 @@ TINY = model.ModelConfig(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=2,
                          gated_norm_rank=4)
 RUNGS = {
     "v1": {}, "no remat": {"remat": "none"}, "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0),
-    "half_rope": dict(half_rope=True), "pko": dict(half_rope=True, partial_key_offset=True),
+    "half_rope": dict(half_rope=True), "last_layer_full": dict(last_layer_full=True),
+    "pko": dict(half_rope=True, last_layer_full=True, partial_key_offset=True),
     "combine_sum": dict(combine_sum=2.5), "no shared expert": dict(shared_dim=0),
     "k = e": dict(experts_per_token=8),
     "four layers": dict(num_layers=4), "five layers": dict(num_layers=5),
     "bfloat16": dict(compute_dtype="bfloat16"),
-    "v2": dict(half_rope=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)}
+    "v2": dict(half_rope=True, last_layer_full=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)}
 
 
 @functools.lru_cache
@@ -154,14 +155,31 @@ def test_causality_and_document_isolation_by_gradient(rung):
         assert seen[start:position + 1].all(), "the past is not read"
 
 
-def test_a_local_layer_sees_its_window_and_a_full_layer_everything():
-    for layers, reach in ((1, 3), (4, 24)):
-        c = dataclasses.replace(TINY, num_layers=layers, window=3)
-        params, tokens = lively(c), jnp.arange(c.seq_len)[None]
-        f = lambda table: jnp.sum(model.logits({**params, "embed_VD": table}, bias_of(c), tokens,
-                                               jnp.ones_like(tokens), c, at=23) ** 2)
-        seen = np.asarray(jnp.abs(jax.jit(jax.grad(f))(params["embed_VD"])).sum(-1)[:24]) > 0
-        assert seen.tolist() == [i > 23 - reach for i in range(24)]
+@pytest.mark.parametrize("layers, last_layer_full, reach", [
+    (1, False, 3), (2, False, 5), (4, False, 24), (1, True, 24), (2, True, 24)])
+def test_a_local_layer_sees_its_window_and_a_full_layer_everything(layers, last_layer_full, reach):
+    """A window of 3 holds the token itself. In V1, fewer than four layers see the whole sequence nowhere."""
+    c = dataclasses.replace(TINY, num_layers=layers, window=3, last_layer_full=last_layer_full)
+    params, tokens = lively(c), jnp.arange(c.seq_len)[None]
+    f = lambda table: jnp.sum(model.logits({**params, "embed_VD": table}, bias_of(c), tokens,
+                                           jnp.ones_like(tokens), c, at=23) ** 2)
+    seen = np.asarray(jnp.abs(jax.jit(jax.grad(f))(params["embed_VD"])).sum(-1)[:24]) > 0
+    assert seen.tolist() == [i > 23 - reach for i in range(24)]
+
+
+@pytest.mark.parametrize("last_layer_full", [False, True])
+def test_keys_are_offset_on_full_layers_only(last_layer_full, monkeypatch):
+    c = dataclasses.replace(TINY, num_layers=6, half_rope=True, partial_key_offset=True,
+                            last_layer_full=last_layer_full)
+    windows, offsets, attention, offset = [], [], model.kernels.attention, model.key_offset
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v, seg, window, **more: (
+        windows.append(window), attention(q, k, v, seg, window, **more))[1])
+    monkeypatch.setattr(model, "key_offset", lambda *a: (offsets.append(len(windows)), offset(*a))[1])
+    batch = batch_of(c)
+    jax.eval_shape(lambda: model.loss(init(c), bias_of(c), batch, norm_of(batch), dataclasses.replace(
+        c, remat="none")))
+    full = [i for i, window in enumerate(windows) if window == c.seq_len]
+    assert offsets == full == ([3, 5] if last_layer_full else [3]), windows
 
 
 def test_relative_positions_only():

@@ -1,7 +1,9 @@
 """The transformer: counts against the published run, causality and isolation by gradient, every rung."""
+import csv
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as Spec
 
 import model
-from test_scaling import POSTED_MAY, POSTED_V16
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = model.ModelConfig(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
                          head_dim=8, shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12,
                          gated_norm_rank=4)
@@ -92,17 +94,22 @@ def recipe_shape(width):
                 head_dim=128, expert_dim=math.ceil(width / 256) * 128, shared_dim=width)
 
 
-def test_the_49_token_counts_of_the_public_ladder():
-    """Budget / FLOPs per token gives the tokens that each of Marin's runs was trained on. [marin #4447, #6074]"""
-    checked = 0
-    for posted, experts in ((POSTED_V16, 64), (POSTED_MAY, 256)):
-        for budget, runs in posted.items():
-            for width, tokens in runs.items():
-                c = big(vocab_size=128_256, seq_len=4096, gated_norm_rank=128, num_experts=experts,
-                        experts_per_token=4, hidden_dim=width, **recipe_shape(width))
-                assert budget / model.count(c).flops_per_token == pytest.approx(tokens, rel=3e-4), (budget, width)
-                checked += 1
-    assert checked == 49
+def posted(name):
+    """(budget in FLOPs, width, experts, tokens) of every public run whose tokens were posted."""
+    with open(ROOT / "configs/ladder/public" / f"{name}.csv") as f:
+        for row in csv.DictReader(line for line in f if line[0] != "#"):
+            if row["posted_tokens"]:
+                yield tuple(float(row[key]) for key in ("budget_flops", "hidden_dim", "num_experts", "posted_tokens"))
+
+
+def test_the_token_counts_of_the_public_ladder():
+    """Budget over FLOPs per token gives the tokens that each of Marin's runs was trained on. [marin #4447, #6074]"""
+    runs = [*posted("moe_v16"), *posted("may")]
+    assert len(runs) >= 49
+    for budget, width, experts, tokens in runs:
+        c = big(vocab_size=128_256, seq_len=4096, gated_norm_rank=128, num_experts=int(experts), experts_per_token=4,
+                hidden_dim=int(width), **recipe_shape(int(width)))
+        assert budget / model.count(c).flops_per_token == pytest.approx(tokens, rel=3e-4), (budget, width)
 
 
 @pytest.mark.parametrize("rung", RUNGS)

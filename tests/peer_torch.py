@@ -4,9 +4,10 @@
     python tests/peer_torch.py                                    largest deviations, then the speed table
     python tests/peer_torch.py configs/smoke.py --rounds=20       the speed of one config only
 
-Written from the recipe (marin #4697) for eager PyTorch on a CPU, not from model.py, of which it takes the names
-of the weights; only V1 is here. Nothing in it is slow on purpose: experts run as a loop over sorted slices, or in
-torch._grouped_mm if that is quicker here, attention in the fused kernel, the optimizer on lists of tensors.
+Written from the recipe (marin #4697, for V2 #4976 and #5951) for eager PyTorch on a CPU, not from model.py, of
+which it takes the names of the weights. Both models are here, both fits of the rates, and V1's optimizer. Nothing in
+it is slow on purpose: experts run as a loop over sorted slices, or in torch._grouped_mm if that is quicker here,
+attention in the fused kernel, the optimizer on lists of tensors.
 
 B batch  S sequence  T tokens  D hidden  N query heads  M key/value heads  G=N/M  H head dim  E experts
 K experts per token  V vocabulary  L layers."""
@@ -60,19 +61,32 @@ def swiglu(x, gate, up, down):
 
 
 def rope(x_BNSH, cos_SH, sin_SH):
-    """cos and sin of each half stand twice; the sine's first half is negative."""
+    """cos and sin of each half stand twice; the sine's first half is negative. V2: they cover half of a head."""
+    rotated = cos_SH.shape[-1]
+    if rotated < x_BNSH.shape[-1]:
+        return torch.cat((rope(x_BNSH[..., :rotated], cos_SH, sin_SH), x_BNSH[..., rotated:]), dim=-1)
     a, b = x_BNSH.chunk(2, dim=-1)
     return torch.addcmul(x_BNSH * cos_SH, torch.cat((b, a), dim=-1), sin_SH)
 
 
-def attention(a_TD, p, masks, rotation, window, c):
-    """masks: window -> additive [B,1,S,S], 0 where a query sees a key."""
+def key_offset(k_BSMH, segment_BS):
+    """V2: the second half of a key is that of the token before, or zero where a document begins."""
+    own, other = k_BSMH.chunk(2, dim=-1)
+    before = torch.zeros_like(other)
+    before[:, 1:] = other[:, :-1] * (segment_BS[:, 1:] == segment_BS[:, :-1])[:, :, None, None]
+    return torch.cat((own, before), dim=-1)
+
+
+def attention(a_TD, p, masks, segment_BS, rotation, full, c):
+    """masks: additive [B,1,S,S], 0 where a query sees a key; one for full layers (True), one for local ones."""
     N, M, H = c.num_heads, c.num_kv_heads, c.head_dim
     heads = lambda name, n: (a_TD @ p[name]).view(-1, c.seq_len, n, H)
-    v_BSMH = heads("value_DP", M)
+    k_BSMH, v_BSMH = heads("key_DP", M), heads("value_DP", M)
+    if c.partial_key_offset and full:
+        k_BSMH = key_offset(k_BSMH, segment_BS)
     qk_norm = lambda x_BSNH: rope(F.rms_norm(x_BSNH, (H,), eps=1e-6).transpose(1, 2), *rotation)
-    q_BNSH, k_BMSH = qk_norm(heads("query_DQ", N)) * c.qk_scale, qk_norm(heads("key_DP", M))
-    y_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2), attn_mask=masks[window],
+    q_BNSH, k_BMSH = qk_norm(heads("query_DQ", N)) * c.qk_scale, qk_norm(k_BSMH)
+    y_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2), attn_mask=masks[full],
                                             enable_gqa=N != M)
     y, v = y_BNSH.transpose(1, 2).reshape(-1, M, N // M, H), v_BSMH.reshape(-1, M, 1, H)
     # exclusive self-attention: y - (y.v) v / (v.v + 1e-6), then one gate per head, 1 when its weights are 0
@@ -102,8 +116,10 @@ def moe(x_TD, p, bias_E, c, experts):
         flat = expert_TK.reshape(-1)
         order_A = torch.argsort(flat)
         token_A, load_E = order_A // K, torch.bincount(flat, minlength=E)
-    gate_A = torch.sigmoid(score_TE.gather(1, expert_TK)).reshape(-1)[order_A]
-    y_AD = experts(x_TD[token_A], p, load_E) * gate_A[:, None]
+    weight_TK = torch.sigmoid(score_TE.gather(1, expert_TK))
+    if c.combine_sum:
+        weight_TK = weight_TK * (c.combine_sum / weight_TK.sum(dim=1, keepdim=True))
+    y_AD = experts(x_TD[token_A], p, load_E) * weight_TK.reshape(-1)[order_A][:, None]
     return torch.zeros_like(x_TD).index_add(0, token_A, y_AD), score_TE, margin_TE
 
 
@@ -112,17 +128,19 @@ def forward(w, bias_LE, batch, c, experts=experts_loop):
     S, H = c.seq_len, c.head_dim
     segment_BS, position = batch["segments"], torch.arange(S)
     distance, masks = position[:, None] - position[None, :], {}
-    windows = [S if i % 4 == 3 else c.window or S // 2 for i in range(c.num_layers)]
-    for window in set(windows):
-        seen = (distance >= 0) & (distance < window) & (segment_BS[:, :, None] == segment_BS[:, None, :])
-        masks[window] = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
-    angle = position[:, None] * c.rope_theta ** (-torch.arange(0, H, 2) / H)
+    full = [i % 4 == 3 or (c.last_layer_full and i == c.num_layers - 1) for i in range(c.num_layers)]
+    for kind in set(full):
+        near = distance < (S if kind else c.window or S // 2)
+        seen = (distance >= 0) & near & (segment_BS[:, :, None] == segment_BS[:, None, :])
+        masks[kind] = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None]
+    rotated = H // 2 if c.half_rope else H
+    angle = position[:, None] * c.rope_theta ** (-torch.arange(0, rotated, 2) / rotated)
     rotation = angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
     x_TD = gated_norm(F.embedding(batch["tokens"].reshape(-1), w["embed_VD"]), w, "embed")
     scores, margins = [], []
     for i, p in enumerate(w["layers"]):
-        x_TD = x_TD + attention(gated_norm(x_TD, p, "attn"), p, masks, rotation, windows[i], c)
+        x_TD = x_TD + attention(gated_norm(x_TD, p, "attn"), p, masks, segment_BS, rotation, full[i], c)
         m_TD = gated_norm(x_TD, p, "mlp")
         x_TD = x_TD + swiglu(m_TD, p["shared_gate_DZ"], p["shared_up_DZ"], p["shared_down_ZD"])
         if c.num_experts:
@@ -157,10 +175,34 @@ def next_bias(margins, batch, c):
 
 # ------------------------------------------------------------------------------------------- AdamH and Adam
 
+def rates(c, t):
+    """Peak rates, beta2 and epsilon from the size of the run (V1: #4225, V2: #5951), or as the config sets them."""
+    batch = t.batch_size * c.seq_len
+    tokens, sequences = t.steps * batch, batch / 4096
+    if t.recipe == "v1":
+        adam = 1.63 * tokens**-0.2813 * c.hidden_dim**-0.3678 * sequences**0.5
+        eps = 1e-15 * (32 * tokens / (sequences * 1.4e9)) ** 0.5
+    else:
+        adam = 0.06602 * tokens**-0.395 * c.hidden_dim**-0.150 * batch**0.5
+        eps = 9.676e-18 * (tokens / batch) ** 0.5
+    matrix = min(13 / 3 * adam, 0.05) * t.rate_scale
+    adam = min(adam, 0.05) * t.rate_scale * t.adam_scale
+    beta2 = min(max(0.999 ** (sequences / 32), 0.95), 0.9999)
+    return train.Rates(t.adam_lr or adam, t.hyper_lr or matrix, t.beta2 or beta2, t.eps or eps)
+
+
+def lr_share(t, before):
+    """The linear schedule: the rate over its peak of the step that `before` others precede."""
+    warm = int(t.warmup * t.steps)
+    return float(np.interp(before, [0, warm, t.steps], [0, 1, t.min_lr_ratio])) if warm else (
+        1 - (1 - t.min_lr_ratio) * before / t.steps)
+
+
 class Optimizer:
     """Adam for embedding, router, head gates and gains; Adam's direction on the hypersphere for every matrix.
 
-    The gradient of each group (Adam, matrices, routed experts) is clipped to norm `clip`."""
+    The gradient of each group is clipped to norm `clip`: Adam's weights, the experts (routed and shared), and the
+    other matrices, to which a dense model's MLP belongs."""
 
     def __init__(self, w, r, t):
         self.r, self.t, self.steps = r, t, 0
@@ -169,8 +211,9 @@ class Optimizer:
             for name, leaf in names.items():
                 if name == "layers":
                     continue
+                expert = "router_DE" in names and (leaf.ndim == 3 or name.startswith("shared_"))
                 adam = name in ("embed_VD", "router_DE", "head_gate_DN") or leaf.ndim == 1
-                self.groups["adam" if adam else "expert" if leaf.ndim == 3 else "matrix"].append(leaf)
+                self.groups["adam" if adam else "expert" if expert else "matrix"].append(leaf)
         self.moments = {g: [[torch.zeros_like(w) for w in ws] for _ in "mv"] for g, ws in self.groups.items()}
 
     @torch.no_grad()
@@ -207,7 +250,7 @@ class Trainer:
 
     def __init__(self, c, t, weights, experts=experts_loop):
         self.c, self.t, self.w, self.experts = c, t, from_numpy(weights), experts
-        self.optimizer = Optimizer(self.w, train.rates(c, t), t)
+        self.optimizer = Optimizer(self.w, rates(c, t), t)
         self.bias_LE = torch.zeros(c.num_layers, c.num_experts)
 
     def gradients(self, batch):
@@ -221,8 +264,7 @@ class Trainer:
 
     def step(self, batch):
         loss, _, self.bias_LE = self.gradients(batch)
-        warm = max(1, round(self.t.warmup * self.t.steps))                      # the linear schedule
-        self.optimizer.step(np.interp(self.optimizer.steps + 1, [0, warm, self.t.steps], [0, 1, 0]))
+        self.optimizer.step(lr_share(self.t, self.optimizer.steps))
         return loss
 
 
@@ -236,6 +278,7 @@ SHAPES = {      # sizes that differ from TINY's
                                  head_dim=6, window=5),
     "half of the experts": dict(num_experts=10, experts_per_token=5, num_heads=8, num_kv_heads=2, num_layers=4,
                                 hidden_dim=20, seq_len=33),
+    "V2's model": dict(half_rope=True, last_layer_full=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0),
     "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0, num_layers=2)}
 
 
@@ -257,16 +300,18 @@ def to_torch(batch):
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()}
 
 
-def deviations(c, seed=0, rows=3, steps=2):
+def deviations(c, seed=0, rows=3, steps=4, given=None):
     """{quantity: largest difference over largest value} between the peer and us, from the same weights in float32.
 
-    Quantities: logits, loss, the gradient of every weight, the next balancing bias; and every weight after
-    `steps` steps of the optimizer, as the share of what the steps moved."""
+    Quantities: logits, loss, the gradient of every weight, the next balancing bias; the rates; and every weight
+    after `steps` steps of the optimizer, as the share of what the steps moved. given: the config that model.py
+    gets, if not c."""
     # beta2: at the heuristic's 0.9999 the bias correction 1 - beta2 is itself only good to 1e-4 in float32
     t = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=20, batch_size=rows, clip=0.3,
-                          beta2=0.95)
+                          beta2=0.95, recipe="v2" if c.last_layer_full else "v1")
+    theirs, c = c, given or c
     w, bias_LE, batch = problem(c, rows, seed)
-    peer = Trainer(c, t, w)
+    peer = Trainer(theirs, t, w)
     peer.bias_LE = torch.from_numpy(bias_LE)
     rows_of = jax.tree.map(jax.numpy.asarray, batch)
     real = rows_of["segments"] != 0
@@ -286,13 +331,20 @@ def deviations(c, seed=0, rows=3, steps=2):
     if c.num_experts:
         found["next bias"] = far(balance.next_bias(stats["margin_LTE"], real.reshape(-1), bias_LE,
                                                    c.experts_per_token), peer_bias)
-    opt, now = optimizer.init(w), w
+    found["rates"] = max(far(a, b) for a, b in zip(train.rates(c, t), peer.optimizer.r))
+    opt, now, rng = optimizer.init(w), w, np.random.default_rng(seed)
     for _ in range(steps):
         peer.gradients(to_torch(batch))
-        given = to_numpy(peer.w, lambda w: w.grad)              # the same gradients: a sign near 0 is not at stake
-        updates, opt = update(given, opt, now)
+        # Both get the same gradients: a sign near 0 is not at stake. Their sizes differ from step to step, or else
+        # nobody could tell who is clipped with whom: AdamH takes no more than a gradient's direction.
+        size = {name: 10 ** rng.uniform(-2, 1) for name in (*w, *w["layers"])}
+        for weights in (peer.w, *peer.w["layers"]):
+            for name, weight in weights.items():
+                if name != "layers":
+                    weight.grad *= size[name]
+        updates, opt = update(to_numpy(peer.w, lambda w: w.grad), opt, now)
         now = jax.tree.map(np.add, now, updates)
-        peer.optimizer.step(float(train.lr_share(t, peer.optimizer.steps)))
+        peer.optimizer.step(lr_share(t, peer.optimizer.steps))
     moved = flat(to_numpy(peer.w))
     found |= {f"step of {name}": far(x - flat(w)[name], moved[name] - flat(w)[name])
               for name, x in flat(now).items()}
@@ -392,7 +444,7 @@ def main():
             found = deviations(model.ModelConfig(**TINY | sizes))
             worst = lambda kind: max((v for k, v in found.items() if k.startswith(kind)), default=math.nan)
             print(f"{name:24s}" + "  ".join(f"{kind} {worst(kind):.0e}" for kind in (
-                "logits", "loss", "next bias", "gradient", "step")), flush=True)
+                "logits", "loss", "next bias", "gradient", "rates", "step")), flush=True)
     speed(options.configs or ["configs/smoke.py", "configs/laptop.py"], options.rounds)
 
 

@@ -1,7 +1,9 @@
 """The transformer: counts against the published run, causality and isolation by gradient, every rung."""
+import csv
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +12,20 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as Spec
 
 import model
-from test_scaling import POSTED_MAY, POSTED_V16
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = model.ModelConfig(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=2, num_heads=4, num_kv_heads=2,
                          head_dim=8, shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12,
                          gated_norm_rank=4)
 RUNGS = {
     "v1": {}, "no remat": {"remat": "none"}, "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0),
-    "half_rope": dict(half_rope=True), "pko": dict(half_rope=True, partial_key_offset=True),
+    "half_rope": dict(half_rope=True), "last_layer_full": dict(last_layer_full=True),
+    "pko": dict(half_rope=True, last_layer_full=True, partial_key_offset=True),
     "combine_sum": dict(combine_sum=2.5), "no shared expert": dict(shared_dim=0),
     "k = e": dict(experts_per_token=8),
     "four layers": dict(num_layers=4), "five layers": dict(num_layers=5),
     "bfloat16": dict(compute_dtype="bfloat16"),
-    "v2": dict(half_rope=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)}
+    "v2": dict(half_rope=True, last_layer_full=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)}
 
 
 @functools.lru_cache
@@ -91,17 +94,22 @@ def recipe_shape(width):
                 head_dim=128, expert_dim=math.ceil(width / 256) * 128, shared_dim=width)
 
 
-def test_the_49_token_counts_of_the_public_ladder():
-    """Budget / FLOPs per token gives the tokens that each of Marin's runs was trained on. [marin #4447, #6074]"""
-    checked = 0
-    for posted, experts in ((POSTED_V16, 64), (POSTED_MAY, 256)):
-        for budget, runs in posted.items():
-            for width, tokens in runs.items():
-                c = big(vocab_size=128_256, seq_len=4096, gated_norm_rank=128, num_experts=experts,
-                        experts_per_token=4, hidden_dim=width, **recipe_shape(width))
-                assert budget / model.count(c).flops_per_token == pytest.approx(tokens, rel=3e-4), (budget, width)
-                checked += 1
-    assert checked == 49
+def posted(name):
+    """(budget in FLOPs, width, experts, tokens) of every public run whose tokens were posted."""
+    with open(ROOT / "configs/ladder/public" / f"{name}.csv") as f:
+        for row in csv.DictReader(line for line in f if line[0] != "#"):
+            if row["posted_tokens"]:
+                yield tuple(float(row[key]) for key in ("budget_flops", "hidden_dim", "num_experts", "posted_tokens"))
+
+
+def test_the_token_counts_of_the_public_ladder():
+    """Budget over FLOPs per token gives the tokens that each of Marin's runs was trained on. [marin #4447, #6074]"""
+    runs = [*posted("moe_v16"), *posted("may")]
+    assert len(runs) >= 49
+    for budget, width, experts, tokens in runs:
+        c = big(vocab_size=128_256, seq_len=4096, gated_norm_rank=128, num_experts=int(experts), experts_per_token=4,
+                hidden_dim=int(width), **recipe_shape(int(width)))
+        assert budget / model.count(c).flops_per_token == pytest.approx(tokens, rel=3e-4), (budget, width)
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -154,14 +162,31 @@ def test_causality_and_document_isolation_by_gradient(rung):
         assert seen[start:position + 1].all(), "the past is not read"
 
 
-def test_a_local_layer_sees_its_window_and_a_full_layer_everything():
-    for layers, reach in ((1, 3), (4, 24)):
-        c = dataclasses.replace(TINY, num_layers=layers, window=3)
-        params, tokens = lively(c), jnp.arange(c.seq_len)[None]
-        f = lambda table: jnp.sum(model.logits({**params, "embed_VD": table}, bias_of(c), tokens,
-                                               jnp.ones_like(tokens), c, at=23) ** 2)
-        seen = np.asarray(jnp.abs(jax.jit(jax.grad(f))(params["embed_VD"])).sum(-1)[:24]) > 0
-        assert seen.tolist() == [i > 23 - reach for i in range(24)]
+@pytest.mark.parametrize("layers, last_layer_full, reach", [
+    (1, False, 3), (2, False, 5), (4, False, 24), (1, True, 24), (2, True, 24)])
+def test_a_local_layer_sees_its_window_and_a_full_layer_everything(layers, last_layer_full, reach):
+    """A window of 3 holds the token itself. In V1, fewer than four layers see the whole sequence nowhere."""
+    c = dataclasses.replace(TINY, num_layers=layers, window=3, last_layer_full=last_layer_full)
+    params, tokens = lively(c), jnp.arange(c.seq_len)[None]
+    f = lambda table: jnp.sum(model.logits({**params, "embed_VD": table}, bias_of(c), tokens,
+                                           jnp.ones_like(tokens), c, at=23) ** 2)
+    seen = np.asarray(jnp.abs(jax.jit(jax.grad(f))(params["embed_VD"])).sum(-1)[:24]) > 0
+    assert seen.tolist() == [i > 23 - reach for i in range(24)]
+
+
+@pytest.mark.parametrize("last_layer_full", [False, True])
+def test_keys_are_offset_on_full_layers_only(last_layer_full, monkeypatch):
+    c = dataclasses.replace(TINY, num_layers=6, half_rope=True, partial_key_offset=True,
+                            last_layer_full=last_layer_full)
+    windows, offsets, attention, offset = [], [], model.kernels.attention, model.key_offset
+    monkeypatch.setattr(model.kernels, "attention", lambda q, k, v, seg, window, **more: (
+        windows.append(window), attention(q, k, v, seg, window, **more))[1])
+    monkeypatch.setattr(model, "key_offset", lambda *a: (offsets.append(len(windows)), offset(*a))[1])
+    batch = batch_of(c)
+    jax.eval_shape(lambda: model.loss(init(c), bias_of(c), batch, norm_of(batch), dataclasses.replace(
+        c, remat="none")))
+    full = [i for i, window in enumerate(windows) if window == c.seq_len]
+    assert offsets == full == ([3, 5] if last_layer_full else [3]), windows
 
 
 def test_relative_positions_only():

@@ -1,16 +1,48 @@
 """The model against its PyTorch twin: a second witness, written from the recipe (see peer_torch.py)."""
+import dataclasses
+
 import pytest
 
 import model
+import train
 
 pytest.importorskip("torch", reason="the PyTorch twin needs torch: pip install torch==2.13.0")
-import peer_torch  # noqa: E402
+from tests import peer_torch  # noqa: E402
 
 TOLERANCE = 1e-4    # largest difference over largest value, both sides in float32
+
+
+def config_of(name):
+    return model.ModelConfig(**peer_torch.TINY | peer_torch.SHAPES[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", peer_torch.SHAPES)
 def test_the_torch_twin_agrees(name):
-    found = peer_torch.deviations(model.ModelConfig(**peer_torch.TINY | peer_torch.SHAPES[name]), seed=1)
+    found = peer_torch.deviations(config_of(name), seed=1)
     assert all(error < TOLERANCE for error in found.values()), {k: v for k, v in found.items() if v >= TOLERANCE}
+
+
+V1 = model.ModelConfig(**peer_torch.TINY | dict(num_layers=2))
+V2 = dataclasses.replace(config_of("V2's model"), num_layers=2, window=4)
+MUTANTS = {     # name: model, the quantity that tells; and another config, or where to patch and what to put for f
+    "V2's last layer is local": (V2, "logits", dict(last_layer_full=False)),
+    "V2's last layer is local, with key offset": (V2, "logits", (
+        model.kernels, "attention", lambda f: lambda q, k, v, seg, window, **more: f(q, k, v, seg, 4, **more))),
+    "V2's rates without a cap": (V2, "rates", (
+        train, "heuristic", lambda f: lambda *a: f(*a)._replace(hyper_lr=13 / 3 * f(*a).adam_lr))),
+    "the shared expert with the matrices": (V1, "step of layers/shared_up_DZ", (
+        train, "GROUPS", lambda f: f | {"adamh": f["adamh"] | {"shared": "adamh"}})),
+    "the first step has a rate": (V1, "step of head_DV", (
+        train, "lr_share", lambda f: lambda t, step: f(t, step + 1)))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_torch_twin_has_teeth(name, monkeypatch):
+    c, quantity, mutant = MUTANTS[name]
+    given = dataclasses.replace(c, **mutant) if isinstance(mutant, dict) else c
+    if given is c:
+        where, what, change = mutant
+        monkeypatch.setattr(where, what, change(getattr(where, what)))
+    assert peer_torch.deviations(c, given=given)[quantity] > 5 * TOLERANCE

@@ -116,19 +116,47 @@ def test_the_67b_rates_come_out_of_the_v2_heuristic():
         18.31 * 1e12**-0.395 * 512**-0.15 * (1e6 / 4096) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("recipe", ["v1", "v2"])
+def test_no_heuristic_gives_a_rate_above_its_cap(recipe):
+    r = train.heuristic(recipe, 1e4, 2048, 64)                  # Adam's rate is below the cap, the matrices' above
+    assert r.adam_lr < 0.05 < 13 / 3 * r.adam_lr and r.hyper_lr == 0.05
+    assert train.heuristic(recipe, 1e2, 2048, 64)[:2] == (0.05, 0.05)
+
+
 def test_a_rate_in_the_config_replaces_the_heuristic(config):
     c, t = load(config, adam_lr=0.5, beta2=0.9)
     assert train.rates(c, t).adam_lr == 0.5 and train.rates(c, t).beta2 == 0.9
     assert train.rates(c, t).hyper_lr == train.rates(*load(config)).hyper_lr
 
 
+def shares(config, steps, at, **keys):
+    _, t = load(config, steps=steps, **keys)
+    return [float(train.lr_share(t, step)) for step in at]
+
+
 def test_schedules(config):
-    _, linear = load(config, steps=100, warmup=0.1)
-    share = [float(train.lr_share(linear, s)) for s in (0, 4, 9, 54, 99)]
-    np.testing.assert_allclose(share, [0.1, 0.5, 1.0, 0.5, 0.0], atol=1e-6)
-    _, wsd = load(config, steps=100, warmup=0.1, schedule="wsd", decay=0.2, min_lr_ratio=0.1)
-    share = [float(train.lr_share(wsd, s)) for s in (0, 9, 50, 79, 89, 99)]
-    np.testing.assert_allclose(share, [0.1, 1.0, 1.0, 1.0, 0.55, 0.1], atol=1e-6)
+    """The first step has rate 0, the last one a rate above the floor; the warm-up has int(share * steps) steps."""
+    linear = shares(config, 400, (0, 20, 39, 40, 220, 399), warmup=0.1)             # smoke.py's
+    np.testing.assert_allclose(linear, [0, 0.5, 39 / 40, 1, 0.5, 1 / 360], atol=1e-6)
+    floor = shares(config, 100, (0, 10, 55, 99), warmup=0.1, min_lr_ratio=0.1)
+    np.testing.assert_allclose(floor, [0, 1, 0.55, 0.11], atol=1e-6)
+    wsd = shares(config, 100, (0, 9, 10, 50, 80, 90, 99), warmup=0.1, schedule="wsd", decay=0.2, min_lr_ratio=0.1)
+    np.testing.assert_allclose(wsd, [0, 0.9, 1, 1, 1, 0.55, 0.145], atol=1e-6)
+    cut = shares(config, 39, (0, 2, 3), warmup=0.1)                                 # 3.9 steps are 3
+    np.testing.assert_allclose(cut, [0, 2 / 3, 1], atol=1e-6)
+    assert shares(config, 100, (0,), warmup=0.0) == [1]
+    assert shares(config, 100, (0, 99), warmup=0.0, schedule="wsd", decay=0.0) == [1, 1]
+
+
+def test_a_run_of_one_step_learns_or_is_refused(config):
+    c, t = load(config, steps=1)
+    before = jax.jit(model.init, static_argnums=0)(c, jax.random.key(0))
+    _, state = run_steps(c, t, 1)
+    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), before, state.params)
+    assert float(train.lr_share(t, 0)) == 1 and all(jax.tree.leaves(moved))
+    for steps in (1, 6):
+        with pytest.raises(train.ConfigError, match="warmup"):
+            load(config, steps=steps, warmup=1.0)
 
 
 # -------------------------------------------------------------------------------------------------- optimizers
@@ -201,26 +229,39 @@ def test_muonh_is_its_formula():
     np.testing.assert_allclose(norm(np.asarray(params)), norm(w), rtol=1e-5)
 
 
-def test_clipping_is_per_group_and_clips():
-    """Each group's gradient is scaled to norm `clip` by its own norm, and by nobody else's."""
-    c, t = train.load_config(ROOT / "configs/smoke.py", ["--clip=1.0", "--num_layers=1", "--vocab_size=8"])
+@pytest.mark.parametrize("change, owners", [
+    ([], {"adam": ("embed_VD", "router_DE", "gain_D", "head_gate_DN"),
+          "experts": ("_EDF", "_EFD", "shared_gate_DZ", "shared_up_DZ", "shared_down_ZD")}),
+    (["--num_experts=0", "--experts_per_token=0", "--expert_dim=0"],
+     {"adam": ("embed_VD", "gain_D", "head_gate_DN")})], ids=["moe", "dense"])
+def test_clipping_is_per_group_and_clips(change, owners):
+    """Each group's gradient is scaled to norm `clip` by its own norm, and by nobody else's. The groups are Adam's
+    weights, the experts (routed and shared), and all other matrices."""
+    tiny = ["--clip=1.0", "--num_layers=1", "--vocab_size=8", "--hidden_dim=32", "--shared_dim=32"]
+    c, t = train.load_config(ROOT / "configs/smoke.py", tiny + change)
     params = jax.jit(model.init, static_argnums=0)(c, jax.random.key(0))
-    grads = jax.tree.map(lambda w: 0.01 * jnp.ones_like(w), params)
-    spiked = {**grads, "embed_VD": 1e6 * jnp.ones_like(params["embed_VD"])}
     optimizer = train.make_optimizer(c, t)
-    update = jax.jit(optimizer.update)
-    moments = {}
-    for name, g in (("plain", grads), ("spiked", spiked)):
-        _, state = update(g, optimizer.init(params), params)
-        moments[name] = {model.path_name(p).partition("/")[2]: leaf for p, leaf in
-                         jax.tree_util.tree_leaves_with_path(state) if ".mu" in jax.tree_util.keystr(p)}
-    for name in ("layers/query_DQ", "layers/up_EDF", "head_DV"):
-        assert_same_bits(moments["plain"][name], moments["spiked"][name])
-    norm = lambda group: float(jnp.sqrt(sum(jnp.sum(moments["spiked"][n] ** 2) for n in group)))
-    adam = [n for n in moments["spiked"] if n.endswith(("embed_VD", "router_DE", "gain_D", "head_gate_DN"))]
-    experts = [n for n in moments["spiked"] if n.endswith(("EDF", "EFD"))]
-    assert norm(adam) == pytest.approx(1 - t.beta1, rel=1e-4), "clipped to 1, then (1 - beta1) of it"
-    assert norm(experts) == pytest.approx((1 - t.beta1) * min(1.0, 0.01 * (3 * 8 * 128 * 64) ** 0.5), rel=1e-4)
+    update, start = jax.jit(optimizer.update), optimizer.init(params)
+    names = [model.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    group = {name: next((g for g, ends in owners.items() if name.endswith(ends)), "matrices") for name in names}
+
+    def moments(size):
+        """Adam's first moment of every weight, after one gradient that is size[its group] everywhere."""
+        grads = jax.tree_util.tree_map_with_path(
+            lambda path, w: jnp.full_like(w, size[group[model.path_name(path)]]), params)
+        _, state = update(grads, start, params)
+        return {model.path_name(path).partition("/")[2]: leaf
+                for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+                if ".mu" in jax.tree_util.keystr(path)}
+
+    plain = dict.fromkeys(group.values(), 1.0)
+    for spiked in plain:
+        before, after = moments(plain), moments(plain | {spiked: 1e6})
+        for name in names:
+            if group[name] != spiked:
+                assert_same_bits(before[name], after[name])
+        norm = np.sqrt(sum(np.sum(np.square(after[n], dtype=np.float64)) for n in names if group[n] == spiked))
+        assert norm == pytest.approx((1 - t.beta1) * t.clip, rel=1e-4), "clipped, then (1 - beta1) of it"
 
 
 def test_moments_are_sharded_like_their_weights(config):

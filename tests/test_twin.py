@@ -1,8 +1,9 @@
-"""An independent twin of the transformer: the recipe once more, in float64 numpy, one token at a time.
+"""An independent twin of the recipe in float64 numpy: the transformer one token at a time, the optimizer one
+weight at a time.
 
 model.py is batched, scanned, chunked and sorted; the twin is none of these. It was written from the recipe
-(marin #4697 and its README) and takes from model.py only the names of the weights, so a slip in one
-is not a slip in both. The recipe's constants (1.3, 1e4, 1e-5, 1e-6, every 4th layer) are spelled out here."""
+(marin #4697, for V2 #4976 and #5951) and takes from the code only the names of weights and settings, so a slip in
+one is not a slip in both. The recipe's constants (1.3, 1e4, 1e-5, 1e-6, every 4th layer) are spelled out here."""
 import dataclasses
 import functools
 from unittest import mock
@@ -14,13 +15,17 @@ import pytest
 
 import balance
 import model
-from test_model import TINY, norm_of
+import train
 
 TOLERANCE = 5e-5    # largest difference over largest value; float32 against float64 leaves 1e-5 [measured]
-FIVE = dataclasses.replace(TINY, num_layers=5)      # 0 1 2 local, 3 full, 4 local and last
-V2 = dataclasses.replace(FIVE, half_rope=True, partial_key_offset=True, combine_sum=2.5, router_z=0.0)
-CONFIGS = {"v1": FIVE, "v2": V2, "window of 3": dataclasses.replace(FIVE, window=3),
-           "dense": dataclasses.replace(FIVE, num_experts=0, experts_per_token=0, expert_dim=0)}
+# Five layers: 0, 1 and 2 are local, 3 is full, and 4 is the last one, which is local in V1 and full in V2.
+FIVE = model.ModelConfig(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=5, num_heads=4, num_kv_heads=2,
+                         head_dim=8, shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12,
+                         gated_norm_rank=4)
+V2 = dataclasses.replace(FIVE, half_rope=True, last_layer_full=True, partial_key_offset=True, combine_sum=2.5,
+                         router_z=0.0)
+DENSE = dataclasses.replace(FIVE, num_experts=0, experts_per_token=0, expert_dim=0)
+CONFIGS = {"v1": FIVE, "v2": V2, "window of 3": dataclasses.replace(FIVE, window=3), "dense": DENSE}
 
 # ------------------------------------------------------------- the twin: x, a, q, k, v are one token's vector
 
@@ -49,12 +54,12 @@ def rope(x, position, half_rope):
 def attention(a, p, segment, i, c):
     """What the attention of layer i adds to each token of a row; a[t] is token t, normed and gated."""
     S, N, M, H = len(a), c.num_heads, c.num_kv_heads, c.head_dim
-    full, last = i % 4 == 3, i == c.num_layers - 1
+    full = i % 4 == 3 or (c.last_layer_full and i == c.num_layers - 1)      # the second in V2 only
     window = c.seq_len if full else c.window or c.seq_len // 2
     query = [(a[t] @ p["query_DQ"]).reshape(N, H) for t in range(S)]
     key = [(a[t] @ p["key_DP"]).reshape(M, H) for t in range(S)]
     value = [(a[t] @ p["value_DP"]).reshape(M, H) for t in range(S)]
-    if c.partial_key_offset and (full or last):
+    if c.partial_key_offset and full:
         own = [k.copy() for k in key]
         for t in range(S):
             starts = t == 0 or segment[t - 1] != segment[t]
@@ -124,6 +129,67 @@ def twin(c):
     return said
 
 
+# ---------------------------------------------------------------------------------- the twin's optimizer: AdamH
+
+def peak_rates(c, t):
+    """(Adam's rate, the matrices' rate, Adam's epsilon): Marin's fits of April (V1) and May (V2), capped alike."""
+    batch = t.batch_size * c.seq_len
+    tokens = t.steps * batch
+    if t.recipe == "v1":
+        rows = batch / 4096
+        adam = 1.63 * tokens**-0.2813 * c.hidden_dim**-0.3678 * np.sqrt(rows)
+        epsilon = 1e-15 * np.sqrt(32 * tokens / (rows * 1.4e9))
+    else:
+        adam = 0.06602 * tokens**-0.395 * c.hidden_dim**-0.150 * np.sqrt(batch)
+        epsilon = 9.676e-18 * np.sqrt(tokens / batch)
+    return min(adam, 0.05), min(13 / 3 * adam, 0.05), epsilon
+
+
+def share_of_peak(t, before):
+    """The rate of the step that `before` others precede, over its peak: the first step has none."""
+    warm = int(t.warmup * t.steps)
+    if before < warm:
+        return before / warm
+    return 1 - (1 - t.min_lr_ratio) * (before - warm) / (t.steps - warm)
+
+
+def group(name, c):
+    """Whose gradients a weight's gradient is clipped with. A dense model's MLP is one of the matrices."""
+    if name.endswith("gain_D") or name in ("embed_VD", "router_DE", "head_gate_DN"):
+        return "adam"
+    expert = name in ("gate_EDF", "up_EDF", "down_EFD") or name.startswith("shared_")
+    return "experts" if expert and c.num_experts else "matrices"
+
+
+def flat(weights):
+    """{name: array} of every weight; a layer's stand stacked, as in model.py."""
+    return {name: w for name, w in weights.items() if name != "layers"} | weights["layers"]
+
+
+def trained(c, t, weights, gradients):
+    """The weights after one step for each of the gradients."""
+    ws = {name: np.float64(w) for name, w in flat(weights).items()}
+    m, v = dict.fromkeys(ws, 0.0), dict.fromkeys(ws, 0.0)
+    adam_rate, matrix_rate, epsilon = peak_rates(c, t)
+    length = lambda w: np.sqrt(np.sum(w * w, axis=(-2, -1), keepdims=True))     # of every matrix of a stack
+    for before, gs in enumerate(gradients):
+        norm = {}
+        for name, g in gs.items():
+            norm[group(name, c)] = np.hypot(norm.get(group(name, c), 0), np.linalg.norm(g))
+        for name, w in ws.items():
+            g = gs[name] * min(1, t.clip / norm[group(name, c)])
+            m[name] = t.beta1 * m[name] + (1 - t.beta1) * g
+            v[name] = t.beta2 * v[name] + (1 - t.beta2) * g * g
+            u = m[name] / (1 - t.beta1 ** (before + 1))
+            u = u / (np.sqrt(v[name] / (1 - t.beta2 ** (before + 1))) + epsilon)
+            if group(name, c) == "adam":
+                ws[name] = w - adam_rate * share_of_peak(t, before) * u
+            else:
+                moved = w - matrix_rate * share_of_peak(t, before) * length(w) * u / length(u)
+                ws[name] = moved * length(w) / length(moved)
+    return ws
+
+
 # ------------------------------------------------------------------------------------------ the comparison
 
 def problem(c):
@@ -137,6 +203,10 @@ def problem(c):
     joined = segments == np.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return w, bias_LE, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments,
                         "weights": (joined & (segments != 0)).astype(np.float32)}
+
+
+def norm_of(batch):
+    return {"weight": jnp.sum(batch["weights"]), "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}
 
 
 next_bias = jax.jit(balance.next_bias, static_argnums=3)
@@ -168,26 +238,116 @@ def test_the_model_is_its_twin(name):
     assert all(error < TOLERANCE for error in found.values()), found
 
 
-ONE = dataclasses.replace(V2, num_layers=1, router_z=1e-3, remat="none")    # every term, quick to compile
+# Every term in two layers, one local and one full, quick to compile.
+TWO = dataclasses.replace(V2, num_layers=2, router_z=1e-3, remat="none")
 MUTANTS = {     # another config for model.py; or where to patch it, and what to put in the place of f
     "qk_scale": dict(qk_scale=1.0), "theta": dict(rope_theta=5e3), "combine_sum": dict(combine_sum=2.4),
     "window": dict(window=11), "router z": dict(router_z=0.0), "logit z": dict(logit_z=0.0),
-    "XSA off": (jnp, "einsum", lambda f: lambda s, *x, **k: f(s, *x, **k) * (s != "TMG,TMH->TMGH")),
+    "the last layer is local": dict(last_layer_full=False),
+    "the last layer is local, with key offset": (
+        model.kernels, "attention", lambda f: lambda q, k, v, seg, window, **more: f(q, k, v, seg, 12, **more)),
+    "every layer is full, with key offset": (model, "sees_all", lambda f: lambda c, i: True),
+    "XSA off": (model, "exclusive_self_attention", lambda f: lambda y, v: f(y, 0 * v)),
     "head gate without its 2": (model, "attend", lambda f: lambda *a: f(*a) / 2),
-    "GatedNorm without gate": (model, "gated_norm", lambda f: lambda x, gain, *_: model.rms(x, 1e-5) * gain),
+    "GatedNorm without gate": (model, "gated_norm", lambda f: lambda x, gain, *_: model.rms(x, 1e-5, gain)),
     "key offset off": (model, "key_offset", lambda f: lambda k, segment_BS: k),
     "key offset across documents": (model, "key_offset", lambda f: lambda k, seg_BS: f(k, 0 * seg_BS)),
-    "no QK-norm": (model, "rms", lambda f: lambda x, eps: x if eps == 1e-6 else f(x, eps)),
+    "no QK-norm": (model, "rms", lambda f: lambda x, eps, *gain: x if eps == 1e-6 else f(x, eps, *gain)),
     "the bias does not choose": (model.moe, "moe", lambda f: lambda x, p, b_E, *a, **k: f(x, p, 0 * b_E, *a, **k))}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_twin_has_teeth(name, monkeypatch):
-    given, mutant = ONE, MUTANTS[name]
+    given, mutant = TWO, MUTANTS[name]
     if isinstance(mutant, dict):
-        given = dataclasses.replace(ONE, **mutant)
+        given = dataclasses.replace(TWO, **mutant)
     else:
         where, what, change = mutant
         monkeypatch.setattr(where, what, change(getattr(where, what)))
-    found = errors(ONE, given)
+    found = errors(TWO, given)
     assert any(error > 5 * TOLERANCE for error in found.values()), found
+
+
+# ------------------------------------------------------------------------------- the comparison of the optimizer
+
+# Of the first five steps the first has rate 0, the fourth the peak and the fifth a little less.
+V1_STEPS = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=20, batch_size=3, warmup=0.15,
+                             clip=0.3, beta2=0.95)
+V2_STEPS = dataclasses.replace(V1_STEPS, recipe="v2")       # V2's rates and epsilon, of which the cap binds
+STEPS = {"v1": (FIVE, V1_STEPS), "dense": (DENSE, V1_STEPS), "v2's rates": (FIVE, V2_STEPS)}
+
+
+def optimizer_errors(c, t):
+    """Per weight, how far train.py's optimizer moves it otherwise than the twin, over the largest move."""
+    w, *_ = problem(c)
+    rng, optimizer = np.random.default_rng(1), train.make_optimizer(c, t)
+    # A weight's gradients are of another size at each step: clipping to a norm is heard in nothing else, because
+    # AdamH only takes their direction.
+    gradients = [jax.tree.map(lambda w: (10 ** rng.uniform(-2, 1) * rng.normal(size=w.shape)).astype(np.float32), w)
+                 for _ in range(5)]
+    update = jax.jit(optimizer.update)
+    now, state = w, optimizer.init(w)
+    for g in gradients:
+        updates, state = update(g, state, now)
+        now = jax.tree.map(np.add, now, updates)
+    before, got, want = flat(w), flat(now), trained(c, t, w, [flat(g) for g in gradients])
+    return {name: np.max(np.abs(got[name] - want[name])) / np.max(np.abs(want[name] - before[name]))
+            for name in want}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_optimizer_is_its_twin(name):
+    found = optimizer_errors(*STEPS[name])
+    assert all(error < TOLERANCE for error in found.values()), found
+
+
+def mlp_with_the_experts(f):
+    """A weight table that calls a dense model's MLP an expert."""
+    def table(c):
+        said = f(c)
+        return said | {"layers": {name: w._replace(kind="shared") if name.startswith("shared_") else w
+                                  for name, w in said["layers"].items()}}
+    return table
+
+
+OPTIMIZER_MUTANTS = {       # name: the case of STEPS, where to patch, and what to put in the place of f
+    "the shared expert with the matrices": (
+        "v1", train, "GROUPS", lambda f: f | {"adamh": f["adamh"] | {"shared": "adamh"}}),
+    "a dense MLP not with the matrices": ("dense", model, "table", mlp_with_the_experts),
+    "the first step has a rate": ("v1", train, "lr_share", lambda f: lambda t, step: f(t, step + 1)),
+    "v2's rates without a cap": (
+        "v2's rates", train, "heuristic", lambda f: lambda *a: f(*a)._replace(hyper_lr=13 / 3 * f(*a).adam_lr)),
+    "one clip for all": (
+        "v1", train, "GROUPS", lambda f: f | {"adamh": f["adamh"] | {"expert": "adamh", "shared": "adamh"}})}
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_MUTANTS)
+def test_the_optimizer_s_twin_has_teeth(name, monkeypatch):
+    case, where, what, change = OPTIMIZER_MUTANTS[name]
+    monkeypatch.setattr(where, what, change(getattr(where, what)))
+    found = optimizer_errors(*STEPS[case])
+    assert any(error > 5 * TOLERANCE for error in found.values()), found
+
+
+# ------------------------------------------------------------------------------------------- the gain, in bfloat16
+
+def otherwise_rounded():
+    """The share of gated_norm's bfloat16 results that are not the float64 result, rounded once."""
+    rng = np.random.default_rng(2)
+    x_TD = jnp.asarray(rng.normal(size=(64, 32)), jnp.bfloat16)
+    gain_D = rng.normal(1, 0.3, 32).astype(np.float32)
+    closed = np.zeros((32, 4), jnp.bfloat16)                    # the gate's weights: sigmoid(0) halves, exactly
+    got = model.gated_norm(x_TD, gain_D, closed, closed.T)
+    want = np.array([rms(np.float64(x), 1e-5) * gain_D / 2 for x in x_TD]).astype(jnp.bfloat16)
+    assert got.dtype == jnp.bfloat16
+    return np.mean(np.asarray(got) != want)
+
+
+def test_the_gain_multiplies_before_the_result_is_rounded():
+    assert otherwise_rounded() < 0.01
+
+
+def test_a_gain_after_the_cast_would_be_noticed(monkeypatch):
+    late = lambda f: lambda x, eps, gain=1.0: (f(x, eps) * gain).astype(x.dtype)
+    monkeypatch.setattr(model, "rms", late(model.rms))
+    assert otherwise_rounded() > 0.1

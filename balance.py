@@ -165,8 +165,8 @@ def excess_load(margin_LTE, valid_T, K, axis):
 
 
 def centered(bias_LE):
-    """Mean 0 in each layer. Otherwise thresholds drift where loads do not see it: by .008 a step
-    at 16,384 tokens [measured: numpy, E=64, K=4]."""
+    """Mean 0 in each layer. Otherwise thresholds drift, unseen by the loads, by .008 a step at
+    16,384 tokens [measured: numpy, E=64, K=4]."""
     return bias_LE - jnp.mean(bias_LE, axis=1, keepdims=True)
 
 
@@ -183,11 +183,11 @@ def aux_global(prob_LTE, margin_LTE, valid_T, tokens, K, axis, rate):
     return rate * prob_LTE.shape[2] * jnp.sum(lax.stop_gradient(f_LE) * P_LE)
 
 
-RULES = {                                           # `balancer` in a config
+RULES = {                                               # `balancer` in a config
     "quantile": Rule(top_k, quantile),
     "quantile_local": Rule(top_k, quantile_local),
-    "sign": Rule(sigmoid_top_k, sign, rate=1e-3),   # rate [cited: arXiv 2408.15664]
-    "aux_global": Rule(top_k, loss=aux_global, rate=1e-2),  # [cited: arXiv 2101.03961]
+    "sign": Rule(sigmoid_top_k, sign, 1e-3),            # rate [cited: arXiv 2408.15664]
+    "aux_global": Rule(top_k, None, 1e-2, aux_global),  # rate [cited: arXiv 2101.03961]
     "none": Rule(top_k),
 }
 # a rule whose choice looks at later tokens -> the rule that evaluation and sampling use instead
@@ -220,9 +220,8 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
     """This step's margins -> (the next step's bias_LE, kept_L: layers that kept their old bias).
 
     Call it once, after all layers: then the layer loop has no collective of it, and nothing waits
-    for its result before the next step. A layer with a margin that is not finite keeps its bias: a
-    NaN must not outlive its step, and an infinity must not move a rank. So do all layers if no
-    token is valid. rate: 0 takes the rule's own. axis, platform: as in kth_largest."""
+    for it before the next step. A layer with a margin that is not finite keeps its bias, so that a
+    NaN does not outlive its step. rate: 0 takes the rule's own. axis, platform: see kth_largest."""
     known = rule_named(rule)
     L, _, E = margin_LTE.shape
     if K == E or known.next_bias is None:
@@ -232,7 +231,6 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
     broken_L = jnp.sum(broken_LTE, axis=(1, 2), dtype=jnp.int32)
     here = jnp.sum(valid_T, dtype=jnp.int32)
     tokens, broken_L = _sum_devices((here, broken_L), axis)
-
     new_LE = known.next_bias(margin_LTE, valid_T, bias_LE, K, axis, rate or known.rate, platform)
     kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(new_LE), axis=1)
     return jnp.where(kept_L[:, None], bias_LE, new_LE), kept_L
@@ -249,7 +247,7 @@ def auxiliary_loss(rule, prob_LTE, margin_LTE, valid_T, tokens, K, axis=None, ra
 # --------------------------------------------------------------------------- how balanced is it
 
 def loads(margin_LTE, valid_T):
-    """Valid tokens here that chose each expert: int32 [L,E]. Who ties with the cutoff has not."""
+    """Valid tokens of this device per expert, int32 [L,E]. A tie with the cutoff does not count."""
     return jnp.sum((margin_LTE > 0) & valid_T[:, None], axis=1, dtype=jnp.int32)
 
 
@@ -268,9 +266,8 @@ def drop_fraction(load_LE, capacity_factor):
 def sampling_floor(tokens, E, K):
     """MaxVio that remains on new, independent tokens even with the best bias.
 
-    0.7 sqrt(4 ln E (1-K/E) / q): both the bias and the load come from samples of `tokens`. 0.7 was
-    measured for one update per step at E=64, K=4, 1,024 to 65,536 tokens. Real text is clustered
-    by document, so on small batches a perfect balancer shows a few times this floor."""
+    0.7 was measured for one update per step at E=64, K=4, 1,024 to 65,536 tokens. Real text is
+    clustered by document, so a perfect balancer shows a few times this floor on small batches."""
     if not 1 < E > K:
         return 0.0
     return 0.7 * math.sqrt(4 * math.log(E) * (1 - K / E) / (tokens * K / E))
@@ -299,8 +296,8 @@ def demonstrate():
     for i in range(8):
         load_E, new_E = step(s_TE, bias_E, 1)
         alpha_T1 = np.sort(s_TE + bias_E, axis=1)[:, -2:-1]
-        slack_TE = np.maximum(0, s_TE + bias_E - alpha_T1)
-        dual = slack_TE.sum() + alpha_T1.sum() - 8 * bias_E.sum()
+        slack = np.maximum(0, s_TE + bias_E - alpha_T1).sum()
+        dual = slack + alpha_T1.sum() - 8 * bias_E.sum()        # bias = -beta
         print(f"after {i} updates: dual - optimum {dual - optimum:8.4f}, loads {load_E}")
         bias_E = new_E
 

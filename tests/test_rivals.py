@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as Spec
 import balance
 import moe
 import train
+from tests import arena
 from tests import lp
 from tests import rivals
 from tests.lp import scores
@@ -281,3 +282,49 @@ def test_without_the_import_the_message_says_where_the_rivals_are(config):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
     assert "tests/rivals.py" in ended.stderr or "import rivals" in ended.stderr
+
+
+# ------------------------------------------------------------------------- the comparison
+
+FAILS_BY = {        # the least factor between what is tried and the recipe
+    "steps of twice the length (g = 2)": 20,
+    "the published pair, (q+1)-th largest": 2,
+    "a histogram of saturated sigmoids": 2,
+    "1,000 bins over the range, one outlier": 10,
+    "padding left in the statistic": 10,
+    "a bias that is not centered": 1000,
+    "the mean of sixteen devices' quantiles": 10,
+    "reviving a dead expert by sign steps": 100,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", arena.FAILURES)
+def test_what_must_fail_fails(name):
+    quantity, bad, good = arena.FAILURES[name]()
+    assert bad >= FAILS_BY[name] * max(good, 1e-9), f"{quantity}: {bad} against {good}"
+
+
+@pytest.mark.slow
+def test_the_arena_trains_what_is_missing_and_compares(config, tmp_path, capsys):
+    config.write_text("from tests import rivals\n" + config.read_text())
+    where = [f"--config={config}", f"--out={tmp_path}/arena"]
+    assert arena.main(["sinkhorn", "sign@0.01", "--seeds=1", *where]) == 0
+    one = capsys.readouterr().out
+    assert one.count("training ") == 2 and "sinkhorn*" in one and "+-" not in one
+    assert arena.main(["quantile", "sign@0.01", "--seeds=2", *where]) == 0
+    two = capsys.readouterr().out
+    assert two.count("training ") == 3 and two.count("+-") == 2     # one run is read again
+    assert (tmp_path / "arena" / "arena.png").stat().st_size > 1000
+    assert arena.main(["animate", str(tmp_path / "arena" / "quantile-seed0")]) == 0
+    assert (tmp_path / "arena" / "quantile-seed0" / "plots" / "load.gif").exists()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["juggle"], "rule: expected one of quantile"), (["sign@x"], "expected a number after @"),
+    (["animate", "out/no such run"], "expected lines with load_LE"),
+    (["quantile", "--seeds=0"], "--seeds: expected at least 1")])
+def test_bad_input_to_the_arena_is_one_line(arguments, message, capsys):
+    assert arena.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

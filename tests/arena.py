@@ -126,7 +126,7 @@ def print_table(table, base, seeds):
 {seeds} seed(s), the same data and seeds for all rules. loss: held-out nats per token. difference:
 to {base}, seed by seed, with its standard error if there is more than one seed. MaxVio: over its
 sampling floor of {floor:.3f}, mean of the run and last tenth. drop: what buffers of that capacity
-would lose in the last tenth. dead: most experts without a token at any line. step: the fastest line.
+would lose in the last tenth. dead: most experts without a token at any line. step: fastest line.
 *: the rule looks ahead in training""")
     print(f"{'rule':16s}{'loss':>7s}{'difference':>19s}{'bits/byte':>10s}{'MaxVio run':>11s}"
           f"{'end':>6s}{'drop 1.0':>10s}{'1.15':>7s}{'1.33':>7s}{'dead':>6s}{'step ms':>8s}")

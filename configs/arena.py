@@ -1,10 +1,12 @@
-"""One small mixture of experts for every balancer: python balance.py arena trains it under each, with three seeds.
+"""One small mixture of experts to compare balancers: python tests/arena.py trains it under each.
 
-Half a million parameters, sixteen experts, two per token; the books of smoke.py. Small enough that 45 runs fit an
-hour on two quiet CPU cores, large enough that experts specialise: without a balancer the busiest carries 5.6 times
-its share. Every number not tagged otherwise is [assumed]."""
+Half a million parameters, sixteen experts, two per token; the books of smoke.py. It is small enough
+that all rules with three seeds (45 runs) take an hour on two quiet CPU cores, and large enough that
+experts specialize: without a balancer the busiest carries 5.6 times its share. Every number that is
+not tagged otherwise is [assumed]."""
 
 from configs.smoke import mixture, tokenizer, vocab_size, seq_len, remat          # noqa: F401
+from tests import rivals                # noqa: F401  the rules that are not in balance.py
 
 hidden_dim = 64
 num_layers = 2

@@ -1,4 +1,5 @@
 """Eight CPU devices for every test, the repository on the path, slow tests only on request (pytest -m slow)."""
+import json
 import os
 import sys
 import tempfile
@@ -13,6 +14,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 
 import jax
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,3 +34,56 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             for name in {"slow", "endurance"} & set(item.keywords):
                 item.add_marker(pytest.mark.skip(reason=f"{name}: run with `pytest -m {name}`"))
+
+
+# ------------------------------------------------------------------- a tiny run: text and config
+
+CONFIG = """
+mixture = (({text!r}, 1.0),)
+tokenizer = "bytes"
+vocab_size = 257
+seq_len = 32
+hidden_dim = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 8
+shared_dim = 16
+num_experts = 4
+experts_per_token = 2
+expert_dim = 8
+gated_norm_rank = 4
+steps = 6
+batch_size = 8
+warmup = 0.2
+log_every = 2
+eval_every = 4
+save_every = 3
+sample_tokens = 4
+data_dir = {cache!r}
+compiled_dir = {compiled!r}
+run_dir = {run!r}
+"""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Thirty documents of nonsense with some structure, one file."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("aeioubcdfglmnprst"), rng.integers(2, 7))) for _ in range(200)]
+    folder = tmp_path_factory.mktemp("text")
+    with open(folder / "nonsense.jsonl", "w") as f:
+        for _ in range(30):
+            document = " ".join(rng.choice(words, rng.integers(50, 300)))
+            f.write(json.dumps({"text": document}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def config(text, tmp_path):
+    """The path of a config that trains in seconds."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG.format(
+        text=str(text / "nonsense.jsonl"), cache=str(text / "cache"),
+        compiled=str(text / "compiled"), run=str(tmp_path / "run")))
+    return path

@@ -1,7 +1,6 @@
 """Kernels: the few operations in which a mixture-of-experts transformer spends its time.
 
-Run:  python kernels.py        every fast implementation beside its plain twin: the largest error
-      python tests/bench.py    the same with times and rivals; the roofline of the 129B run
+Run:  python tests/bench.py kernels      every implementation beside its plain twin: errors, times
 Read: best -> attention -> cross_entropy -> grouped_matmul -> expert_mlp -> count_reaching ->
       weights on many devices -> the heap of a CPU process.
 Each operation has a plain twin with the same signature: the definition. `impl` names an
@@ -23,13 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import tpu as pltpu
 
-CHUNK_LOGITS = 1024 * 128_256   # float32 logits that "chunked" cross-entropy holds at once, 0.5 GiB
+PLAIN_LOGITS = 1024 * 128_256   # 0.5 GiB of float32: more are not held at once
 MASKED = -1e30                  # not -inf: a token sees itself, but inf - inf would be NaN
 
 
 class Impl(NamedTuple):
     attention: str
-    cross_entropy: str
     grouped_matmul: str
     expert_mlp: str
     count: str
@@ -37,9 +35,9 @@ class Impl(NamedTuple):
 
 
 BEST = {
-    "cpu": Impl("chunked", "chunked", "tiles", "loop", "plain", 256),
-    "gpu": Impl("chunked", "chunked", "tiles", "tiles", "plain", 128),
-    "tpu": Impl("splash", "vocabulary", "pallas_tpu", "pallas_tpu", "pallas_tpu", 256),
+    "cpu": Impl("chunked", "tiles", "loop", "plain", 256),
+    "gpu": Impl("chunked", "tiles", "tiles", "plain", 512),
+    "tpu": Impl("splash", "pallas_tpu", "pallas_tpu", "pallas_tpu", 256),
 }
 
 
@@ -224,29 +222,20 @@ def _divisor(size, unit, most, what):
 
 # ----------------------------------------------------------------- linear + softmax + cross-entropy
 
-def cross_entropy(x_TD, head_DV, target_T, impl=None, platform="cpu", chunk=None):
+def cross_entropy(x_TD, head_DV, target_T, impl=None, chunk=4096):
     """Next-token loss straight from the last hidden state: (nll_T, lse_T), both float32, in nats.
 
     nll is -log softmax(x @ head)[target]. lse is the log of the normalizer, which a z-loss squares.
-    The logits are computed in the input's type; they are accumulated and normalized in float32.
-    impl:
-    "plain"       holds all [T,V] logits: 7.8 GiB in float32 for 16,384 tokens of V=128,256
-    "chunked"     `chunk` tokens at a time (1,024 at V=128,256: CHUNK_LOGITS). The backward pass
-                  computes their logits again, 2*D*V FLOPs more a token. The same as "plain" if all
-                  tokens fit
-    "vocabulary"  `chunk` (4,096) words at a time for all tokens, with the same extra pass, from the
-                  saved lse. It accumulates the tokens' gradient, [T,D], where "chunked" accumulates
-                  the head's, [D,V], in float32: 0.39 GiB of temporaries against 2.47, and 7.83 for
-                  "plain", on a TPU at these sizes [measured: AOT]
-    `chunk` need not divide T or V."""
-    impl = impl or best(platform).cross_entropy
-    _known("cross_entropy impl", impl, ("plain", "chunked", "vocabulary"))
+    Logits are computed in the input's type, accumulated and normalized in float32. impl:
+    "plain"       all [T,V] logits at once: 7.8 GiB for 16,384 tokens of V=128,256
+    "vocabulary"  `chunk` words at a time; the backward pass computes the logits again, 2*D*V FLOPs
+                  more a token: 0.39 GiB of temporaries at those sizes [measured: TPU, AOT]
+    The default is "plain" where all logits fit PLAIN_LOGITS. `chunk` need not divide V."""
     T, V = x_TD.shape[0], head_DV.shape[1]
-    chunk = chunk or (4096 if impl == "vocabulary" else max(1, CHUNK_LOGITS // V))
+    impl = impl or ("plain" if T * V <= PLAIN_LOGITS else "vocabulary")
+    _known("cross_entropy impl", impl, ("plain", "vocabulary"))
     if impl == "vocabulary" and V > chunk:
         return _by_vocabulary(x_TD, head_DV, target_T, chunk)
-    if impl == "chunked" and T > chunk:
-        return _by_tokens(x_TD, head_DV, target_T, chunk)
     return _token_losses(x_TD, head_DV, target_T)
 
 
@@ -256,20 +245,6 @@ def _token_losses(x_TD, head_DV, target_T):
     # compare and sum, not an index: its gradient is then a compare too, not a scatter into [T,V]
     hit_TV = target_T[:, None] == jnp.arange(head_DV.shape[1])[None, :]
     return lse_T - jnp.sum(jnp.where(hit_TV, logits_TV, 0.0), axis=-1), lse_T
-
-
-def _by_tokens(x_TD, head_DV, target_T, chunk):
-    T, D = x_TD.shape
-    x_CTD = jnp.pad(x_TD, ((0, -T % chunk), (0, 0))).reshape(-1, chunk, D)
-    target_CT = jnp.pad(target_T, (0, -T % chunk)).reshape(-1, chunk)
-    wide_DV = head_DV.astype(jnp.float32)           # so that its gradient accumulates in float32
-
-    @jax.checkpoint
-    def losses(xs):
-        x_tD, target_t = xs
-        return _token_losses(x_tD, wide_DV.astype(x_tD.dtype), target_t)
-    nll_CT, lse_CT = lax.map(losses, (x_CTD, target_CT))
-    return nll_CT.reshape(-1)[:T], lse_CT.reshape(-1)[:T]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -359,19 +334,14 @@ def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
     "plain"       every row times every expert, then select: E times the work, the definition
     "tiles"       a batched matmul with a weight matrix gathered for every tile; XLA only, so it
                   runs everywhere
-    "ragged_dot"  jax.lax.ragged_dot. On a CPU, and in the weight gradient on TPU v4 to v6e, it does
-                  E times the useful work [measured: jax 0.10.2, libtpu 0.0.42, AOT]
     "pallas_tpu"  the TPU kernels below"""
     impl = impl or best(platform).grouped_matmul
-    _known("grouped_matmul impl", impl, ("plain", "ragged_dot", *GROUPED))
-    E, rows = w_EDF.shape[0], x_RD.shape[0] // tile_expert.shape[0]
+    _known("grouped_matmul impl", impl, ("plain", *GROUPED))
     if impl == "plain":
         every_REF = jnp.einsum("RD,EDF->REF", x_RD, w_EDF)
-        owner_RE = jnp.repeat(tile_expert, rows)[:, None] == jnp.arange(E)
+        row_expert = jnp.repeat(tile_expert, x_RD.shape[0] // tile_expert.shape[0])
+        owner_RE = row_expert[:, None] == jnp.arange(w_EDF.shape[0])
         return jnp.sum(jnp.where(owner_RE[:, :, None], every_REF, 0), axis=1)
-    if impl == "ragged_dot":
-        tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-        return lax.ragged_dot(x_RD, w_EDF, tiles_E * rows)
     return _grouped(x_RD, w_EDF, tile_expert, impl, platform == "cpu")
 
 
@@ -383,10 +353,6 @@ def _grouped(x_RD, w_EDF, tile_expert, impl, interpret):
     return matmul(x_RD, w_EDF, tile_expert, False, interpret)
 
 
-def _grouped_forward(x_RD, w_EDF, tile_expert, impl, interpret):
-    return _grouped(x_RD, w_EDF, tile_expert, impl, interpret), (x_RD, w_EDF, tile_expert)
-
-
 def _grouped_backward(impl, interpret, residuals, g_RF):
     x_RD, w_EDF, tile_expert = residuals
     matmul, weight_grad = GROUPED[impl]
@@ -395,12 +361,12 @@ def _grouped_backward(impl, interpret, residuals, g_RF):
     return dx_RD, weight_grad(x_RD, g_RF, tile_expert, like_w, interpret), None
 
 
-_grouped.defvjp(_grouped_forward, _grouped_backward)
+_grouped.defvjp(lambda *args: (_grouped(*args), args[:3]), _grouped_backward)
 
 
 def _tiles_matmul(x_RD, w_EDF, tile_expert, transpose_w, interpret):
     x_nrD = x_RD.reshape(tile_expert.shape[0], -1, x_RD.shape[1])
-    w_nDF = jnp.take(w_EDF, tile_expert, axis=0, mode="fill", fill_value=0)      # no owner: a zero matrix
+    w_nDF = jnp.take(w_EDF, tile_expert, axis=0, mode="fill", fill_value=0)    # no owner: zeros
     product = "nrF,nDF->nrD" if transpose_w else "nrD,nDF->nrF"
     return jnp.einsum(product, x_nrD, w_nDF).reshape(x_RD.shape[0], -1)
 
@@ -457,7 +423,8 @@ def _tpu_matmul(x_RC, w_EDF, tile_expert, transpose_w, interpret):
         kernel, jax.ShapeDtypeStruct((R, O), dtype), interpret, grid=(O // o, tiles, steps),
         in_specs=[pl.BlockSpec((r, c), lambda j, i, k, te: (i, k)),
                   pl.BlockSpec((None, o, c) if transpose_w else (None, c, o), w_block)],
-        out_specs=pl.BlockSpec((r, o), lambda j, i, k, te: (i, j)), total=(r, o), flops=2 * R * D * F,
+        out_specs=pl.BlockSpec((r, o), lambda j, i, k, te: (i, j)),
+        total=(r, o), flops=2 * R * D * F,
         elements=O // o * R * C + tiles * D * F + R * O)(tile_expert, x_RC, w_EDF)
 
 
@@ -475,7 +442,7 @@ def _tpu_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
         def _():
             total[...] = jnp.zeros_like(total)
 
-        @pl.when(e < E)                             # tiles without an owner come last and change nothing
+        @pl.when(e < E)             # tiles without an owner come last and change nothing
         def _():
             contract = (((0,), (0,)), ((), ()))
             total[...] += lax.dot_general(x[...], g[...], contract,
@@ -643,7 +610,7 @@ def count_reaching(key_LTE, candidate_CLE, impl=None, platform="cpu"):
 # Inside shard_map every device holds its share of a weight. It gathers the others' shares when it
 # needs the weight, and the gradient comes back summed and scattered (FSDP) [arXiv 2304.11277].
 
-LARGE_VOCABULARY = 32_768       # from this size the gradients of embedding and head need the care below
+LARGE_VOCABULARY = 32_768       # above it the gradients of embedding and head need special care
 
 
 def single_device(axis):
@@ -663,10 +630,6 @@ def gather_weight(w, axis, split, dtype):
     return lax.all_gather(w.astype(dtype), axis, axis=split, tiled=True)
 
 
-def _gather_forward(w, axis, split, dtype):
-    return gather_weight(w, axis, split, dtype), None
-
-
 def _gather_backward(axis, split, dtype, _, g):
     if single_device(axis):
         return (g.astype(jnp.float32),)
@@ -684,7 +647,7 @@ def _gather_backward(axis, split, dtype, _, g):
     return (lax.map(chunk, jnp.arange(chunks)).reshape(d, -1),)
 
 
-gather_weight.defvjp(_gather_forward, _gather_backward)
+gather_weight.defvjp(lambda *args: (gather_weight(*args), None), _gather_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -694,10 +657,6 @@ def embed(w_Vd, token_T, axis, dtype):
 
     The gradient sums over every occurrence of a token, in float32 from there to the optimizer."""
     return jnp.take(gather_weight(w_Vd, axis, 1, dtype), token_T, axis=0)
-
-
-def _embed_forward(w_Vd, token_T, axis, dtype):
-    return embed(w_Vd, token_T, axis, dtype), (w_Vd.shape, token_T)
 
 
 def _embed_backward(axis, dtype, residuals, g_TD):
@@ -713,7 +672,8 @@ def _embed_backward(axis, dtype, residuals, g_TD):
     return jnp.moveaxis(lax.map(chunk, jnp.moveaxis(g_TnCd, 2, 0)), 0, 1).reshape(V, d), None
 
 
-embed.defvjp(_embed_forward, _embed_backward)
+embed.defvjp(lambda w_Vd, token_T, *static: (embed(w_Vd, token_T, *static), (w_Vd.shape, token_T)),
+             _embed_backward)
 
 
 def _reduce_scatter(g, axis, split):
@@ -732,7 +692,8 @@ def _reduce_scatter(g, axis, split):
     padding[1 - split] = (0, -words % 4096)
     g = with_layout_constraint(jnp.pad(g, padding), Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    share = lax.optimization_barrier(share)     # libtpu 0.0.42 stops with an error if it may join the slices
+    # without the barrier libtpu 0.0.42 joins the slices and stops with an error
+    share = lax.optimization_barrier(share)
     return lax.slice_in_dim(share, 0, words, axis=1 - split)
 
 
@@ -793,7 +754,7 @@ def fill_holes():
         libc.free(_filled.pop())
     size = 1 << 20
     while size >= 1024:
-        last_hole = libc.sbrk(None) - libc.mallinfo2().keepcost     # beyond it, the heap is untouched
+        last_hole = libc.sbrk(None) - libc.mallinfo2().keepcost     # the heap beyond is untouched
         piece = libc.malloc(size)
         while piece and piece < last_hole:
             _filled.append(piece)
@@ -802,36 +763,7 @@ def fill_holes():
         size = size * 7 // 8
 
 
-# ---------------------------------------------------------------------------------- python kernels.py
-
-def _demonstrate():
-    """Print the largest relative error of every fast implementation's value and gradients."""
-    keys = iter(jax.random.split(jax.random.key(0), 16))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape) * shape[-2]**-0.5
-
-    segment_BS = jnp.repeat(jnp.arange(3), 50)[None, :130]
-    target_T, tile_expert = jnp.arange(300) % 77, jnp.array([0, 0, 2, 4])
-    cases = {       # name: (function of impl and arguments, arguments, fast implementations)
-        "attention": (lambda impl, q, k, v: attention(q, k, v, segment_BS, 70, impl),
-                      (normal(1, 130, 4, 8), normal(1, 130, 2, 8), normal(1, 130, 2, 8)), ["chunked"]),
-        "cross_entropy": (lambda impl, *a: cross_entropy(*a, target_T, impl, chunk=50),
-                          (normal(300, 16), normal(16, 77)), ["chunked", "vocabulary"]),
-        "grouped_matmul": (lambda impl, *a: grouped_matmul(*a, tile_expert, impl),
-                           (normal(32, 16).at[24:].set(0), normal(4, 16, 8)), ["tiles", "pallas_tpu"]),
-        "expert_mlp": (lambda impl, *a: expert_mlp(*a, tile_expert, impl),
-                       (normal(32, 16).at[24:].set(0), normal(4, 16, 8), normal(4, 16, 8),
-                        normal(4, 8, 16)), ["loop", "tiles"])}
-    for name, (f, arguments, fast) in cases.items():
-        def gradients(impl):
-            value = lambda *a: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(f(impl, *a)))
-            return jax.tree.leaves(jax.value_and_grad(value, range(len(arguments)))(*arguments))
-        for impl in fast:
-            pairs = zip(gradients(impl), gradients("plain"))
-            error = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
-            print(f"{name:16s}{impl:12s} error {error:.0e}")
-
-
-if __name__ == "__main__":
-    _demonstrate()
+if __name__ == "__main__":         # the loss in both forms, on some hidden states
+    states_TD, words_DV = jax.random.normal(jax.random.key(0), (64, 32)), jnp.eye(32, 500)
+    for name in ("plain", "vocabulary"):
+        print(name, cross_entropy(states_TD, words_DV, jnp.arange(64), name, chunk=99)[0][:6])

@@ -256,7 +256,7 @@ def token_losses(params, bias_LE, batch, c, sharded=False, platform="cpu"):
     x_TD, stats = forward(params, bias_LE, batch["tokens"], batch["segments"], c, sharded, platform)
     head = gather_params({"head_DV": params["head_DV"]}, param_specs(c), c, sharded)["head_DV"]
     target_T = batch["targets"].reshape(-1)
-    nll_T, lse_T = kernels.cross_entropy(x_TD, head, target_T, platform=platform)
+    nll_T, lse_T = kernels.cross_entropy(x_TD, head, target_T)
     return nll_T, lse_T, stats
 
 

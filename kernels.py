@@ -1,7 +1,7 @@
 """Kernels: the few operations in which a mixture-of-experts transformer spends its time.
 
 Run:  python tests/bench.py kernels      every implementation beside its plain twin: errors, times
-Read: best -> attention -> cross_entropy -> grouped_matmul -> expert_mlp -> count_reaching ->
+Read: choose -> attention -> cross_entropy -> grouped_matmul -> expert_mlp -> count_reaching ->
       weights on many devices -> the heap of a CPU process.
 Each operation has a plain twin with the same signature: the definition. `impl` names an
 implementation; an unknown name is an error, and nothing falls back to a slower one in silence.
@@ -12,7 +12,7 @@ L layers  V vocabulary"""
 
 import ctypes
 import importlib.util
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -28,25 +28,42 @@ MASKED = -1e30                  # not -inf: a token sees itself, but inf - inf w
 
 class Impl(NamedTuple):
     attention: str
-    grouped_matmul: str
-    expert_mlp: str
-    count: str
-    row_tile: int       # the most rows of one expert that a kernel takes at a time; see row_tile
+    experts: str        # of expert_mlp
+    count: str          # of count_reaching
 
 
-BEST = {
-    "cpu": Impl("chunked", "tiles", "loop", "plain", 256),
-    "gpu": Impl("chunked", "tiles", "tiles", "plain", 512),
-    "tpu": Impl("splash", "pallas_tpu", "pallas_tpu", "pallas_tpu", 256),
-}
+BEST = {"cpu": Impl("chunked", "loop", "plain"),
+        "gpu": Impl("chunked", "tiles", "plain"),       # plain XLA: any card, type and size
+        "tpu": Impl("splash", "pallas_tpu", "pallas_tpu")}
 
 
-def best(platform):
-    """The implementations that a platform uses. The platform is that of the devices for which the
-    program is compiled, mesh.devices.flat[0].platform. It differs from jax.default_backend() when a
-    program is compiled ahead of time. A kernel written for another platform runs in interpret mode
-    where platform="cpu"."""
-    return BEST[_known("platform", platform, BEST)]
+class Needs(NamedTuple):
+    capability: str     # compute capability of the card
+    dtype: str
+    unit: int           # what must divide every size
+
+
+# Faster kernels for some cards: {("attention" or "experts", name): Needs}, tried in this order.
+# `from tests import hopper` in a config adds those for Hopper.
+GPU_KERNELS = {}
+
+
+@cache
+def choose(what, platform, dtype, *sizes):
+    """The implementation of "attention" or "experts" for a platform, a type and sizes.
+
+    The platform is that of the devices for which the program is compiled, "cpu", "gpu" or "tpu". It
+    differs from jax.default_backend() when a program is compiled ahead of time. Prints its choice
+    where it is not the platform's default."""
+    default = getattr(BEST[_known("platform", platform, BEST)], what)
+    if platform != "gpu" or jax.default_backend() != "gpu":
+        return default
+    card = jax.devices()[0].compute_capability
+    for (kind, name), needs in GPU_KERNELS.items():
+        if kind == what and needs[:2] == (card, dtype) and not any(n % needs.unit for n in sizes):
+            print(f"kernels   {what} by {name!r}: compute capability {card}, {dtype}, {sizes}")
+            return name
+    return default
 
 
 def _known(what, name, names):
@@ -56,19 +73,20 @@ def _known(what, name, names):
     return name
 
 
-def row_tile(platform, rows, E):
-    """How many rows a tile has. moe.dispatch pads each of E experts, which share `rows` rows, to
-    whole tiles.
+ROW_TILES = {"loop": (64, 256), "tiles": (128, 512), "pallas_tpu": (256, 256)}     # least, most
 
-    Small tiles waste fewer rows (half a tile an expert, on average). Large tiles make better
-    matmuls. On a 2-core CPU a quarter of the mean load is best: 256 of 64, 128 and 256 for 1,024
-    rows an expert, 64 of 32 to 256 for 256 rows [measured]. On a TPU 256 pads the 129B shape by 3
-    %, where 512 would pad it by 6 %."""
-    most = best(platform).row_tile
-    if platform != "cpu":
-        return most
-    quarter = rows // (4 * E)
-    return max(64, min(most, 2 ** (quarter.bit_length() - 1)))
+
+def row_tile(impl, rows, E):
+    """Rows of a tile. moe.dispatch pads each of E experts, which share `rows` rows, to whole tiles.
+
+    Small tiles waste fewer rows (half a tile an expert, on average), large tiles make better
+    matmuls. A quarter of the mean load is best on a 2-core CPU: 256 of 64, 128 and 256 for 1,024
+    rows an expert, 64 of 32 to 256 for 256 rows [measured]. On an H100 "tiles" takes 5.9 ms with
+    512 rows, 8.8 with 256, 15.4 with 128, since it copies a matrix for every tile [measured:
+    tests/gpu.py]. On a TPU 256 pads the 129B shape by 3 %, 512 would pad it by 6 %."""
+    least, most = ROW_TILES.get(impl, (64, 256))
+    quarter = max(1, rows // (4 * E))
+    return max(least, min(most, 2 ** (quarter.bit_length() - 1)))
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -80,17 +98,11 @@ def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="c
     segment ids). N query heads share M key/value heads in consecutive groups of N/M [grouped-query
     attention, arXiv 2305.13245]. Scores are scaled by 1/sqrt(H). The softmax is in float32. impl:
     "plain"    the definition, all S*S scores
-    "chunked"  queries in chunks, each with the keys that it can see; XLA only, so it runs
-               everywhere
+    "chunked"  queries in chunks, each with the keys that it can see; XLA, so it runs everywhere
     "splash"   JAX's TPU kernel: no S*S array, masked blocks are skipped"""
-    impl = impl or best(platform).attention
-    _known("attention impl", impl, ("plain", "chunked", "splash"))
-    if impl == "plain":
-        return _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window)
-    if impl == "splash":
-        return _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform == "cpu")
-    chunk = 64 if platform == "cpu" else 512        # an accelerator wants few, large products
-    return _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, chunk)
+    impl = impl or choose("attention", platform, q_BSNH.dtype.name, q_BSNH.shape[3])
+    attend = ATTENTION[_known("attention impl", impl, ATTENTION)]
+    return attend(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform)
 
 
 def _visible(segment_BC, segment_BJ, offset, window):
@@ -101,7 +113,7 @@ def _visible(segment_BC, segment_BJ, offset, window):
     return near_CJ & (segment_BC[:, :, None] == segment_BJ[:, None, :])
 
 
-def _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window):
+def _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
     B, S, N, H = q_BSNH.shape
     M = k_BSMH.shape[2]
     q_BSMGH = q_BSNH.reshape(B, S, M, N // M, H)
@@ -113,14 +125,14 @@ def _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window):
     return jnp.einsum("BMGSJ,BJMH->BSMGH", weight_BMGSJ, v_BSMH).reshape(B, S, N, H)
 
 
-def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, chunk):
+def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
     """The plain form computes S*S scores and throws more than half of them away. Here a chunk of
     queries reads the keys from (its start - window + 1), rounded down to a chunk, to its own end:
     S*S/2 scores for full attention, about S*window with a window. chunk=64 is the fastest of 32,
     64, 128 and 256 for S=256, H=32 on a 2-core CPU [measured]: below it the overhead of the loop
-    wins, above it the masked triangle."""
-    S = q_BSNH.shape[1]
-    outs = []
+    wins, above it the masked triangle. Accelerators want few, large products."""
+    S, outs = q_BSNH.shape[1], []
+    chunk = 64 if platform == "cpu" else 512
     for start in range(0, S, chunk):
         end = min(start + chunk, S)
         first = max(0, start - window + 1) // chunk * chunk
@@ -187,7 +199,7 @@ def _ungroup_heads(q_BMXH, C):
     return q_BMXH.reshape(B, M, X // C, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, -1, H)
 
 
-def _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, interpret):
+def _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
     """The mask is an object that is asked block by block, never an [S,S] array. One kernel call for
     each key head serves its G query heads. Blocks of 1,024 take half the memory of 512 in the
     backward pass [measured: AOT]."""
@@ -203,12 +215,15 @@ def _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, interpret):
     sizes = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
                               block_q_dq=block, block_kv_dq=block)
     kernel = splash.make_splash_mqa_single_device(
-        masks.MultiHeadMask([mask] * (N // M)), interpret=interpret, block_sizes=sizes)
+        masks.MultiHeadMask([mask] * (N // M)), interpret=platform == "cpu", block_sizes=sizes)
     q_BMGSH = (q_BSNH * H**-0.5).reshape(B, S, M, N // M, H).transpose(0, 2, 3, 1, 4)
     k_BMSH, v_BMSH = k_BSMH.swapaxes(1, 2), v_BSMH.swapaxes(1, 2)
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     y_BMGSH = jax.vmap(heads)(q_BMGSH, k_BMSH, v_BMSH, splash.SegmentIds(segment_BS, segment_BS))
     return y_BMGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H).astype(q_BSNH.dtype)
+
+
+ATTENTION = {"plain": _attention_plain, "chunked": _attention_chunked, "splash": _attention_splash}
 
 
 def _divisor(size, unit, most, what):
@@ -325,7 +340,7 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 # and carry the number E: all their rows are padding. Every expert owns at least one tile, so every
 # expert's weight gradient is written.
 
-def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
+def grouped_matmul(x_RD, w_EDF, tile_expert, impl, platform="cpu"):
     """Every tile of rows times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type,
     summed in float32.
 
@@ -335,7 +350,6 @@ def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
     "tiles"       a batched matmul with a weight matrix gathered for every tile; XLA only, so it
                   runs everywhere
     "pallas_tpu"  the TPU kernels below"""
-    impl = impl or best(platform).grouped_matmul
     _known("grouped_matmul impl", impl, ("plain", *GROUPED))
     if impl == "plain":
         every_REF = jnp.einsum("RD,EDF->REF", x_RD, w_EDF)
@@ -494,7 +508,7 @@ def expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl=None, platfor
     the cache, forward and backward. It stops at the last tile that belongs to an expert. For CPUs:
     0.22 to 0.26 of the time of a dense einsum over all experts, 1.0 to 1.6 of torch._grouped_mm's,
     over the machines that were tried [measured: python tests/bench.py moe]."""
-    impl = impl or best(platform).expert_mlp
+    impl = impl or choose("experts", platform, x_RD.dtype.name, *gate_EDF.shape[1:])
     if impl == "loop":
         return _expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)
     multiply = partial(grouped_matmul, tile_expert=tile_expert, impl=impl, platform=platform)
@@ -578,7 +592,8 @@ def count_reaching(key_LTE, candidate_CLE, impl=None, platform="cpu"):
     This is the inner step of quantile balancing: balance.kth_largest decides the bits of an order
     statistic by such counts. Several candidates at once read the keys fewer times: C = 15 decides 4
     bits a pass, so 8 passes do instead of 32. impl: "plain" or "pallas_tpu"."""
-    impl = _known("count_reaching impl", impl or best(platform).count, ("plain", "pallas_tpu"))
+    impl = impl or BEST[_known("platform", platform, BEST)].count
+    _known("count_reaching impl", impl, ("plain", "pallas_tpu"))
     if impl == "plain":
         return jnp.sum(key_LTE >= candidate_CLE[:, :, None], axis=2, dtype=jnp.int32)
     (L, T, E), C = key_LTE.shape, candidate_CLE.shape[0]

@@ -182,22 +182,23 @@ def moe(x_TD, p, bias_E, c, axis=None, platform="cpu", impl=None):
 
     p: router_DE whole, and gate_EDF, up_EDF, down_EFD, of which this device holds E/P along the
     mesh axis `axis` (None: all of them, without a mesh). impl: a kernels.expert_mlp by name."""
-    E = p["router_DE"].shape[1]
+    (D, E), F = p["router_DE"].shape, p["gate_EDF"].shape[2]
+    impl = impl or kernels.choose("experts", platform, x_TD.dtype.name, D, F)
     with jax.named_scope("route"):
         expert_TK, weight_TK, stats = route(x_TD, p["router_DE"], bias_E, c)
     if not kernels.single_device(axis):
         capacity = math.ceil(c.capacity_factor * expert_TK.size)
         y_TD, dropped = EXCHANGES[c.exchange](
-            x_TD, p, expert_TK, weight_TK, capacity, axis, platform)
+            x_TD, p, expert_TK, weight_TK, capacity, axis, platform, impl)
         return y_TD, stats._replace(dropped=dropped)
     with jax.named_scope("route"):
-        d = dispatch(expert_TK, E, kernels.row_tile(platform, expert_TK.size, E))
+        d = dispatch(expert_TK, E, kernels.row_tile(impl, expert_TK.size, E))
     y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
     with jax.named_scope("combine"):
         return combine(y_RD, weight_TK, d), stats
 
 
-def experts(x_RD, p, tile_expert, platform="cpu", impl=None):
+def experts(x_RD, p, tile_expert, platform, impl):
     """Every row through the SwiGLU of its expert: [R,D] -> [R,D]. Zero rows stay zero."""
     gate_EDF, up_EDF, down_EFD = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
     if platform == "tpu" and gate_EDF.shape[2] % 128:
@@ -228,7 +229,7 @@ def dense_moe(x_TD, p, bias_E, c):
 # comes later, in the order of its experts and then of the tokens' devices, is dropped: it adds
 # nothing and the other weights are not rescaled. Both exchanges drop the same. [marin #4016, #4017]
 
-def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform):
+def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     """Gather the tokens of all P devices, compute what is for the experts here, sum each token's
     outputs on its own device: (y_tD, rows dropped here).
 
@@ -236,7 +237,7 @@ def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform):
     rows are computed in waves of t*K, as many as the fullest shard needs. The worst routing needs P
     waves; one buffer for it would be P times as large, 2.5 GiB at the 129B shape."""
     e, P, (t, K) = p["gate_EDF"].shape[0], lax.axis_size(axis), expert_tK.shape
-    tile = kernels.row_tile(platform, t * K, e)
+    tile = kernels.row_tile(impl, t * K, e)
     gather = partial(lax.all_gather, axis_name=axis, tiled=True)
     x_TD, weight_TK, expert_TK = gather(x_tD), gather(weight_tK), gather(expert_tK)
     local_TK = expert_TK - e * lax.axis_index(axis)
@@ -245,7 +246,8 @@ def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform):
 
     def wave(x_TD, weight_TK, p, skip):
         d = dispatch(local_TK, e, tile, capacity or t * K, skip)
-        return combine(experts(spread(x_TD, d), p, d.tile_expert, platform), weight_TK, d)
+        y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
+        return combine(y_RD, weight_TK, d)
 
     if capacity:
         y_TD, dropped = wave(x_TD, weight_TK, p, 0), jnp.maximum(0, arrived - capacity)
@@ -262,19 +264,19 @@ def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform):
     return y_tD, dropped
 
 
-def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform):
+def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     """Send each row to its expert and back, and no other: (y_tD, rows of ours that were dropped).
 
     lax.ragged_all_to_all moves about K of the P*t rows that `ring` moves. The model config makes
     sure that capacity > 0: rows arrive in buffers of a fixed size."""
     e, E, me = p["gate_EDF"].shape[0], p["router_DE"].shape[1], lax.axis_index(axis)
-    tile = kernels.row_tile(platform, expert_tK.size, e)
+    tile = kernels.row_tile(impl, expert_tK.size, e)
     d = dispatch(expert_tK, E, tile=1)
     load_PE = lax.all_gather(count_loads(expert_tK, E), axis)
     there, back, tile_expert = ragged_plan(load_PE, capacity, tile, me)
     rows_here, rows_there = len(d.token_R), buffer_rows(capacity, e, tile)
     x_RD = send(spread(x_tD, d), there, back, (rows_here, rows_there), axis, platform)
-    y_RD = experts(x_RD, p, tile_expert, platform)
+    y_RD = experts(x_RD, p, tile_expert, platform, impl)
     y_AD = send(y_RD, back, there, (rows_there, rows_here), axis, platform)
     dropped = jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)
     return combine(y_AD, weight_tK, d), dropped

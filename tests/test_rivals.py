@@ -211,8 +211,8 @@ def test_a_threshold_answers_who_passes_and_leaves_the_other_slots_empty():
 
 
 def test_an_empty_slot_weighs_nothing_in_the_layer():
-    E, K, D, F = 8, 2, 12, 4
-    x, bias = jnp.asarray(scores(256, D, 3), jnp.float32), jnp.full(E, -1.5)
+    E, K, D, F = 5, 2, 12, 4
+    x, bias = jnp.asarray(scores(100, D, 3), jnp.float32), jnp.full(E, -1.5)
     shapes = {"router_DE": (D, E), "gate_EDF": (E, D, F), "up_EDF": (E, D, F),
               "down_EFD": (E, F, D)}
     keys = jax.random.split(jax.random.key(0), 4)
@@ -256,7 +256,7 @@ def test_no_gradient_reaches_the_bias(rule):
     def weights(bias):
         return moe.route(x, router, bias, 2, balancer=rule).gate_TK.sum()
 
-    assert (jax.grad(weights)(jnp.zeros(8)) == 0).all()
+    assert (jax.jit(jax.grad(weights))(jnp.zeros(8)) == 0).all()
 
 
 # ------------------------------------------------------------------------- in a config

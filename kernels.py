@@ -10,6 +10,7 @@ name, `best` says what the target platform uses: "cpu", "tpu" or "gpu", handed d
 B batch  S sequence  T=B*S tokens  D hidden  N query heads  M key/value heads  H head dim  V vocabulary
 E experts  F expert width  R rows of the expert-sorted buffer, a multiple of the row tile  L layers"""
 
+from functools import cache
 from functools import partial
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Impl(NamedTuple):
 BEST = {
     "cpu": Impl("chunked", "chunked", "tiles", "loop", "plain", 256),
     "tpu": Impl("splash", "vocabulary", "pallas_tpu", "pallas_tpu", "pallas_tpu", 256),
-    "gpu": Impl("chunked", "chunked", "pallas_gpu", "pallas_gpu", "plain", 128),
+    "gpu": Impl("chunked", "chunked", "tiles", "tiles", "plain", 512),
 }
 
 
@@ -54,9 +55,31 @@ def row_tile(platform, rows, E):
     Small tiles waste fewer rows (half a tile an expert, on average), large ones make better matmuls. On a 2-core
     CPU a quarter of the mean load is best: 256 of 64, 128, 256 for 1,024 rows an expert; 64 of 32 to 256 for 256
     rows, and of 32, 64, 128 for 128 rows [measured]. TPU: 256, 3 % of padding and not the 6 % of 512 at the 129B
-    shape; GPU: what one warpgroup accumulates."""
-    most = best(platform).row_tile
-    return most if platform != "cpu" else max(64, min(most, 2 ** ((rows // (4 * E)).bit_length() - 1)))
+    shape. GPU: a quarter of the mean load too, from 128 to 512 rows, because "tiles" copies a matrix per tile
+    [assumed; tests/gpu.py measures it]."""
+    most, least = best(platform).row_tile, {"cpu": 64, "gpu": 128}
+    if platform not in least:
+        return most
+    return max(least[platform], min(most, 2 ** ((rows // (4 * E)).bit_length() - 1)))
+
+
+# Expert implementations that beat the default of "gpu" where they run: (name, least compute capability, types,
+# number that must divide D and F). The first that fits is taken. Empty until tests/gpu.py has measured one.
+GPU_EXPERTS = ()
+
+
+@cache
+def gpu_experts(dtype, D, F):
+    """The name of the expert implementation for this GPU, this type and these widths; prints what it chose."""
+    card = (0, 0)                                   # compiling for a GPU that is not here: assume nothing
+    if jax.default_backend() == "gpu":
+        card = tuple(int(n) for n in jax.devices()[0].compute_capability.split("."))
+
+    fits = lambda least, dtypes, unit: card >= least and dtype in dtypes and not (D % unit or F % unit)
+    names = [name for name, *needs in GPU_EXPERTS if fits(*needs)]
+    chosen = names[0] if names else best("gpu").experts
+    print(f"experts: {chosen!r} for {dtype}, D={D}, F={F}, compute capability {card[0]}.{card[1]}")
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------- attention
@@ -305,9 +328,9 @@ def grouped_matmul(x_RD, w_EDF, tile_expert, impl=None, platform="cpu"):
     tile_expert: int32 [R/tile], ascending: the expert that owns each tile of R/len(tile_expert) consecutive
     rows, E for a tile of nobody. impl:
     "plain"       every row times every expert, then select: E times the work, the definition
-    "tiles"       a weight matrix gathered for every tile and a batched matmul: CPU. Copies a matrix per tile
+    "tiles"       a weight matrix gathered for every tile and a batched matmul: plain XLA, for any size, type and
+                  card. It copies a matrix per tile
     "pallas_tpu"  the TPU kernels below; in interpret mode on platform "cpu"
-    "pallas_gpu"  the Hopper kernels below; in interpret mode on platform "cpu". Not timed: no GPU at hand
     "ragged_dot"  jax.lax.ragged_dot, for comparison only: in silence it does E times the useful work on CPU
                   and GPU, and in the weight gradient on TPU v4 to v6e [jax 0.10.2, libtpu 0.0.42: AOT]"""
     impl = impl or best(platform).grouped_matmul
@@ -442,119 +465,8 @@ def _tpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
     )(tile_expert, x_RD, g_RF)
 
 
-# -------------------------------------------------------------------- grouped matmul: Pallas Mosaic GPU, Hopper
-# One persistent block per multiprocessor takes output tiles of 128 x 256 in turn. In it one warpgroup fetches
-# (TMA) while two multiply (wgmma), 128 columns each; results leave through shared memory in 32-column slices.
-
-WARPGROUP = 128     # rows and columns that one warpgroup accumulates in registers
-SLICE = 32          # columns stored at a time: 4 fetched blocks of depth 64 leave 16 KiB of shared memory
-
-
-def _gpu_kernel(body, out_shape, interpret, *arguments):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    if interpret:
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams      # no public name in 0.10.2
-    return plgpu.kernel(
-        body, out_type=out_shape, grid=(2 if interpret else 132,), grid_names=("sm",),      # as an H200 has
-        num_threads=3, thread_name="wg", interpret=InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*arguments)
-
-
-def _gpu_tile(depth, left_spec, right_spec, multiply, out, place):
-    """One 128 x 256 output tile: accumulate `depth` fetched pairs of blocks in float32, then store."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    half = lax.axis_index("wg")
-
-    def compute(pipeline):
-        def accumulate(total):
-            pipeline(total)
-            done = total[...].astype(out.dtype)
-            for c in range(0, WARPGROUP, SLICE):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out[half] = done[:, c:c + SLICE]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out.at[half], place(half * WARPGROUP + c))
-        pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP, WARPGROUP)))
-
-    def step(_, left, right, total):
-        multiply(total, left, right, pl.ds(half * WARPGROUP, WARPGROUP))
-        plgpu.wgmma_wait(0)
-        return total
-
-    return plgpu.emit_pipeline_warp_specialized(
-        step, grid=(depth,), in_specs=[left_spec, right_spec], memory_registers=40, wg_axis="wg",
-        num_compute_wgs=2, max_concurrent_steps=4, compute_context=compute)
-
-
-def _gpu_check(tile, dtype, **sizes):
-    if tile != WARPGROUP or dtype != jnp.bfloat16:
-        raise ValueError(f"grouped_matmul impl='pallas_gpu': expected bfloat16 rows in tiles of {WARPGROUP}, "
-                         f"found {dtype} in tiles of {tile}")
-    for name, size in sizes.items():
-        _divisor(size, 256, size, f"grouped_matmul impl='pallas_gpu': {name}")
-
-
-def _gpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
-    r, O = R // tiles, (D if sideways else F)
-    _gpu_check(r, x_RC.dtype, D=D, F=F)
-
-    def multiply(total, x, w, half):
-        plgpu.wgmma(total, x, plgpu.transpose_ref(w.at[half], (1, 0)) if sideways else w.at[:, half])
-
-    def body(tile_expert, x, w, y):
-        def scope(out):
-            @plgpu.nd_loop((tiles, O // (2 * WARPGROUP)), collective_axes="sm")
-            def _(info):
-                i, j = info.index
-                e = jnp.minimum(tile_expert[i], E - 1)          # rows of nobody are zero, with any matrix
-                w_spec = (plgpu.BlockSpec((2 * WARPGROUP, 64), lambda k: (j, k)) if sideways else
-                          plgpu.BlockSpec((64, 2 * WARPGROUP), lambda k: (k, j)))
-                place = lambda c: y.at[pl.ds(i * r, r), pl.ds(j * 2 * WARPGROUP + c, SLICE)]
-                x_spec = plgpu.BlockSpec((r, 64), lambda k: (i, k))
-                _gpu_tile(C // 64, x_spec, w_spec, multiply, out, place)(x, w.at[e])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pl.run_scoped(scope, plgpu.SMEM((2, WARPGROUP, SLICE), x.dtype), collective_axes="wg")
-
-    if sideways and interpret:          # the interpreter cannot transpose a reference (jax 0.10.2)
-        return _gpu_rows(x_RC, w_EDF.swapaxes(1, 2), tile_expert, False, True)
-    return _gpu_kernel(body, jax.ShapeDtypeStruct((R, O), x_RC.dtype), interpret, tile_expert, x_RC, w_EDF)
-
-
-def _gpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape
-    r = R // tiles
-    _gpu_check(r, x_RD.dtype, D=D, F=F)
-    tiles_E = jnp.sum(tile_expert[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
-    start_E = jnp.cumsum(tiles_E) - tiles_E
-
-    def multiply(total, x, g, half):
-        plgpu.wgmma(total, x if interpret else plgpu.transpose_ref(x, (1, 0)), g.at[:, half])
-
-    def body(tiles_E, start_E, x, g, dw):
-        def scope(out):
-            @plgpu.nd_loop((E, D // WARPGROUP, F // (2 * WARPGROUP)), collective_axes="sm")
-            def _(info):
-                e, i, j = info.index
-                first = start_E[e] * (r // 64)
-                x_spec = (plgpu.BlockSpec((WARPGROUP, 64), lambda k: (i, first + k)) if interpret else
-                          plgpu.BlockSpec((64, WARPGROUP), lambda k: (first + k, i)))
-                g_spec = plgpu.BlockSpec((64, 2 * WARPGROUP), lambda k: (first + k, j))
-                place = lambda c: dw.at[e, pl.ds(i * WARPGROUP, WARPGROUP), pl.ds(j * 2 * WARPGROUP + c, SLICE)]
-                _gpu_tile(tiles_E[e] * (r // 64), x_spec, g_spec, multiply, out, place)(x, g)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pl.run_scoped(scope, plgpu.SMEM((2, WARPGROUP, SLICE), dw.dtype), collective_axes="wg")
-
-    x = x_RD.T if interpret else x_RD
-    return _gpu_kernel(body, jax.ShapeDtypeStruct((E, D, F), w_EDF.dtype), interpret, tiles_E, start_E, x, g_RF)
-
-
 # implementation: (rows, outer), the two products of _grouped
-PAIRS = {"tiles": (_tiles_rows, _tiles_outer), "pallas_tpu": (_tpu_rows, _tpu_outer),
-         "pallas_gpu": (_gpu_rows, _gpu_outer)}
+PAIRS = {"tiles": (_tiles_rows, _tiles_outer), "pallas_tpu": (_tpu_rows, _tpu_outer)}
 
 
 # ------------------------------------------------------------------------------------------------ the experts
@@ -566,6 +478,9 @@ def experts(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl=None, platform="
     times. "loop" walks the tiles once and does everything for a tile while it is in the cache, forward and
     backward; it stops at the last tile that belongs to an expert. For CPUs:
     0.26 of the dense einsum's time, 0.09 of ragged_dot's, 1.5 of torch._grouped_mm's [measured: python moe.py]"""
+    if impl is None and platform == "gpu":
+        impl = gpu_experts(x_RD.dtype.name, *gate_EDF.shape[1:])
+
     impl = impl or best(platform).experts
     if impl == "loop":
         return _experts_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)

@@ -213,7 +213,7 @@ def cases_c(s):
         "triton 128x256 s3": product("triton", **wide),
         "mgpu 128x128 s4": product("mgpu"),
         "mgpu 128x128 s6": product("mgpu", max_concurrent_steps=6, grid_block_n=2),
-        "mgpu 128x192 s4": product("mgpu", block_n=256, max_concurrent_steps=4, grid_block_n=4),
+        "mgpu 64x256 s4": product("mgpu", block_m=64, block_n=256, max_concurrent_steps=4, grid_block_n=4),
         "layer default": layer(default, kernels.row_tile("gpu", rows, s["E"])),
         "layer triton 128x128": layer("triton", rows=128, columns=128, depth=64, warps=8, stages=3),
         "layer mgpu": layer("mgpu"),

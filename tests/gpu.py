@@ -186,15 +186,16 @@ def layer_case(s, impl, tile, **blocks):
 
 
 def tune(impl, blocks):
-    """Set the block sizes of a candidate in tests/hopper.py."""
+    """Set the block sizes of a candidate in tests/hopper.py; what `blocks` does not name is as it was there."""
     import hopper
     hopper.register()
-    if impl == "triton":
-        hopper.TRITON.update(blocks)
-    if impl == "mgpu":
-        hopper.MGPU_ROWS.update({k: v for k, v in blocks.items() if not k.startswith("outer_")})
-        hopper.MGPU_OUTER.update({k.removeprefix("outer_"): v for k, v in blocks.items()
-                                  if k.startswith("outer_") or k == "max_concurrent_steps"})
+    for table, prefix in (hopper.TRITON, ""), (hopper.MGPU_ROWS, ""), (hopper.MGPU_OUTER, "outer_"):
+        first = FIRST.setdefault(id(table), dict(table))
+        table.update(first)
+        table.update({name: blocks[prefix + name] for name in first if prefix + name in blocks})
+
+
+FIRST = {}          # the block sizes as tests/hopper.py has them
 
 
 def cases_c(s):
@@ -212,8 +213,10 @@ def cases_c(s):
         "triton 128x128 w4 s4": product("triton", rows=128, columns=128, depth=64, warps=4, stages=4),
         "triton 128x256 s3": product("triton", **wide),
         "mgpu 128x128 s4": product("mgpu"),
-        "mgpu 128x128 s6": product("mgpu", max_concurrent_steps=6, grid_block_n=2),
-        "mgpu 64x256 s4": product("mgpu", block_m=64, block_n=256, max_concurrent_steps=4, grid_block_n=4),
+        "mgpu 128x128 s6": product("mgpu", max_concurrent_steps=6, outer_max_concurrent_steps=6,
+                                   grid_block_n=2, outer_grid_block_n=2),
+        "mgpu 64x256 s4": product("mgpu", block_m=64, block_n=256, grid_block_n=4, outer_block_k=128,
+                                   outer_max_concurrent_steps=2),
         "layer default": layer(default, kernels.row_tile("gpu", rows, s["E"])),
         "layer triton 128x128": layer("triton", rows=128, columns=128, depth=64, warps=8, stages=3),
         "layer mgpu": layer("mgpu"),
@@ -612,14 +615,14 @@ def peer_case(s, seconds=40):
     import torch
     import torch.nn.functional as F
 
-    import jax
     import model
     import peer_torch
     c, t = h200_config(s)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = s["rows"] * s["micro"]
     batch, kind = text_batches(c, total)
-    w = jax.tree.map(np.asarray, jax.jit(lambda: model.init(c, jax.random.key(0)))())
+    some = np.random.default_rng(0).normal(0, 0.02, 1_000_003).astype(np.float32)     # drawing 1.2 B takes long
+    w = model.walk(lambda path, w: np.ones(w.shape, np.float32) if w.init == "ones" else np.resize(some, w.shape), c)
     rows = batch(0)
     names = dict(tokens=rows.tokens_BS, targets=rows.targets_BS, segments=rows.segments_BS, weights=rows.weights_BS)
     if device == "cuda":

@@ -94,7 +94,7 @@ def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="c
     "chunked"  queries in chunks, each with the keys it can see: CPU, and what GPUs use here
     "splash"   JAX's TPU kernel: no S*S array, masked blocks skipped; interpret mode on platform "cpu"
     "cudnn"    cuDNN's flash attention, documents as an explicit [B,1,S,S] mask, which costs it more than half
-               its speed [jax PR 35114]. Not run by us on a GPU (none at hand), so not the default there"""
+               its speed [jax PR 35114]. Not the default: tests/gpu.py measures it"""
     impl = impl or best(platform).attention
     if impl == "plain":
         return _attend(q_BSNH, k_BSMH, v_BSMH, segment_BS, segment_BS, 0, window)

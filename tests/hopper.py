@@ -128,6 +128,13 @@ def _mgpu_check(tile, dtype, D, F):
                          f"widths that are multiples of 128, found {dtype}, {tile}, {D} and {F}")
 
 
+@functools.cache
+def _once(f, **given):
+    """f with these arguments, as one function that jax traces and lowers once: a kernel takes seconds to lower, and
+    a model calls it in every layer."""
+    return jax.jit(functools.partial(f, **given))
+
+
 def _fitting(blocks, n):
     """The blocks, with groups of columns that n columns fill."""
     groups = max(1, min(blocks["grid_block_n"], n // blocks["block_n"]))
@@ -147,7 +154,7 @@ def mgpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
     rows_E = tiles_of(tile_expert, E) * tile
     rows_E = rows_E.at[-1].add(R - jnp.sum(rows_E))
     blocks = _fitting(MGPU_ROWS, D if sideways else F)
-    return ragged_dot_mgpu.ragged_dot(x_RC, w_EDF, group_sizes=rows_E, transpose_rhs=sideways, **blocks)
+    return _once(ragged_dot_mgpu.ragged_dot, transpose_rhs=sideways, **blocks)(x_RC, w_EDF, group_sizes=rows_E)
 
 
 def mgpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
@@ -159,8 +166,8 @@ def mgpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
 
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
     _mgpu_check(tile, x_RD.dtype, D, F)
-    dw_EDF = transposed_ragged_dot_mgpu.transposed_ragged_dot(
-        x_RD, g_RF, group_sizes=tiles_of(tile_expert, E) * tile, **_fitting(MGPU_OUTER, F))
+    multiply = _once(transposed_ragged_dot_mgpu.transposed_ragged_dot, **_fitting(MGPU_OUTER, F))
+    dw_EDF = multiply(x_RD, g_RF, group_sizes=tiles_of(tile_expert, E) * tile)
     return dw_EDF.astype(w_EDF.dtype)
 
 
@@ -225,6 +232,7 @@ def _hopper_check(tile, dtype, **sizes):
         kernels._divisor(size, 256, size, f"grouped_matmul impl='hopper': {name}")
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def hopper_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
     from jax.experimental.pallas import mosaic_gpu as plgpu
     (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
@@ -253,6 +261,7 @@ def hopper_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
     return _hopper_kernel(body, jax.ShapeDtypeStruct((R, O), x_RC.dtype), interpret, tile_expert, x_RC, w_EDF)
 
 
+@functools.partial(jax.jit, static_argnums=4)
 def hopper_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
     from jax.experimental.pallas import mosaic_gpu as plgpu
     R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape

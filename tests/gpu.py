@@ -2,7 +2,7 @@
 
 Run:  python tests/gpu.py --prepare                     beforehand, with a network: the text for b and e (out/gpu_data)
       python tests/gpu.py --out=DIR --minutes=8         on the card: the table, DIR/gpu.json after every row
-      python tests/gpu.py --parts=c,d --only=triton     some parts; only the cases whose name holds a word
+      python tests/gpu.py --parts=c,d --only=c:triton   some parts; of c only the cases whose name holds a word
       python tests/gpu.py --dry                         every part with tiny sizes on a CPU
 Read: SIZES -> the parts a to e, each a table of cases -> worker -> main.
 
@@ -204,11 +204,12 @@ def cases_c(s):
     default = kernels.best("gpu").experts
     product = lambda impl, tile=128, **more: functools.partial(product_case, s, impl, tile, **more)
     layer = lambda impl, tile=128, **more: functools.partial(layer_case, s, impl, tile, **more)
-    fusion = None if dry() else {"xla_gpu_experimental_use_ragged_dot_fusion": True}
     wide = dict(rows=128, columns=256, depth=64, warps=8, stages=3)
     cases = {
         "plain matmul": functools.partial(plain_case, s),
         f"default ({default})": product(default, kernels.row_tile("gpu", rows, s["E"])),
+        "hopper": product("hopper"),
+        "layer hopper": layer("hopper"),
         "triton 128x128 s3": product("triton", rows=128, columns=128, depth=64, warps=8, stages=3),
         "triton 128x128 w4 s4": product("triton", rows=128, columns=128, depth=64, warps=4, stages=4),
         "triton 128x256 s3": product("triton", **wide),
@@ -222,9 +223,6 @@ def cases_c(s):
         "layer mgpu": layer("mgpu"),
         "tiles of 128": product("tiles", 128),
         "tiles of 256": product("tiles", 256),
-        "ragged_dot, XLA's fusion": product("ragged_dot", options=fusion),
-        "hopper": product("hopper"),
-        "layer hopper": layer("hopper"),
         "ragged_dot": product("ragged_dot"),
     }
     if dry():                                   # its interpreter needs minutes; tests/test_gpu.py has a case
@@ -288,6 +286,9 @@ def seen_pairs(s, window):
     return s["B"] * sum(min(i + 1, window) for i in range(s["S"]))
 
 
+TRUTH = {}          # what several cases are compared with, computed once in a worker
+
+
 def attention_case(s, attend, window):
     import jax
     import jax.numpy as jnp
@@ -298,11 +299,14 @@ def attention_case(s, attend, window):
     k, v = (jax.random.normal(key, shape(s["M"]), jnp.bfloat16) for key in keys[2:])
     segment = jnp.asarray(documents(s))
     f = lambda q, k, v: attend(q, k, v, segment, window)
-    truth = lambda q, k, v: kernels.attention(q, k, v, segment[:1], window, "chunked", platform())
-    error = relative(jax.jit(f)(q, k, v)[:1], jax.jit(truth)(*(a[:1].astype(jnp.float32) for a in (q, k, v))))
+    if window not in TRUTH:                     # of the first row, in float32
+        exact = lambda q, k, v: kernels.attention(q, k, v, segment[:1], window, "chunked", platform())
+        TRUTH[window] = jax.jit(exact)(*(a[:1].astype(jnp.float32) for a in (q, k, v)))
+    forward = compiled(f, q, k, v)
+    error = relative(forward(q, k, v)[:1], TRUTH[window])
     flops = 12 * seen_pairs(s, window) * s["N"] * s["H"]
     ms = time_jax(forward_backward(f), g, q, k, v)
-    return dict(ms=ms, forward_ms=time_jax(f, q, k, v), tflops=flops / ms / 1e9, error=error)
+    return dict(ms=ms, forward_ms=time_jax(forward, q, k, v), tflops=flops / ms / 1e9, error=error)
 
 
 def loss_case(s, impl):
@@ -321,8 +325,6 @@ def cases_d(s):
     import hopper
     import kernels
     named = lambda impl: lambda q, k, v, seg, window: kernels.attention(q, k, v, seg, window, impl, platform())
-    def chunks(size):
-        return lambda q, k, v, seg, window: kernels._attention_chunked(q, k, v, seg, window, chunk=size)
     def packed(most):
         return lambda q, k, v, seg, window: hopper.packed_attention(q, k, v, seg, window, most)
     def alone(q, k, v, seg, window):            # no documents: what cuDNN would do at best
@@ -336,10 +338,8 @@ def cases_d(s):
         cases |= {
             f"{name}: default": functools.partial(case, named(None), window),
             f"{name}: cuDNN, 32 documents packed": functools.partial(case, packed(32), window),
-            f"{name}: cuDNN, 128 documents packed": functools.partial(case, packed(128), window),
             f"{name}: cuDNN, documents as a mask": functools.partial(case, named("cudnn"), window),
-            f"{name}: cuDNN, no documents (wrong)": functools.partial(case, alone, window),
-            f"{name}: chunks of 1024": functools.partial(case, chunks(1024 if not dry() else 16), window)}
+            f"{name}: cuDNN, no documents (wrong)": functools.partial(case, alone, window)}
         if dry():
             cases = {k: v for k, v in cases.items() if "packed" not in k}
     return cases | {f"loss {impl}": functools.partial(loss_case, s, impl)
@@ -396,7 +396,7 @@ def cases_d_torch(s):
 
 # ------------------------------------------------------------------------- a: every implementation and its twin
 
-def twin_case(f, impl, args, dtype, forward=False):
+def twin_case(f, impl, args, dtype, group):
     """Errors of value and gradients of f(impl, *args) in `dtype` against "plain" in float32, full precision, from
     the same rounded inputs; and the plain twin's own in `dtype`, which is what rounding alone does."""
     import jax
@@ -411,10 +411,13 @@ def twin_case(f, impl, args, dtype, forward=False):
             return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
         _, pull, y = jax.vjp(total, *a, has_aux=True)
         return y, pull(jnp.float32(1))
-    with jax.default_matmul_precision("highest"):
-        exact = [a.astype(jnp.float32) for a in rounded]
-        truth = jax.jit(lambda *a: run("plain", *a))(*exact)
-    got, rounding = errors(impl, truth), errors("plain", truth)
+    if (group, dtype) not in TRUTH:
+        with jax.default_matmul_precision("highest"):
+            exact = [a.astype(jnp.float32) for a in rounded]
+            truth = jax.jit(lambda *a: run("plain", *a))(*exact)
+        TRUTH[group, dtype] = truth, errors("plain", truth)
+    truth, rounding = TRUTH[group, dtype]
+    got = errors(impl, truth)
     bad = any(math.isnan(e) for e in got) or max(got) > 4 * max(rounding) + (0.01 if dtype == "float32" else 0.03)
     return dict(value=got[0], gradients=max(got[1:]), plain=max(rounding), verdict="WRONG" if bad else "right")
 
@@ -440,8 +443,8 @@ def cases_a(s):
 
     def attention(window):
         def f(impl, q, k, v):
-            if impl == "packed":
-                return hopper.packed_attention(q, k, v, segment, window, 32)
+            if impl.startswith("packed"):       # "packed 2": more documents than the list takes
+                return hopper.packed_attention(q, k, v, segment, window, 2 if impl.endswith("2") else 32)
             return kernels.attention(q, k, v, segment, window, impl, platform())
         return f
 
@@ -455,11 +458,14 @@ def cases_a(s):
         y = kernels.experts(jnp.where(real, x, 0), gate, up, down, owner, impl, platform())
         return jnp.where(real, y, 0)
 
-    wanted = []         # (name, function, arguments, implementation, types)
+    wanted = []         # (name, function, arguments, implementation, types, what they share a truth with)
     both, half = ("float32", "bfloat16"), ("bfloat16",)
-    for impl, types in ("chunked", both), ("cudnn", half if not small else both), ("packed", () if small else half):
-        wanted += [(f"attention {impl}, window {w}", attention(w), (q, k, v), impl, types) for w in (S, S // 4)]
-    wanted += [(f"loss {impl}", loss, (normal(T, D), normal(D, V) * D**-0.5), impl, both)
+    for impl, types in ("chunked", both), ("cudnn", half if not small else both), ("packed", () if small else half), \
+            ("packed 2", () if small else half):
+        wanted += [(f"attention {impl}, window {w}", attention(w), (q, k, v), impl, types, f"attention {w}")
+                   for w in (S, S // 4)]
+    inputs = normal(T, D), normal(D, V) * D**-0.5
+    wanted += [(f"loss {impl}", loss, inputs, impl, both, "loss")
                for impl in ("chunked", "vocabulary")]
     for impl, types in ("tiles", both), ("ragged_dot", both), ("triton", both), ("mgpu", half), ("hopper", half):
         if small and impl == "hopper":
@@ -467,11 +473,11 @@ def cases_a(s):
         widths = (gate, up, down)
         if impl == "hopper":                    # needs multiples of 256
             widths = (normal(E, D, 512) * D**-0.5, normal(E, D, 512) * D**-0.5, normal(E, 512, D) * 512**-0.5)
-        wanted += [(f"product {impl}", product, (x, widths[0]), impl, types),
-                   (f"experts {impl}", layer, (x, *widths), impl, types)]
+        wanted += [(f"product {impl}", product, (x, widths[0]), impl, types, f"product {widths[0].shape}"),
+                   (f"experts {impl}", layer, (x, *widths), impl, types, f"experts {widths[0].shape}")]
 
-    cases = {f"{name}, {dtype}": functools.partial(twin_case, f, impl, args, dtype)
-             for name, f, args, impl, types in wanted for dtype in types}
+    cases = {f"{name}, {dtype}": functools.partial(twin_case, f, impl, args, dtype, group)
+             for name, f, args, impl, types, group in wanted for dtype in types}
     def counts():
         key_LTE = jax.random.bits(jax.random.key(1), (2, 512, 8), jnp.uint32)
         tried = jax.random.bits(jax.random.key(2), (3, 2, 8), jnp.uint32)
@@ -564,7 +570,7 @@ def text_batches(c, rows):
         return batch, "random tokens"
 
 
-def ours_case(s, experts=None, attention=None, seconds=40):
+def ours_case(s, experts=None, attention=None, seconds=30):
     """Train gpu_h200.py for some steps; throughput over the steps after the second."""
     import jax
     import hopper
@@ -600,15 +606,16 @@ def ours_case(s, experts=None, attention=None, seconds=40):
 
 
 def cases_e(s):
-    case = functools.partial(ours_case, s)
     if dry():
-        return {"ours, default": case}
-    return {"ours, default": case,
-            "ours, triton and packed": functools.partial(case, "triton", "packed"),
-            "ours, mgpu and packed": functools.partial(case, "mgpu", "packed")}
+        return {}
+    return {"ours, hopper and packed": functools.partial(ours_case, s, "hopper", "packed")}
 
 
-def peer_case(s, seconds=40):
+def cases_e_more(s):
+    return {"ours, default": functools.partial(ours_case, s)}
+
+
+def peer_case(s, seconds=30):
     """The PyTorch twin (tests/peer_torch.py): eager, bfloat16 autocast, grouped_mm, flex_attention."""
     import types
 
@@ -681,9 +688,10 @@ def cases_e_torch(s):
 
 # ----------------------------------------------------------------------------------- workers and their keeper
 
-PARTS = {       # worker: (what makes its cases, seconds allowed for a case, seconds a case takes as a rule)
-    "c": (cases_c, 60, 5), "c_torch": (cases_c_torch, 40, 4), "d": (cases_d, 60, 5), "d_torch": (cases_d_torch, 90, 12),
-    "a": (cases_a, 60, 3), "e": (cases_e, 150, 60), "b": (cases_b, 150, 60), "e_torch": (cases_e_torch, 150, 60)}
+PARTS = {       # worker: (what makes its cases, the most seconds of a case), from the most valuable down
+    "c": (cases_c, 60), "c_torch": (cases_c_torch, 40), "d": (cases_d, 60), "a": (cases_a, 60),
+    "d_torch": (cases_d_torch, 90), "e": (cases_e, 170), "e_torch": (cases_e_torch, 120),
+    "b": (cases_b, 150), "e_more": (cases_e_more, 170)}
 
 
 def dry():
@@ -705,7 +713,8 @@ def work(part, options):
     say = lambda **facts: print("ROW " + json.dumps(facts), flush=True)
     make, sizes = PARTS[part][0], SIZES["dry" if dry() else "card"]
     cases = make(sizes, options.out) if part == "b" else make(sizes)
-    names = [name for name in cases if not options.only or any(word in name for word in options.only.split(","))]
+    chosen = [word.partition(":")[2] for word in options.only.split(",") if word.partition(":")[0] == part]
+    names = [name for name in cases if not chosen or any(word in name for word in chosen)]
     say(names=names)
     for name in names[options.skip:]:
         say(start=name)
@@ -723,7 +732,7 @@ def read_lines(stream, lines):
 
 def keep(part, options, deadline, record):
     """Run a worker through all its cases, start it anew after a case that killed it or took too long."""
-    _, most, _ = PARTS[part]
+    _, most = PARTS[part]
     skip, log = 0, Path(options.out) / f"worker-{part}.log"
     environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "TF_CPP_MIN_LOG_LEVEL": "2"}
     if part == "a":                             # many small programs: correctness needs no autotuning
@@ -822,7 +831,7 @@ def main():
     parser.add_argument("--out", default="out/gpu")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--parts", default="c,d,a,e,b")
-    parser.add_argument("--only", default="", help="only cases whose name holds one of these words")
+    parser.add_argument("--only", default="", help="PART:WORD,...: of that part only cases whose name holds one of its words")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -852,7 +861,7 @@ def main():
 
     deadline = began + 60 * options.minutes
     letters = options.parts.split(",")
-    for part in (p for p in PARTS if p in letters or p[0] in letters and (p != "b" or "b" in letters)):
+    for part in (p for p in PARTS if p in letters or p[0] in letters):
         if part.endswith("torch") and "torch" in gone:
             record(part, "all", dict(error="torch is missing"))
             continue

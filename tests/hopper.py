@@ -79,7 +79,7 @@ def triton_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
                 return total + _product(x_rc, w[e, pl.ds(j * o, o), pl.ds(k * c, c)], ((1,), (1,)))
             return total + _product(x_rc, w[e, pl.ds(k * c, c), pl.ds(j * o, o)], ((1,), (0,)))
 
-        steps = jnp.where(owner < E, C // c, 0)                 # a tile of nobody costs nothing
+        steps = (owner < E).astype(jnp.int32) * (C // c)     # a tile of nobody costs nothing
         total = lax.fori_loop(0, steps, step, jnp.zeros((r, o), jnp.float32))
         y[pl.ds(i * r, r), pl.ds(j * o, o)] = total.astype(y.dtype)
 
@@ -292,11 +292,12 @@ def hopper_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
 
 
 # --------------------------------------------------------------------- attention: cuDNN over packed documents
-# cuDNN takes several documents a row as a list of offsets, on Hopper and later. The list has a fixed length: rows
-# with more documents than that go through kernels' "chunked".
+# cuDNN takes several documents a row as a list of offsets, on Hopper and later. The list has a fixed length, which
+# costs time: 1.5 ms with 32 and 3.8 with 128 at S=4096 [measured: H100]. A batch in which a row has more documents
+# goes to kernels' "cudnn", with the documents as a mask: exact as well, 4.6 ms.
 
-def packed_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, documents=64):
-    """kernels.attention for bfloat16 on Hopper: documents as offsets, no [S,S] mask anywhere. [B,S,N,H]."""
+def packed_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, documents=32):
+    """kernels.attention for bfloat16 on Hopper: documents as offsets, no [S,S] mask if they fit. [B,S,N,H]."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn        # jax.nn does not pass the offsets on
     S = q_BSNH.shape[1]
     first_BS = jnp.concatenate([jnp.ones_like(segment_BS[:, :1], bool),
@@ -315,8 +316,8 @@ def packed_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, documents=64):
             scale=q.shape[-1] ** -0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL,
             sliding_window_length=window if window < S else None)
 
-    def chunked(q, k, v):
-        return kernels.attention(q, k, v, segment_BS, window, "chunked", "gpu")
+    def masked(q, k, v):
+        return kernels.attention(q, k, v, segment_BS, window, "cudnn", "gpu")
 
     fits = jnp.max(jnp.sum(first_BS, axis=1)) <= documents
-    return lax.cond(fits, packed, chunked, q_BSNH, k_BSMH, v_BSMH)
+    return lax.cond(fits, packed, masked, q_BSNH, k_BSMH, v_BSMH)

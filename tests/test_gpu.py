@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 import kernels
 import model
@@ -107,8 +109,9 @@ def test_the_hopper_kernels_in_interpret_mode(monkeypatch):
 
 
 @pytest.mark.parametrize("impl, call", [("triton", "__gpu"), ("mgpu", "mosaic_gpu"), ("hopper", "mosaic_gpu")])
-def test_the_candidates_lower_for_cuda(impl, call, monkeypatch):
+def test_the_candidates_lower_for_cuda(impl, call, monkeypatch, capsys):
     """Checks types, layouts and the size of shared memory; a GPU is needed to compile what comes out."""
+    monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, debug=impl == "triton"))
     monkeypatch.setattr(kernels, "PAIRS", dict(kernels.PAIRS))
     hopper.register()
     card = types.SimpleNamespace(core_count=132)        # jax's transposed kernel asks the first device
@@ -117,11 +120,16 @@ def test_the_candidates_lower_for_cuda(impl, call, monkeypatch):
     *_, tile_expert = problem(128, 16, 16, jnp.bfloat16)
     x = jax.ShapeDtypeStruct((6 * 128, 2048), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((4, 2048, 1024), jnp.bfloat16)
-    f = lambda x, w: jnp.sum(kernels.grouped_matmul(x, w, tile_expert, impl, "gpu").astype(jnp.float32))
+    def f(x, w):
+        y, pull = jax.vjp(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, impl, "gpu"), x, w)
+        return y, pull(y)
 
     device = jax.sharding.AbstractDevice(device_kind=H100, num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-        assert lowered(jax.grad(f, (0, 1)), x, w).count(f"@{call}") >= 2
+        assert lowered(f, x, w).count(f"@{call}") >= 3
+    printed = capsys.readouterr().out
+    assert '"scf.for"' not in printed           # MLIR prints a module in this form if it is not valid
+    assert impl != "triton" or "scf.for" in printed
 
 
 def test_widths_that_the_candidates_cannot_take_are_refused(monkeypatch):
@@ -150,8 +158,9 @@ def test_packed_attention_tells_cudnn_where_documents_begin(monkeypatch):
     assert seen["sliding_window_length"] == 4
 
     seen.clear()
+    monkeypatch.setattr(kernels, "attention", lambda q, k, v, segment, window, impl, platform: impl)
     with jax.disable_jit():                                     # four documents, a list of three: another way
-        hopper.packed_attention(q, q, q, segment, 4, documents=3)
+        assert hopper.packed_attention(q, q, q, segment, 4, documents=3) == "cudnn"
     assert not seen
 
 

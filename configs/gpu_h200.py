@@ -7,6 +7,7 @@ hub on the first start; a byte-pair vocabulary is trained on it. Expected loss: 
 Vocabulary and data are not those of the published gates. Run by us: no; that its step lowers for a GPU is tested.
 Sizes, batch and recipe are gate v1_d1024.py's."""
 from configs.v1_d1024 import *
+from tests import hopper            # kernels for an H100 or H200; other cards run plain XLA
 
 mixture = (("hf:HuggingFaceFW/fineweb-edu:sample-10BT:text", 1.0),)
 tokenizer = "bpe:32768"

@@ -180,15 +180,14 @@ def layer_case(s, impl, tile, **blocks):
     x, gate, _, owner, *_ = expert_inputs(s, tile, jnp.bfloat16)
     up = jax.random.normal(jax.random.key(7), gate.shape, gate.dtype) * s["D"] ** -0.5
     down = jax.random.normal(jax.random.key(8), (s["E"], s["F"], s["D"]), gate.dtype) * s["F"] ** -0.5
-    f = lambda x, gate, up, down: kernels.experts(x, gate, up, down, owner, impl, platform())
+    f = lambda x, gate, up, down: kernels.expert_mlp(x, gate, up, down, owner, impl, platform())
     ms = time_jax(forward_backward(f), x, x, gate, up, down)
     return dict(ms=ms, tflops=18 * s["T"] * s["K"] * s["D"] * s["F"] / ms / 1e9)
 
 
 def tune(impl, blocks):
     """Set the block sizes of a candidate in tests/hopper.py; what `blocks` does not name is as it was there."""
-    import hopper
-    hopper.register()
+    from tests import hopper
     for table, prefix in (hopper.TRITON, ""), (hopper.MGPU_ROWS, ""), (hopper.MGPU_OUTER, "outer_"):
         first = FIRST.setdefault(id(table), dict(table))
         table.update(first)
@@ -201,13 +200,13 @@ FIRST = {}          # the block sizes as tests/hopper.py has them
 def cases_c(s):
     import kernels
     rows = s["T"] * s["K"]
-    default = kernels.best("gpu").experts
+    default = kernels.BEST["gpu"].experts
     product = lambda impl, tile=128, **more: functools.partial(product_case, s, impl, tile, **more)
     layer = lambda impl, tile=128, **more: functools.partial(layer_case, s, impl, tile, **more)
     wide = dict(rows=128, columns=256, depth=64, warps=8, stages=3)
     cases = {
         "plain matmul": functools.partial(plain_case, s),
-        f"default ({default})": product(default, kernels.row_tile("gpu", rows, s["E"])),
+        f"default ({default})": product(default, kernels.row_tile(default, rows, s["E"])),
         "hopper": product("hopper"),
         "layer hopper": layer("hopper"),
         "triton 128x128 s3": product("triton", rows=128, columns=128, depth=64, warps=8, stages=3),
@@ -218,12 +217,11 @@ def cases_c(s):
                                    grid_block_n=2, outer_grid_block_n=2),
         "mgpu 64x256 s4": product("mgpu", block_m=64, block_n=256, grid_block_n=4, outer_block_k=128,
                                    outer_max_concurrent_steps=2),
-        "layer default": layer(default, kernels.row_tile("gpu", rows, s["E"])),
+        "layer default": layer(default, kernels.row_tile(default, rows, s["E"])),
         "layer triton 128x128": layer("triton", rows=128, columns=128, depth=64, warps=8, stages=3),
         "layer mgpu": layer("mgpu"),
         "tiles of 128": product("tiles", 128),
         "tiles of 256": product("tiles", 256),
-        "ragged_dot": product("ragged_dot"),
     }
     if dry():                                   # its interpreter needs minutes; tests/test_gpu.py has a case
         cases = {name: case for name, case in cases.items() if "hopper" not in name}
@@ -316,17 +314,17 @@ def loss_case(s, impl):
     x = jax.random.normal(jax.random.key(0), (s["T"], s["head_D"]), jnp.bfloat16)
     head = jax.random.normal(jax.random.key(1), (s["head_D"], s["V"]), jnp.bfloat16) * s["head_D"] ** -0.5
     target = jnp.arange(s["T"]) % s["V"]
-    f = lambda x, head: jnp.mean(kernels.cross_entropy(x, head, target, impl, platform())[0])
+    f = lambda x, head: jnp.mean(kernels.cross_entropy(x, head, target, impl)[0])
     ms = time_jax(jax.value_and_grad(f, (0, 1)), x, head)
     return dict(ms=ms, tflops=6 * x.size * s["V"] / ms / 1e9)
 
 
 def cases_d(s):
-    import hopper
+    from tests import hopper
     import kernels
     named = lambda impl: lambda q, k, v, seg, window: kernels.attention(q, k, v, seg, window, impl, platform())
     def packed(most):
-        return lambda q, k, v, seg, window: hopper.packed_attention(q, k, v, seg, window, most)
+        return lambda q, k, v, seg, window: hopper.packed_attention(q, k, v, seg, window, "gpu", most)
     def alone(q, k, v, seg, window):            # no documents: what cuDNN would do at best
         import jax
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0),
@@ -343,7 +341,7 @@ def cases_d(s):
         if dry():
             cases = {k: v for k, v in cases.items() if "packed" not in k}
     return cases | {f"loss {impl}": functools.partial(loss_case, s, impl)
-                    for impl in ("plain", "chunked", "vocabulary")}
+                    for impl in ("plain", "vocabulary")}
 
 
 def flex(segment, window, compiled):
@@ -425,9 +423,8 @@ def twin_case(f, impl, args, dtype, group):
 def cases_a(s):
     import jax
     import jax.numpy as jnp
-    import hopper
+    from tests import hopper
     import kernels
-    hopper.register()
     key = iter(jax.random.split(jax.random.key(0), 16))
     normal = lambda *shape: jax.random.normal(next(key), shape)
     small = dry()
@@ -444,18 +441,18 @@ def cases_a(s):
     def attention(window):
         def f(impl, q, k, v):
             if impl.startswith("packed"):       # "packed 2": more documents than the list takes
-                return hopper.packed_attention(q, k, v, segment, window, 2 if impl.endswith("2") else 32)
+                return hopper.packed_attention(q, k, v, segment, window, "gpu", 2 if impl.endswith("2") else 32)
             return kernels.attention(q, k, v, segment, window, impl, platform())
         return f
 
     def loss(impl, x, head):
-        return jnp.stack(kernels.cross_entropy(x, head, target, impl, platform(), chunk=None if impl == "plain" else 700))
+        return jnp.stack(kernels.cross_entropy(x, head, target, impl, 700))
 
     def product(impl, x, w):
         return jnp.where(real, kernels.grouped_matmul(jnp.where(real, x, 0), w, owner, impl, platform()), 0)
 
     def layer(impl, x, gate, up, down):
-        y = kernels.experts(jnp.where(real, x, 0), gate, up, down, owner, impl, platform())
+        y = kernels.expert_mlp(jnp.where(real, x, 0), gate, up, down, owner, impl, platform())
         return jnp.where(real, y, 0)
 
     wanted = []         # (name, function, arguments, implementation, types, what they share a truth with)
@@ -466,8 +463,8 @@ def cases_a(s):
                    for w in (S, S // 4)]
     inputs = normal(T, D), normal(D, V) * D**-0.5
     wanted += [(f"loss {impl}", loss, inputs, impl, both, "loss")
-               for impl in ("chunked", "vocabulary")]
-    for impl, types in ("tiles", both), ("ragged_dot", both), ("triton", both), ("mgpu", half), ("hopper", half):
+               for impl in ("vocabulary",)]
+    for impl, types in ("tiles", both), ("triton", both), ("mgpu", half), ("hopper", half):
         if small and impl == "hopper":
             continue                            # its interpreter needs minutes; tests/test_gpu.py has one case
         widths = (gate, up, down)
@@ -570,21 +567,15 @@ def text_batches(c, rows):
         return batch, "random tokens"
 
 
-def ours_case(s, experts=None, attention=None, seconds=30):
-    """Train gpu_h200.py for some steps; throughput over the steps after the second."""
+def ours_case(s, plain=False, seconds=30):
+    """Train gpu_h200.py for some steps; throughput over the steps after the second. plain: without tests/hopper.py."""
     import jax
-    import hopper
     import kernels
     import model
     import train
-    hopper.register()
-    if experts:
-        kernels.BEST["gpu"] = kernels.BEST["gpu"]._replace(experts=experts, grouped_matmul=experts,
-                                                           row_tile=128 if experts != "tiles" else 512)
-    if attention == "packed":
-        kernels.attention = lambda q, k, v, segment, window, impl=None, platform="gpu": hopper.packed_attention(
-            q, k, v, segment, window)
     c, t = h200_config(s)
+    if plain:
+        kernels.GPU_KERNELS.clear()
     c = dataclasses.replace(c, compute_dtype="bfloat16")
     mesh = train.make_mesh(c, t, jax.devices()[:1])
     shardings = train.state_shardings(c, t, mesh)
@@ -593,7 +584,7 @@ def ours_case(s, experts=None, attention=None, seconds=30):
     step = train.make_train_step(c, t, mesh)
     began, times, losses = time.perf_counter(), [], []
     while len(times) < s["steps"] and (len(times) < 4 or time.perf_counter() - began < seconds):
-        rows = train.put(batch(len(times)), mesh, t.accumulate)
+        rows = train.to_global_batch(batch(len(times)), mesh, t.accumulate)
         start = time.perf_counter()
         state, metrics = step(state, rows)
         losses.append(float(metrics["loss"]))
@@ -608,11 +599,11 @@ def ours_case(s, experts=None, attention=None, seconds=30):
 def cases_e(s):
     if dry():
         return {}
-    return {"ours, hopper and packed": functools.partial(ours_case, s, "hopper", "packed")}
+    return {"ours, hopper and packed": functools.partial(ours_case, s)}
 
 
 def cases_e_more(s):
-    return {"ours, default": functools.partial(ours_case, s)}
+    return {"ours, plain XLA": functools.partial(ours_case, s, True)}
 
 
 def peer_case(s, seconds=30):
@@ -623,13 +614,13 @@ def peer_case(s, seconds=30):
     import torch.nn.functional as F
 
     import model
-    import peer_torch
+    from tests import peer_torch
     c, t = h200_config(s)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = s["rows"] * s["micro"]
     batch, kind = text_batches(c, total)
     some = np.random.default_rng(0).normal(0, 0.02, 1_000_003).astype(np.float32)     # drawing 1.2 B takes long
-    w = model.walk(lambda path, w: np.ones(w.shape, np.float32) if w.init == "ones" else np.resize(some, w.shape), c)
+    w = model.map_params(lambda path, w: np.ones(w.shape, np.float32) if w.init == "ones" else np.resize(some, w.shape), c)
     rows = batch(0)
     names = dict(tokens=rows.tokens_BS, targets=rows.targets_BS, segments=rows.segments_BS, weights=rows.weights_BS)
     if device == "cuda":
@@ -639,7 +630,7 @@ def peer_case(s, seconds=30):
         part = {k: torch.tensor(v[first:first + s["peer_rows"]], device=device) for k, v in names.items()}
         pieces.append({k: v.long() if k != "weights" else v for k, v in part.items()})
     layers = c.num_layers
-    windows = [c.seq_len if i % 4 == 3 else c.window or c.seq_len // 2 for i in range(layers)]
+    windows = [c.seq_len if model.sees_all(c, i) else c.window or c.seq_len // 2 for i in range(layers)]
 
     def attention_of(piece):
         attend = {window: flex(piece["segments"], window, device == "cuda") for window in set(windows)}

@@ -1,11 +1,11 @@
-"""Candidates for a GPU that wait outside the seven files until a card has measured them.
+"""Faster kernels for GPUs, each for some cards only: import this module in a config to have them.
 
-Run:  python tests/gpu.py --parts=a,c,d                measures all of them (needs the card)
-Read: triton -> mgpu -> hopper (three grouped matmuls) -> packed_attention.
+    from tests import hopper        # as configs/gpu_h200.py does
 
-A grouped matmul is a pair (rows, outer) as in kernels.PAIRS. `register()` adds the pairs to that table, so
-that kernels.grouped_matmul and kernels.experts know them by name. To make one the default, move its pair to
-kernels.py, name it in kernels.PAIRS and add its needs to kernels.GPU_EXPERTS.
+kernels.choose then takes "hopper" for experts and "packed" for attention on compute capability 9.0 (H100,
+H200), in bfloat16, at widths that fit, and prints that it did. "triton", "mgpu" and "cudnn" are known by name.
+Measured by tests/gpu.py; the table is in tests/README.md.
+Read: triton -> mgpu -> hopper (three grouped matmuls) -> attention by cuDNN -> the tables.
 
 D hidden  F expert width  E experts  R rows, sorted by expert  C width of the input  O width of the output
 B batch  S sequence  N query heads  M key/value heads  H head dim"""
@@ -17,12 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 import kernels
-
-
-def register():
-    """Make the three pairs known to kernels.grouped_matmul and kernels.experts."""
-    kernels.PAIRS.update(triton=(triton_rows, triton_outer), mgpu=(mgpu_rows, mgpu_outer),
-                         hopper=(hopper_rows, hopper_outer))
 
 
 def tiles_of(tile_expert, E):
@@ -59,10 +53,10 @@ def _product(a, b, dimensions):
     return lax.dot_general(a, b, (dimensions, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def triton_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
-    """Each tile of rows times its expert's matrix, or, sideways, times its transpose: [R,C] -> [R,O]."""
+def triton_rows(x_RC, w_EDF, tile_expert, transpose_w, interpret):
+    """Each tile of rows times its expert's matrix, or, transpose_w, times its transpose: [R,C] -> [R,O]."""
     (R, C), (E, D, F) = x_RC.shape, w_EDF.shape
-    O, tile = (D if sideways else F), R // tile_expert.shape[0]
+    O, tile = (D if transpose_w else F), R // tile_expert.shape[0]
     narrow = 2 if x_RC.dtype == jnp.float32 else 1
     r, o = _power(tile, TRITON["rows"] // narrow, "tile"), _power(O, TRITON["columns"] // narrow, "width out")
     c = _power(C, TRITON["depth"] // narrow, "width in")
@@ -75,7 +69,7 @@ def triton_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
 
         def step(k, total):
             x_rc = x[pl.ds(i * r, r), pl.ds(k * c, c)]
-            if sideways:
+            if transpose_w:
                 return total + _product(x_rc, w[e, pl.ds(j * o, o), pl.ds(k * c, c)], ((1,), (1,)))
             return total + _product(x_rc, w[e, pl.ds(k * c, c), pl.ds(j * o, o)], ((1,), (0,)))
 
@@ -141,20 +135,20 @@ def _fitting(blocks, n):
     return blocks | {"grid_block_n": groups}
 
 
-def mgpu_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
+def mgpu_rows(x_RC, w_EDF, tile_expert, transpose_w, interpret):
     """As triton_rows. The last expert owns the tiles of nobody, whose rows are zero: the kernel leaves rows without
     an owner unwritten."""
     E, D, F = w_EDF.shape
     R, tile = x_RC.shape[0], x_RC.shape[0] // tile_expert.shape[0]
     if interpret:
-        return kernels._tiles_rows(x_RC, w_EDF, tile_expert, sideways, interpret)
+        return kernels.GROUPED["tiles"][0](x_RC, w_EDF, tile_expert, transpose_w, interpret)
 
     from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
     _mgpu_check(tile, x_RC.dtype, D, F)
     rows_E = tiles_of(tile_expert, E) * tile
     rows_E = rows_E.at[-1].add(R - jnp.sum(rows_E))
-    blocks = _fitting(MGPU_ROWS, D if sideways else F)
-    return _once(ragged_dot_mgpu.ragged_dot, transpose_rhs=sideways, **blocks)(x_RC, w_EDF, group_sizes=rows_E)
+    blocks = _fitting(MGPU_ROWS, D if transpose_w else F)
+    return _once(ragged_dot_mgpu.ragged_dot, transpose_rhs=transpose_w, **blocks)(x_RC, w_EDF, group_sizes=rows_E)
 
 
 def mgpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
@@ -162,7 +156,7 @@ def mgpu_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
     E, D, F = w_EDF.shape
     tile = x_RD.shape[0] // tile_expert.shape[0]
     if interpret:
-        return kernels._tiles_outer(x_RD, g_RF, tile_expert, w_EDF, interpret)
+        return kernels.GROUPED["tiles"][1](x_RD, g_RF, tile_expert, w_EDF, interpret)
 
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
     _mgpu_check(tile, x_RD.dtype, D, F)
@@ -233,14 +227,14 @@ def _hopper_check(tile, dtype, **sizes):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def hopper_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
+def hopper_rows(x_RC, w_EDF, tile_expert, transpose_w, interpret):
     from jax.experimental.pallas import mosaic_gpu as plgpu
     (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
-    r, O = R // tiles, (D if sideways else F)
+    r, O = R // tiles, (D if transpose_w else F)
     _hopper_check(r, x_RC.dtype, D=D, F=F)
 
     def multiply(total, x, w, half):
-        plgpu.wgmma(total, x, _turned(w.at[half]) if sideways else w.at[:, half])
+        plgpu.wgmma(total, x, _turned(w.at[half]) if transpose_w else w.at[:, half])
 
     def body(tile_expert, x, w, y):
         def scope(out):
@@ -248,7 +242,7 @@ def hopper_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
             def _(info):
                 i, j = info.index
                 e = jnp.minimum(tile_expert[i], E - 1)          # rows of nobody are zero, with any matrix
-                w_spec = (plgpu.BlockSpec((2 * WARPGROUP, 64), lambda k: (j, k)) if sideways else
+                w_spec = (plgpu.BlockSpec((2 * WARPGROUP, 64), lambda k: (j, k)) if transpose_w else
                           plgpu.BlockSpec((64, 2 * WARPGROUP), lambda k: (k, j)))
                 place = lambda c: y.at[pl.ds(i * r, r), pl.ds(j * 2 * WARPGROUP + c, SLICE)]
                 x_spec = plgpu.BlockSpec((r, 64), lambda k: (i, k))
@@ -256,7 +250,7 @@ def hopper_rows(x_RC, w_EDF, tile_expert, sideways, interpret):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         pl.run_scoped(scope, plgpu.SMEM((2, WARPGROUP, SLICE), x.dtype), collective_axes="wg")
 
-    if sideways and interpret:          # the interpreter cannot transpose a reference (jax 0.10.2)
+    if transpose_w and interpret:          # the interpreter cannot transpose a reference (jax 0.10.2)
         return hopper_rows(x_RC, w_EDF.swapaxes(1, 2), tile_expert, False, True)
     return _hopper_kernel(body, jax.ShapeDtypeStruct((R, O), x_RC.dtype), interpret, tile_expert, x_RC, w_EDF)
 
@@ -291,12 +285,22 @@ def hopper_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
     return _hopper_kernel(body, jax.ShapeDtypeStruct((E, D, F), w_EDF.dtype), interpret, tiles_E, start_E, x, g_RF)
 
 
-# --------------------------------------------------------------------- attention: cuDNN over packed documents
+# ------------------------------------------------------------------------------------------ attention by cuDNN
+
+def cudnn_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform="gpu"):
+    """kernels.attention by cuDNN, documents as a [B,1,S,S] mask, which costs it more than half its speed [jax PR
+    35114]. float16 or bfloat16, on Ampere and later."""
+    same_B1SS = (segment_BS[:, :, None] == segment_BS[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(q_BSNH, k_BSMH, v_BSMH, mask=same_B1SS, is_causal=True,
+                                        local_window_size=(window - 1, 0),
+                                        implementation="xla" if platform == "cpu" else "cudnn")
+
+
 # cuDNN takes several documents a row as a list of offsets, on Hopper and later. The list has a fixed length, which
 # costs time: 1.5 ms with 32 and 3.8 with 128 at S=4096 [measured: H100]. A batch in which a row has more documents
-# goes to kernels' "cudnn", with the documents as a mask: exact as well, 4.6 ms.
+# goes to cudnn_attention, with the documents as a mask: exact as well, 4.6 ms.
 
-def packed_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, documents=32):
+def packed_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform="gpu", documents=32):
     """kernels.attention for bfloat16 on Hopper: documents as offsets, no [S,S] mask if they fit. [B,S,N,H]."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn        # jax.nn does not pass the offsets on
     S = q_BSNH.shape[1]
@@ -317,7 +321,18 @@ def packed_attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, documents=32):
             sliding_window_length=window if window < S else None)
 
     def masked(q, k, v):
-        return kernels.attention(q, k, v, segment_BS, window, "cudnn", "gpu")
+        return cudnn_attention(q, k, v, segment_BS, window)
 
     fits = jnp.max(jnp.sum(first_BS, axis=1)) <= documents
     return lax.cond(fits, packed, masked, q_BSNH, k_BSMH, v_BSMH)
+
+
+# ------------------------------------------------------------------------------------- the tables of kernels.py
+
+kernels.GROUPED |= {"triton": (triton_rows, triton_outer), "mgpu": (mgpu_rows, mgpu_outer),
+                    "hopper": (hopper_rows, hopper_outer)}
+kernels.ROW_TILES |= {"triton": (128, 128), "mgpu": (128, 128), "hopper": (WARPGROUP, WARPGROUP)}
+kernels.ATTENTION |= {"cudnn": cudnn_attention, "packed": packed_attention}
+kernels.GPU_KERNELS |= {("experts", "hopper"): kernels.Needs("9.0", "bfloat16", 256),
+                        ("attention", "packed"): kernels.Needs("9.0", "bfloat16", 8)}
+kernels.choose.cache_clear()

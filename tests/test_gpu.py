@@ -24,15 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-@pytest.fixture
-def compile_for_gpu(monkeypatch):
-    """Makes train.py build its step for a GPU on the devices of this machine."""
-    loss, counting, sums = model.loss, model.counting, train.sum_copies
-    monkeypatch.setattr(model, "loss", lambda *a: loss(*a[:-1], "gpu"))
-    monkeypatch.setattr(model, "counting", lambda platform: counting("gpu"))
-    monkeypatch.setattr(train, "sum_copies", lambda grads, specs, platform: sums(grads, specs, "gpu"))
-
-
 def lowered(f, *args):
     """The text of f lowered for CUDA."""
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
@@ -40,7 +31,7 @@ def lowered(f, *args):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["smoke", "laptop", "gpu_h200"])
-def test_the_train_step_lowers_for_every_gpu(name, dtype, compile_for_gpu):
+def test_the_train_step_lowers_for_every_gpu(name, dtype):
     """At the sizes of the config. No kernel of any one generation of cards may be in it."""
     c, t = train.load_config(str(ROOT / "configs" / f"{name}.py"))
     c = dataclasses.replace(c, compute_dtype=dtype)
@@ -49,7 +40,7 @@ def test_the_train_step_lowers_for_every_gpu(name, dtype, compile_for_gpu):
     weights = jax.ShapeDtypeStruct(ints.shape, jnp.float32)
     batch = {"tokens": ints, "targets": ints, "segments": ints, "weights": weights}
 
-    traced = train.make_train_step(c, t, mesh).trace(train.abstract_state(c, t, mesh), batch)
+    traced = train.make_train_step(c, t, mesh, "gpu").trace(train.abstract_state(c, t, mesh), batch)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.dot_general" in text
     assert "mosaic" not in text and "triton" not in text and "tpu_custom_call" not in text
@@ -58,18 +49,24 @@ def test_the_train_step_lowers_for_every_gpu(name, dtype, compile_for_gpu):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_expert_rule_takes_what_fits(dtype, monkeypatch, capsys):
-    """A faster implementation is chosen only where card, type and widths have what it needs; one line says so."""
-    monkeypatch.setattr(kernels, "GPU_EXPERTS", (("fast", (0, 0), ("bfloat16",), 64),))
-    kernels.gpu_experts.cache_clear()
-    assert kernels.gpu_experts(dtype, 128, 64) == ("fast" if dtype == "bfloat16" else "tiles")
-    assert kernels.gpu_experts(dtype, 128, 96) == "tiles"
-    assert len(capsys.readouterr().out.splitlines()) == 2
+def test_a_faster_kernel_is_chosen_only_where_it_fits(dtype, monkeypatch, capsys):
+    """Card, type and widths must be what it needs; one line says what was chosen."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(compute_capability="9.0")])
+    kernels.choose.cache_clear()
+    fits = dtype == "bfloat16"
+    assert kernels.choose("experts", "gpu", dtype, 512, 256) == ("hopper" if fits else "tiles")
+    assert kernels.choose("experts", "gpu", dtype, 512, 320) == "tiles"
+    assert kernels.choose("attention", "gpu", dtype, 128) == ("packed" if fits else "chunked")
+    assert len(capsys.readouterr().out.splitlines()) == 2 * fits
+    monkeypatch.setattr(jax, "devices", lambda *_: [types.SimpleNamespace(compute_capability="10.0")])
+    kernels.choose.cache_clear()
+    assert kernels.choose("experts", "gpu", dtype, 512, 256) == "tiles"
+    kernels.choose.cache_clear()
 
-    monkeypatch.setattr(kernels, "GPU_EXPERTS", (("fast", (9, 0), ("bfloat16", "float32"), 64),))
-    kernels.gpu_experts.cache_clear()
-    assert kernels.gpu_experts(dtype, 128, 64) == "tiles"           # nothing is known of the card
-    kernels.gpu_experts.cache_clear()
+
+def test_without_a_gpu_nothing_is_assumed_of_the_card():
+    assert kernels.choose("experts", "gpu", "bfloat16", 512, 256) == "tiles"
 
 
 def problem(tile, D, F, dtype, seed=0):
@@ -95,16 +92,12 @@ def errors(impl, x, w, tile_expert):
 
 
 @pytest.mark.parametrize("D, F, tile", [(128, 64, 128), (192, 96, 64), (48, 32, 16)])
-def test_the_triton_kernels_in_interpret_mode(D, F, tile, monkeypatch):
-    monkeypatch.setattr(kernels, "PAIRS", dict(kernels.PAIRS))
-    hopper.register()
+def test_the_triton_kernels_in_interpret_mode(D, F, tile):
     assert max(errors("triton", *problem(tile, D, F, jnp.float32))) < 1e-5
 
 
 @pytest.mark.slow
-def test_the_hopper_kernels_in_interpret_mode(monkeypatch):
-    monkeypatch.setattr(kernels, "PAIRS", dict(kernels.PAIRS))
-    hopper.register()
+def test_the_hopper_kernels_in_interpret_mode():
     assert max(errors("hopper", *problem(128, 256, 256, jnp.bfloat16))) < 0.02
 
 
@@ -112,8 +105,6 @@ def test_the_hopper_kernels_in_interpret_mode(monkeypatch):
 def test_the_candidates_lower_for_cuda(impl, call, monkeypatch, capsys):
     """Checks types, layouts and the size of shared memory; a GPU is needed to compile what comes out."""
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, debug=impl == "triton"))
-    monkeypatch.setattr(kernels, "PAIRS", dict(kernels.PAIRS))
-    hopper.register()
     card = types.SimpleNamespace(core_count=132)        # jax's transposed kernel asks the first device
     devices = jax.devices
     monkeypatch.setattr(jax, "devices", lambda *a: devices(*a) if a or impl != "mgpu" else [card])
@@ -132,9 +123,7 @@ def test_the_candidates_lower_for_cuda(impl, call, monkeypatch, capsys):
     assert impl != "triton" or "scf.for" in printed
 
 
-def test_widths_that_the_candidates_cannot_take_are_refused(monkeypatch):
-    monkeypatch.setattr(kernels, "PAIRS", dict(kernels.PAIRS))
-    hopper.register()
+def test_widths_that_the_candidates_cannot_take_are_refused():
     x, w, tile_expert = problem(8, 32, 32, jnp.float32)
     with pytest.raises(ValueError, match="tiles of 128, found float32 in tiles of 8"):
         kernels.grouped_matmul(x, w, tile_expert, "hopper", "gpu")
@@ -158,7 +147,7 @@ def test_packed_attention_tells_cudnn_where_documents_begin(monkeypatch):
     assert seen["sliding_window_length"] == 4
 
     seen.clear()
-    monkeypatch.setattr(kernels, "attention", lambda q, k, v, segment, window, impl, platform: impl)
+    monkeypatch.setattr(hopper, "cudnn_attention", lambda *_: "cudnn")
     with jax.disable_jit():                                     # four documents, a list of three: another way
         assert hopper.packed_attention(q, q, q, segment, 4, documents=3) == "cudnn"
     assert not seen

@@ -255,10 +255,15 @@ def hopper_rows(x_RC, w_EDF, tile_expert, transpose_w, interpret):
     return _hopper_kernel(body, jax.ShapeDtypeStruct((R, O), x_RC.dtype), interpret, tile_expert, x_RC, w_EDF)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def hopper_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
+def hopper_outer(x_RD, g_RF, tile_expert, like_w, interpret):
+    """As triton_outer."""
+    return _hopper_outer(x_RD, g_RF, tile_expert, like_w.shape, like_w.dtype, interpret)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _hopper_outer(x_RD, g_RF, tile_expert, shape, dtype, interpret):
     from jax.experimental.pallas import mosaic_gpu as plgpu
-    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], w_EDF.shape
+    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], shape
     r = R // tiles
     _hopper_check(r, x_RD.dtype, D=D, F=F)
     tiles_E = tiles_of(tile_expert, E)
@@ -282,7 +287,7 @@ def hopper_outer(x_RD, g_RF, tile_expert, w_EDF, interpret):
         pl.run_scoped(scope, plgpu.SMEM((2, WARPGROUP, SLICE), dw.dtype), collective_axes="wg")
 
     x = x_RD.T if interpret else x_RD
-    return _hopper_kernel(body, jax.ShapeDtypeStruct((E, D, F), w_EDF.dtype), interpret, tiles_E, start_E, x, g_RF)
+    return _hopper_kernel(body, jax.ShapeDtypeStruct(shape, dtype), interpret, tiles_E, start_E, x, g_RF)
 
 
 # ------------------------------------------------------------------------------------------ attention by cuDNN

@@ -1,7 +1,7 @@
 """Kernels: the few operations in which a mixture-of-experts transformer spends its time.
 
 Run:  python tests/bench.py kernels      every implementation beside its plain twin: errors, times
-Read: choose -> attention -> cross_entropy -> grouped_matmul -> expert_mlp -> count_reaching ->
+Read: choose -> attention -> cross_entropy -> grouped_matmul -> expert_mlp ->
       weights on many devices -> the heap of a CPU process.
 Each operation has a plain twin with the same signature: the definition. `impl` names an
 implementation; an unknown name is an error, and nothing falls back to a slower one in silence.
@@ -25,16 +25,18 @@ from jax.experimental.pallas import tpu as pltpu
 PLAIN_LOGITS = 1024 * 128_256   # 0.5 GiB of float32: more are not held at once
 MASKED = -1e30                  # not -inf: a token sees itself, but inf - inf would be NaN
 
+dot32 = partial(jnp.dot, preferred_element_type=jnp.float32)            # summed in float32
+einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 class Impl(NamedTuple):
     attention: str
     experts: str        # of expert_mlp
-    count: str          # of count_reaching
 
 
-BEST = {"cpu": Impl("chunked", "loop", "plain"),
-        "gpu": Impl("chunked", "tiles", "plain"),       # plain XLA: any card, type and size
-        "tpu": Impl("splash", "pallas_tpu", "pallas_tpu")}
+BEST = {"cpu": Impl("chunked", "loop"),
+        "gpu": Impl("chunked", "tiles"),            # plain XLA: any card, type and size
+        "tpu": Impl("splash", "pallas_tpu")}
 
 
 class Needs(NamedTuple):
@@ -50,11 +52,9 @@ GPU_KERNELS = {}
 
 @cache
 def choose(what, platform, dtype, *sizes):
-    """The implementation of "attention" or "experts" for a platform, a type and sizes.
-
-    The platform is that of the devices for which the program is compiled, "cpu", "gpu" or "tpu". It
-    differs from jax.default_backend() when a program is compiled ahead of time. Prints its choice
-    where it is not the platform's default."""
+    """The implementation of "attention" or "experts" for a platform ("cpu", "gpu" or "tpu": of the
+    devices compiled for, which jax.default_backend() need not be), a type and sizes. Prints its
+    choice where it is not the platform's default."""
     default = getattr(BEST[_known("platform", platform, BEST)], what)
     if platform != "gpu" or jax.default_backend() != "gpu":
         return default
@@ -79,11 +79,10 @@ ROW_TILES = {"loop": (64, 256), "tiles": (128, 512), "pallas_tpu": (256, 256)}  
 def row_tile(impl, rows, E):
     """Rows of a tile. moe.dispatch pads each of E experts, which share `rows` rows, to whole tiles.
 
-    Small tiles waste fewer rows (half a tile an expert, on average), large tiles make better
-    matmuls. A quarter of the mean load is best on a 2-core CPU: 256 of 64, 128 and 256 for 1,024
-    rows an expert, 64 of 32 to 256 for 256 rows [measured]. On an H100 "tiles" takes 5.9 ms with
-    512 rows, 8.8 with 256, 15.4 with 128, since it copies a matrix for every tile [measured:
-    tests/gpu.py]. On a TPU 256 pads the 129B shape by 3 %, 512 would pad it by 6 %."""
+    Small tiles waste fewer rows, large ones make better matmuls. A quarter of the mean load is best
+    on a 2-core CPU [measured]. On an H100 "tiles" takes 5.9 ms with 512 rows, 8.8 with 256, 15.4
+    with 128: it copies a matrix for every tile [measured: tests/gpu.py]. On a TPU 256 pads the 129B
+    shape by 3 %, 512 would pad it by 6 %."""
     least, most = ROW_TILES.get(impl, (64, 256))
     quarter = max(1, rows // (4 * E))
     return max(least, min(most, 2 ** (quarter.bit_length() - 1)))
@@ -117,8 +116,7 @@ def _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
     B, S, N, H = q_BSNH.shape
     M = k_BSMH.shape[2]
     q_BSMGH = q_BSNH.reshape(B, S, M, N // M, H)
-    score_BMGSJ = jnp.einsum("BSMGH,BJMH->BMGSJ", q_BSMGH, k_BSMH,
-                             preferred_element_type=jnp.float32)
+    score_BMGSJ = einsum32("BSMGH,BJMH->BMGSJ", q_BSMGH, k_BSMH)
     visible_BSJ = _visible(segment_BS, segment_BS, 0, window)
     score_BMGSJ = jnp.where(visible_BSJ[:, None, None], score_BMGSJ * H**-0.5, MASKED)
     weight_BMGSJ = jax.nn.softmax(score_BMGSJ, axis=-1).astype(v_BSMH.dtype)
@@ -126,11 +124,9 @@ def _attention_plain(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
 
 
 def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
-    """The plain form computes S*S scores and throws more than half of them away. Here a chunk of
-    queries reads the keys from (its start - window + 1), rounded down to a chunk, to its own end:
-    S*S/2 scores for full attention, about S*window with a window. chunk=64 is the fastest of 32,
-    64, 128 and 256 for S=256, H=32 on a 2-core CPU [measured]: below it the overhead of the loop
-    wins, above it the masked triangle. Accelerators want few, large products."""
+    """A chunk of queries reads the keys from (its start - window + 1), rounded down to a chunk, to
+    its own end: S*S/2 scores for full attention, about S*window with a window. 64 is the fastest
+    of 32 to 256 for S=256, H=32 on a 2-core CPU [measured]; accelerators want large products."""
     S, outs = q_BSNH.shape[1], []
     chunk = 64 if platform == "cpu" else 512
     for start in range(0, S, chunk):
@@ -142,12 +138,11 @@ def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
     return jnp.concatenate(outs, axis=1)
 
 
-# Attention of C queries on J keys. Scores lie with the keys in rows and the queries of all G = N/M
+# Attention of C queries on J keys. Scores have the keys in rows and the queries of all G = N/M
 # heads of a key head in columns, [J, X = G*C]: one matmul a key head, and a softmax over rows,
-# which XLA's CPU backend vectorizes (it does not vectorize a reduction along the last axis). The
-# gradient is written out: the softmax's row sums of weight * dweight are also those of y * dy,
-# [X,H], and no operand is laid out anew for a transposed product. Forward and backward take 0.86 of
-# autodiff's time at the sizes of configs/laptop.py [measured].
+# which XLA's CPU backend vectorizes. The gradient is written out: the row sums of weight * dweight
+# are also those of y * dy. It takes 0.86 of autodiff's time at the sizes of configs/laptop.py
+# [measured].
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window):
@@ -158,8 +153,7 @@ def _attend_forward(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, wind
     H, M = q_BCNH.shape[3], k_BJMH.shape[2]
     q_BMXH = _group_heads(q_BCNH, M) * H**-0.5
     k_BMJH, v_BMJH = k_BJMH.swapaxes(1, 2), v_BJMH.swapaxes(1, 2)
-    score_BMJX = jnp.einsum("BMJH,BMXH->BMJX", k_BMJH, q_BMXH,
-                            preferred_element_type=jnp.float32)
+    score_BMJX = einsum32("BMJH,BMXH->BMJX", k_BMJH, q_BMXH)
     visible_BJC = _visible(segment_BC, segment_BJ, offset, window).swapaxes(1, 2)
     # added, not selected: a sum needs no second pass in the backward direction
     mask_BJC = jnp.where(visible_BJC, 0.0, MASKED)
@@ -174,8 +168,7 @@ def _attend_backward(offset, window, residuals, dy_BCNH):
     q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH = residuals
     C, H = dy_BCNH.shape[1], dy_BCNH.shape[3]
     dy_BMXH = _group_heads(dy_BCNH, k_BMJH.shape[1])
-    dweight_BMJX = jnp.einsum("BMJH,BMXH->BMJX", v_BMJH, dy_BMXH,
-                              preferred_element_type=jnp.float32)
+    dweight_BMJX = einsum32("BMJH,BMXH->BMJX", v_BMJH, dy_BMXH)
     sum_BMX = jnp.sum(dy_BMXH.astype(jnp.float32) * y_BMXH, axis=-1)
     dscore_BMJX = (weight_BMJX * (dweight_BMJX - sum_BMX[:, :, None, :])).astype(k_BMJH.dtype)
     dq_BMXH = jnp.einsum("BMJX,BMJH->BMXH", dscore_BMJX, k_BMJH) * H**-0.5
@@ -200,9 +193,8 @@ def _ungroup_heads(q_BMXH, C):
 
 
 def _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
-    """The mask is an object that is asked block by block, never an [S,S] array. One kernel call for
-    each key head serves its G query heads. Blocks of 1,024 take half the memory of 512 in the
-    backward pass [measured: AOT]."""
+    """The mask is an object that is asked block by block, never an [S,S] array. Blocks of 1,024
+    take half the memory of 512 in the backward pass [measured: AOT]."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     B, S, N, H = q_BSNH.shape
@@ -227,8 +219,7 @@ ATTENTION = {"plain": _attention_plain, "chunked": _attention_chunked, "splash":
 
 
 def _divisor(size, unit, most, what):
-    """A kernel's block along an axis: the largest multiple of `unit`, `most` at most, that
-    divides `size`."""
+    """The largest multiple of `unit`, `most` at most, that divides `size`: a kernel's block."""
     for block in range(most - most % unit, 0, -unit):
         if size % block == 0:
             return block
@@ -255,7 +246,7 @@ def cross_entropy(x_TD, head_DV, target_T, impl=None, chunk=4096):
 
 
 def _token_losses(x_TD, head_DV, target_T):
-    logits_TV = jnp.dot(x_TD, head_DV, preferred_element_type=jnp.float32)
+    logits_TV = dot32(x_TD, head_DV)
     lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
     # compare and sum, not an index: its gradient is then a compare too, not a scatter into [T,V]
     hit_TV = target_T[:, None] == jnp.arange(head_DV.shape[1])[None, :]
@@ -267,35 +258,26 @@ def _by_vocabulary(x_TD, head_DV, target_T, block):
     return _by_vocabulary_forward(x_TD, head_DV, target_T, block)[0]
 
 
-class _Words(NamedTuple):
-    start: jax.Array            # number of the first word
-    word_W: jax.Array           # numbers of the words
-    new_W: jax.Array            # whether no earlier block had the word
-    head_DW: jax.Array
-    logits_TW: jax.Array        # float32
-
-
 def _words(i, x_TD, head_DV, block):
-    """The i-th block of words. The last one is moved back to end at V: padding the head would
-    copy it."""
+    """The i-th block of words: (number of the first, numbers of all, columns of the head). The last
+    block is moved back to end at V, because padding the head would copy it."""
     start = jnp.minimum(i * block, head_DV.shape[1] - block)
-    word_W = start + jnp.arange(block)
     head_DW = lax.dynamic_slice_in_dim(head_DV, start, block, axis=1).astype(x_TD.dtype)
-    logits_TW = jnp.dot(x_TD, head_DW, preferred_element_type=jnp.float32)
-    return _Words(start, word_W, word_W >= i * block, head_DW, logits_TW)
+    return start, start + jnp.arange(block), head_DW
 
 
 def _by_vocabulary_forward(x_TD, head_DV, target_T, block):
-    """The running maximum and sum of exponentials of an online softmax, one block of words after
-    the other."""
+    """An online softmax: the running maximum and sum of exponentials, block after block."""
     def step(carry, i):
         top_T, sum_T, hit_T = carry
-        w = _words(i, x_TD, head_DV, block)
-        logits_TW = jnp.where(w.new_W, w.logits_TW, MASKED)
+        _, word_W, head_DW = _words(i, x_TD, head_DV, block)
+        new_W = word_W >= i * block                             # no earlier block had them
+        logits_TW = dot32(x_TD, head_DW)
+        logits_TW = jnp.where(new_W, logits_TW, MASKED)
         next_T = jnp.maximum(top_T, jnp.max(logits_TW, axis=1))
         exp_TW = jnp.exp(logits_TW - next_T[:, None])
         sum_T = sum_T * jnp.exp(top_T - next_T) + jnp.sum(exp_TW, axis=1)
-        hit_TW = w.new_W & (target_T[:, None] == w.word_W)
+        hit_TW = new_W & (target_T[:, None] == word_W)
         hit_T += jnp.sum(jnp.where(hit_TW, logits_TW, 0), axis=1)
         return (next_T, sum_T, hit_T), None
 
@@ -312,21 +294,20 @@ def _by_vocabulary_backward(block, residuals, gradients):
 
     def step(carry, i):
         dx_TD, dhead_DV = carry
-        w = _words(i, x_TD, head_DV, block)
-        d_TW = ((dnll_T + dlse_T)[:, None] * jnp.exp(w.logits_TW - lse_T[:, None])
-                - dnll_T[:, None] * (target_T[:, None] == w.word_W))
-        d_TW = jnp.where(w.new_W, d_TW, 0).astype(x_TD.dtype)
-        dx_TD += jnp.dot(d_TW, w.head_DW.T, preferred_element_type=jnp.float32)
+        start, word_W, head_DW = _words(i, x_TD, head_DV, block)
+        logits_TW = dot32(x_TD, head_DW)
+        d_TW = ((dnll_T + dlse_T)[:, None] * jnp.exp(logits_TW - lse_T[:, None])
+                - dnll_T[:, None] * (target_T[:, None] == word_W))
+        d_TW = jnp.where(word_W >= i * block, d_TW, 0).astype(x_TD.dtype)
+        dx_TD += dot32(d_TW, head_DW.T)
         # every column gets one block's sum over all tokens, and zeros from a block that overlaps it
-        dhead_DW = jnp.dot(x_TD.T, d_TW, preferred_element_type=jnp.float32)
-        dhead_DW = dhead_DW.astype(head_DV.dtype)
-        dhead_DW += lax.dynamic_slice_in_dim(dhead_DV, w.start, block, axis=1)
-        dhead_DV = lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DW, w.start, axis=1)
+        dhead_DW = dot32(x_TD.T, d_TW).astype(head_DV.dtype)
+        dhead_DW += lax.dynamic_slice_in_dim(dhead_DV, start, block, axis=1)
+        dhead_DV = lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DW, start, axis=1)
         return (dx_TD, dhead_DV), None
 
     zeros = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros_like(head_DV)
-    blocks = jnp.arange(-(-head_DV.shape[1] // block))
-    (dx_TD, dhead_DV), _ = lax.scan(step, zeros, blocks)
+    (dx_TD, dhead_DV), _ = lax.scan(step, zeros, jnp.arange(-(-head_DV.shape[1] // block)))
     return dx_TD.astype(x_TD.dtype), dhead_DV, None
 
 
@@ -334,11 +315,10 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 
 
 # ------------------------------------------------------------------------------ grouped matmul
-# moe.dispatch sorts rows by expert and pads every expert to whole tiles, so a tile of rows belongs
-# to one expert: one expert number a tile is all that a kernel needs, nothing is masked inside a
-# tile, and rows of padding are zero, inputs and gradients alike. Tiles that are left over come last
-# and carry the number E: all their rows are padding. Every expert owns at least one tile, so every
-# expert's weight gradient is written.
+# moe.dispatch sorts rows by expert and pads every expert to whole tiles. So a tile of rows belongs
+# to one expert, and its number is all that a kernel needs; rows of padding are zero, inputs and
+# gradients alike. Tiles left over come last and carry the number E. Every expert owns at least one
+# tile, so every expert's weight gradient is written.
 
 def grouped_matmul(x_RD, w_EDF, tile_expert, impl, platform="cpu"):
     """Every tile of rows times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type,
@@ -387,20 +367,18 @@ def _tiles_matmul(x_RD, w_EDF, tile_expert, transpose_w, interpret):
 
 def _tiles_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
     x_nrD, g_nrF = (a.reshape(tile_expert.shape[0], -1, a.shape[1]) for a in (x_RD, g_RF))
-    each_nDF = jnp.einsum("nrD,nrF->nDF", x_nrD, g_nrF, preferred_element_type=jnp.float32)
+    each_nDF = einsum32("nrD,nrF->nDF", x_nrD, g_nrF)
     sum_EDF = jnp.zeros(like_w.shape, jnp.float32).at[tile_expert].add(each_nDF, mode="drop")
     return sum_EDF.astype(like_w.dtype)
 
 
-# The TPU kernels. tile_expert is prefetched to scalar memory, so that the block of weights to load
-# is known before the tile is reached. A v4 chip is two cores behind one program ("megacore"): a
-# grid axis marked parallel is split over them.
+# The TPU kernels. tile_expert is prefetched to scalar memory: the block of weights to load is known
+# before its tile is reached. The two cores of a v4 chip share the grid axes marked parallel.
 
 def _tpu_block(size, most, dtype, what):
-    """A block along an axis: up to `most` numbers of bfloat16, half as many of float32. With 256
-    rows, 1,280 each way, and 1,280 by 640 for the weight gradient, kernels fill the 16 MiB of fast
-    memory of a v4 core. Blocks of 128 would load 5 times the bytes [measured: AOT]. A short axis is
-    one block."""
+    """A block along an axis: up to `most` bfloat16 numbers, half as many float32 ones. 256 rows by
+    1,280 by 1,280 (1,280 by 640 for the weight gradient) fill the 16 MiB of fast memory of a v4
+    core; blocks of 128 would load 5 times the bytes [measured: AOT]."""
     most = most * 2 // jnp.dtype(dtype).itemsize
     if size <= most:
         return size
@@ -541,7 +519,7 @@ def _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
 
     def step(carry, e, read, write):
         y_RD, h_RF = carry
-        h_rF = jnp.dot(read(x_RD), both_EDF[e], preferred_element_type=jnp.float32)
+        h_rF = dot32(read(x_RD), both_EDF[e])
         a_rF = (jax.nn.silu(h_rF[:, :F]) * h_rF[:, F:]).astype(x_RD.dtype)
         return write(y_RD, jnp.dot(a_rF, down_EFD[e])), write(h_RF, h_rF)
 
@@ -554,8 +532,6 @@ def _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
 def _expert_loop_backward(residuals, dy_RD):
     x_RD, h_RF, both_EDF, down_EFD, tile_expert = residuals
     E, F, D = down_EFD.shape
-    product = partial(jnp.dot, preferred_element_type=jnp.float32)
-
     def add(dw, e, part):                           # in place; .at[e].add would be a scatter
         return lax.dynamic_update_index_in_dim(dw, dw[e] + part, e, axis=0)
 
@@ -565,12 +541,12 @@ def _expert_loop_backward(residuals, dy_RD):
         gate_rF, up_rF = h_rF[:, :F], h_rF[:, F:]
         sigmoid_rF = jax.nn.sigmoid(gate_rF)
         silu_rF = gate_rF * sigmoid_rF
-        da_rF = product(dy_rD, down_EFD[e].T)
+        da_rF = dot32(dy_rD, down_EFD[e].T)
         dgate_rF = da_rF * up_rF * (sigmoid_rF + silu_rF * (1 - sigmoid_rF))
         dh_rF = jnp.concatenate([dgate_rF, da_rF * silu_rF], axis=1).astype(x_RD.dtype)
-        ddown_EFD = add(ddown_EFD, e, product((silu_rF * up_rF).astype(x_RD.dtype).T, dy_rD))
-        dboth_EDF = add(dboth_EDF, e, product(x_rD.T, dh_rF))
-        return write(dx_RD, product(dh_rF, both_EDF[e].T)), dboth_EDF, ddown_EFD
+        ddown_EFD = add(ddown_EFD, e, dot32((silu_rF * up_rF).astype(x_RD.dtype).T, dy_rD))
+        dboth_EDF = add(dboth_EDF, e, dot32(x_rD.T, dh_rF))
+        return write(dx_RD, dot32(dh_rF, both_EDF[e].T)), dboth_EDF, ddown_EFD
 
     zeros = (jnp.zeros_like(x_RD), jnp.zeros(both_EDF.shape, jnp.float32),
              jnp.zeros(down_EFD.shape, jnp.float32))
@@ -581,44 +557,6 @@ def _expert_loop_backward(residuals, dy_RD):
 
 
 _expert_loop.defvjp(_expert_loop_forward, _expert_loop_backward)
-
-
-# ------------------------------------------------------------------------------ counting scores
-
-def count_reaching(key_LTE, candidate_CLE, impl=None, platform="cpu"):
-    """How many tokens reach each candidate: uint32 [L,T,E] and [C,L,E] -> int32 [C,L,E], key >=
-    candidate.
-
-    This is the inner step of quantile balancing: balance.kth_largest decides the bits of an order
-    statistic by such counts. Several candidates at once read the keys fewer times: C = 15 decides 4
-    bits a pass, so 8 passes do instead of 32. impl: "plain" or "pallas_tpu"."""
-    impl = impl or BEST[_known("platform", platform, BEST)].count
-    _known("count_reaching impl", impl, ("plain", "pallas_tpu"))
-    if impl == "plain":
-        return jnp.sum(key_LTE >= candidate_CLE[:, :, None], axis=2, dtype=jnp.int32)
-    (L, T, E), C = key_LTE.shape, candidate_CLE.shape[0]
-    t = _divisor(T, 8, 1024, "count_reaching impl='pallas_tpu': tokens") if T > 1024 else T
-
-    def kernel(key, candidate, count):
-        @pl.when(pl.program_id(1) == 0)
-        def _():
-            count[...] = jnp.zeros_like(count)
-        for c in range(C):
-            reached_tE = key[...] >= candidate[c:c + 1, :]
-            count[c:c + 1, :] += jnp.sum(reached_tE.astype(jnp.int32), axis=0, keepdims=True)
-
-    def signed(x):              # TPUs compare signed integers: flipping the top bit keeps the order
-        return lax.bitcast_convert_type(x ^ jnp.uint32(1 << 31), jnp.int32)
-
-    once = pl.BlockSpec((None, C, E), lambda l, i: (l, 0, 0))
-    cost = pl.CostEstimate(flops=2 * L * T * C * E, transcendentals=0,
-                           bytes_accessed=4 * L * E * (T + 2 * C))
-    call = pl.pallas_call(
-        kernel, grid=(L, T // t), interpret=platform == "cpu", cost_estimate=cost,
-        out_shape=jax.ShapeDtypeStruct((L, C, E), jnp.int32),
-        in_specs=[pl.BlockSpec((None, t, E), lambda l, i: (l, i, 0)), once], out_specs=once,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")))
-    return call(signed(key_LTE), signed(candidate_CLE).swapaxes(0, 1)).swapaxes(0, 1)
 
 
 # -------------------------------------------------------------------- weights on many devices
@@ -720,31 +658,26 @@ def _num_chunks(words, d, axis):
 
 
 # ----------------------------------------------------------------------- the heap of a CPU process
-# XLA's CPU backend allocates all temporaries of a step as one block, with malloc. These two
-# functions keep glibc from making that slow. Elsewhere they do nothing.
+# XLA's CPU backend takes all temporaries of a step from malloc. glibc makes that slow in two ways,
+# which these functions undo; elsewhere they do nothing. A step of configs/smoke.py on a quiet pair
+# of cores: 168 to 173 ms with both, 215 to 218 with the first alone, 218 to 229 with neither;
+# malloc_trim in the place of the second gives 206 to 209 [measured: LOG.md].
 
 def keep_freed_memory():
-    """Let the process keep what it frees, if its only devices are CPUs.
+    """Let a process whose only devices are CPUs keep what it frees.
 
-    Past 32 MB glibc maps the block for every step anew, and the kernel clears it page by page:
-    59,449 page faults, 110 of 380 ms of CPU time, in one step of configs/smoke.py [measured]. One
-    arena that neither maps nor trims keeps the block: 0 faults."""
+    Past 32 MB glibc maps the block of temporaries for every step anew, and the kernel clears it
+    page by page: 59,449 page faults a step. One arena that neither maps nor trims has none
+    [measured]."""
     plugins = any(map(importlib.util.find_spec, ("libtpu", "jax_plugins")))
-    if plugins and jax.config.jax_platforms != "cpu":
-        return
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return
-    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8              # malloc.h
-    libc.mallopt(M_ARENA_MAX, 1)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-class _MallocInfo(ctypes.Structure):
-    """struct mallinfo2 of glibc 2.33 and newer."""
-    _fields_ = [("others", ctypes.c_size_t * 9), ("keepcost", ctypes.c_size_t)]
+    if not plugins or jax.config.jax_platforms == "cpu":
+        libc.mallopt(-8, 1)             # M_ARENA_MAX
+        libc.mallopt(-4, 0)             # M_MMAP_MAX
+        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD
 
 
 _filled = []        # the pieces of the heap that fill_holes holds: they belong to the process
@@ -753,32 +686,29 @@ _filled = []        # the pieces of the heap that fill_holes holds: they belong 
 def fill_holes():
     """Occupy the free pieces, up to 1 MB each, that compiling leaves between used ones on the heap.
 
-    Compiling configs/smoke.py leaves 40,000 of them, 670 MB in all, and every allocation of a step
-    walks lists of them while the other threads wait for the one arena: 217 to 250 ms a step,
-    against 141 with the holes filled and 132 in a process that loaded its programs instead
-    [measured]. It takes no memory that the process did not already hold."""
+    Compiling configs/smoke.py leaves 40,000, and every allocation of a step walks lists of them
+    while the other threads wait for the one arena. It takes no memory that the process did not
+    hold."""
+    class Info(ctypes.Structure):               # struct mallinfo2 [glibc 2.33, malloc.h]
+        _fields_ = [("others", ctypes.c_size_t * 9), ("keepcost", ctypes.c_size_t)]
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallinfo2.restype = _MallocInfo
+        libc.mallinfo2.restype = Info
     except (OSError, AttributeError):
         return
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-    libc.malloc.argtypes = [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
     while _filled:
         libc.free(_filled.pop())
     size = 1 << 20
     while size >= 1024:
         last_hole = libc.sbrk(None) - libc.mallinfo2().keepcost     # the heap beyond is untouched
-        piece = libc.malloc(size)
-        while piece and piece < last_hole:
+        while (piece := libc.malloc(size)) and piece < last_hole:
             _filled.append(piece)
-            piece = libc.malloc(size)
         libc.free(piece)
         size = size * 7 // 8
 
 
-if __name__ == "__main__":         # the loss in both forms, on some hidden states
-    states_TD, words_DV = jax.random.normal(jax.random.key(0), (64, 32)), jnp.eye(32, 500)
-    for name in ("plain", "vocabulary"):
-        print(name, cross_entropy(states_TD, words_DV, jnp.arange(64), name, chunk=99)[0][:6])
+if __name__ == "__main__":
+    from tests import bench
+    bench.bench_kernels()

@@ -1,11 +1,12 @@
 """Scaling laws: fit a ladder of small runs, forecast a larger run, score the forecast later.
 
 Run:  python scaling.py                     Marin's 129B forecast, recomputed in seconds
-      python scaling.py fit RUNS.csv --predict 1e21      also register, score, plan, ladder, speedup
-Read: rates -> runs -> fits -> analysis -> registration -> planning -> speed-up -> command line
+      python scaling.py fit RUNS.csv --predict 1e21        (--help lists the other commands)
+Read: rates -> runs -> fits -> intervals -> analysis -> registration -> command line
 C training FLOPs   N active parameters (head in, embedding out)   D tokens   k = C/(N D), never 6
 L(C) = E + A C^-alpha; E is the irreducible loss.   A star marks a budget's compute-optimal run.
-Beside their data stand configs/ladder/figures.py (pictures), surface.py (L(N, D)) and bias.py.
+configs/ladder has what stands beside its data, as commands of this file: plan.py (plan and ladder),
+speedup.py, figures.py (pictures), bias.py and surface.py (L(N, D)).
 [marin #n] is an issue of github.com/marin-community/marin; README lists the other tags."""
 
 import argparse
@@ -16,12 +17,8 @@ import io
 import json
 import math
 import os
-import runpy
-import subprocess
 import sys
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -74,7 +71,8 @@ def heuristic(recipe, tokens, tokens_per_batch, hidden_dim):
     else:
         adam_lr = 0.06602 * tokens**-0.395 * hidden_dim**-0.150 * tokens_per_batch**0.5
         eps = 9.676e-18 * (tokens / tokens_per_batch)**0.5
-    beta2 = min(max(0.999**(tokens_per_batch / 131_072), 0.95), 0.9999)  # constant half-life in tokens
+    beta2 = 0.999**(tokens_per_batch / 131_072)         # a constant half-life in tokens
+    beta2 = min(max(beta2, 0.95), 0.9999)
     return Rates(min(adam_lr, 0.05), min(13 / 3 * adam_lr, 0.05), beta2, eps)
 
 
@@ -128,7 +126,7 @@ def read_table(name):
         with open(find_table(name), encoding="utf-8-sig", newline="") as file:
             lines = [[cell.strip() for cell in cells] for cells in csv.reader(file, strict=True)]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BadInput(name, "a UTF-8 table of comma-separated values", error, "export it again")
+        raise BadInput(name, "a UTF-8 table of comma-separated values", error, "export it") from None
     lines = [cells for cells in lines if any(cells) and not cells[0].startswith("#")]
     columns = lines[0] if lines else []
     need(len(set(columns)) == len(columns), name, "each column once", columns, "rename one")
@@ -144,7 +142,7 @@ def run_from(row, required, where, source, head):
     with_head = row.pop("flops_with_head", None)
     if head and with_head:
         row["flops"] = with_head
-    known, extra = {"flops": row.get("budget_flops")}, {}
+    known, extra = {}, {}
     for key, value in row.items():
         if key not in NUMBERS and key not in WORDS:
             extra[key] = value
@@ -152,10 +150,10 @@ def run_from(row, required, where, source, head):
             known[key] = str(value) if key in WORDS else number(value, where, key, *NUMBERS[key])
     for key in required:
         number(known.get(key), where, key, *NUMBERS[key])
+    known.setdefault("flops", known.get("budget_flops"))
     need(known.get("kind", "isoflop") in ("isoflop", "held_out", "excluded"), where,
          "kind isoflop, held_out or excluded", known.get("kind"), "correct it")
     budget = known.pop("budget_flops", 0.0)
-    known["flops"] = float(known["flops"])
     return Run(budget=budget, source=str(source), extra=extra, **known)
 
 
@@ -236,8 +234,8 @@ METHODS = {
     # A quadratic in log x for each budget is what most people use. The true curve is lopsided, so
     # its minimum moves with the sampling (configs/ladder/bias.py). Kept as the baseline.
     "parabola": "a parabola per budget (biased baseline)",
-    "best": "lowest run per budget",            # for tables of optima, and budgets of one run
-    "surface": "a global surface"}              # of all runs; configs/ladder/surface.py says why not
+    "best": "lowest run per budget",        # for tables of optima, and budgets of one run
+    "surface": "a global surface"}          # of all runs; configs/ladder/surface.py says why not
 
 
 @dataclass(frozen=True)
@@ -356,7 +354,7 @@ def isoflop_fit(runs, config, start=None, inside=True):
         where = f"{name}: budget {C:.3g}"
         need(at is not None, where, "an isoFLOP curve that opens upwards", "no minimum", do)
         need(not inside or min(x[rows]) < at < max(x[rows]), where,
-             f"a minimum inside the sampled {config.axis}", f"one at {10**np.clip(at, -99, 99):.3g}", do)
+             f"a minimum inside the sampled {config.axis}", f"one at 10^{at:.4g}", do)
         across = Polynomial.fit(x[rows], other[rows], 1)(at)        # a line in log-log
         D_star, N_star = (10**at, 10**across) if tokens else (10**across, 10**at)
         fitted[rows] = curve(x[rows])
@@ -387,8 +385,8 @@ def loss_law(C, L, asymptote=None, where="the law"):
     Given E this is a straight line. A free E is the best of 400 between 0 and 0.95 min L: Marin's
     public forecasts were made so, and the grid's step (0.007) is far below E's uncertainty."""
     c, L, free = np.log(np.asarray(C) / REFERENCE), np.asarray(L, float), asymptote is None
-    kind, do = ("free", "add budgets, or fix E by --asymptote") if free else ("fixed", "add budgets")
-    need(len(c) >= 3 + free, where, f"at least {3 + free} budgets with E {kind}", len(c), do)
+    need(len(c) >= 3 + free, where, f"at least {3 + free} budgets", len(c),
+         "add budgets" + ", or fix E by --asymptote" * free)
     need(L.min() > 0, where, "optima of positive loss", L.min(), "check the losses")
     need(free or 0 <= asymptote < L.min(), "--asymptote",
          f"0 to below the lowest loss {L.min():.4f}", asymptote, "lower it")
@@ -475,8 +473,8 @@ def backtest(runs, config, optima):
 def analyse(runs, config, targets=(), unit="nats", source="runs", draws=400):
     """Everything that `fit` reports, as a dict; without targets the held-out budgets are forecast.
 
-    runs: all of them, in that unit; ladder: those that were fitted; N_star, D_star: power laws of C;
-    lowest: the best loss that was observed later, or else fitted."""
+    "ladder" are the runs that were fitted, "lowest" is the best loss observed later, or else
+    fitted; a fit whose E contradicts it is not "sound". "N_star" and "D_star" are power laws."""
     runs = in_unit(checked(runs, source), unit, source)
     held = [r for r in runs if r.kind == "held_out"]
     ladder = [r for r in runs if r.kind == "isoflop"]
@@ -497,14 +495,14 @@ def analyse(runs, config, targets=(), unit="nats", source="runs", draws=400):
                     for r in held if abs(r.flops / target - 1) < 0.02]
         forecasts.append(dict(C=target, loss=loss, params=N, tokens=D, intervals=intervals,
                               outcomes=outcomes))
+    lowest = min(r.loss for r in held or ladder)
     return dict(source=source, config=config, unit=unit, runs=runs, ladder=ladder, fit=fit,
-                N_star=N_star, D_star=D_star, forecasts=forecasts, profile=curve,
-                backtest=backtest(ladder, config, fit.optima),
-                lowest=min(r.loss for r in held or ladder))
+                N_star=N_star, D_star=D_star, forecasts=forecasts, profile=curve, lowest=lowest,
+                backtest=backtest(ladder, config, fit.optima), sound=fit.law.E <= 0.98 * lowest)
 
 
 def warnings_of(r):
-    """What to know before believing a fit, a line each; the last may be that it must not forecast."""
+    """What to know before believing a fit, a line each."""
     E, lines = r["fit"].law.E, []
     if r["config"].method == "parabola":
         lines.append("a parabola's minimum is biased where the curve is lopsided or off-center")
@@ -513,47 +511,37 @@ def warnings_of(r):
         lines.append("E is at the edge of its grid: the ladder does not determine it")
     allowed = [row["E"] for row in r["profile"] if row["allowed"]]
     if allowed and E not in allowed:
-        lines.append(f"E = {E:g} lies outside what the optima allow, {allowed[0]:g} to {allowed[-1]:g}")
-    if too_high(r):
-        lines.append(f"E = {E:.4f} is above the best loss later reached, {r['lowest']:.4f}, or less "
-                     "than 2 % below: this fit must not forecast")
+        lines.append(f"E = {E:g} is not allowed by the optima: {allowed[0]:g} to {allowed[-1]:g}")
+    if not r["sound"]:
+        lines.append(f"this fit must not forecast: E = {E:.4f} is above the best loss observed, "
+                     f"{r['lowest']:.4f}, or less than 2 % below")
     return lines
-
-
-def too_high(r):
-    """Whether E contradicts the lowest loss that a run reached."""
-    return r["fit"].law.E > 0.98 * r["lowest"]
-
-
-def near_allowed(r, margin):
-    """Rows of the profile up to `margin` beyond the E that the optima allow and the one chosen."""
-    E = [row["E"] for row in r["profile"] if row["allowed"]] + [r["fit"].law.E]
-    return [row for row in r["profile"] if min(E) - margin < row["E"] < max(E) + margin]
 
 
 def report_forecast(f):
     """Print one forecast, its intervals and its outcomes."""
-    star = ""
+    print("forecast at C = {C:.4g}: {loss:.4f}".format(**f), end="")
     if f["params"]:
-        star = "   N* {params:.3g}, D* {tokens:.3g}".format(**f)
-        star += f", {f['tokens'] / f['params']:.1f} tokens per parameter"
-    print(f"forecast at C = {f['C']:.4g}: {f['loss']:.4f}{star}")
+        print("   N* {params:.3g}, D* {tokens:.3g}".format(**f), end="")
+        print(f", {f['tokens'] / f['params']:.1f} tokens per parameter", end="")
     for name, ends in f["intervals"].items():
-        print(f"  95 % by {name:18s}" + ("{:.4f} .. {:.4f}".format(*ends) if ends else "none"))
+        ends = "{:.4f} .. {:.4f}".format(*ends) if ends else "none"
+        print(f"\n  95 % by {name:18s}{ends}", end="")
     for outcome in f["outcomes"]:
-        print("  observed {loss:.4f}: {error_percent:+.2f} %".format(**outcome))
+        print("\n  observed {loss:.4f}: {error_percent:+.2f} %".format(**outcome), end="")
+    print()
 
 
 def report(r):
     """Print an analysis."""
     fit, config = r["fit"], r["config"]
-    print(f"{r['source']}: {len(r['ladder'])} of {len(r['runs'])} runs; {METHODS[config.method]} in "
-          f"{config.axis}, {UNITS[r['unit']]}\nC counts the head "
-          f"{'always' if config.head else 'only when dense'}; N has the head, not the embedding\n\n"
+    head = "always" if config.head else "only when dense"
+    print(f"{r['source']}: {len(r['ladder'])} of {len(r['runs'])} runs; {METHODS[config.method]}, "
+          f"by {config.axis}; {UNITS[r['unit']]}; C counts the head {head}\n\n"
           "     C  runs       D*         N*   D*/N*    loss*")
     for v in fit.optima:
-        print("{:8.3g} {:3d} {:10.4e} {:10.4e} {:6.1f}  {:8.5f}".format(
-            v.budget, v.runs, v.tokens, v.params, v.tokens / v.params, v.loss))
+        print(f"{v.budget:8.3g} {v.runs:3d} {v.tokens:10.4e} {v.params:10.4e} "
+              f"{v.tokens / v.params:6.1f}  {v.loss:8.5f}")
     print(f"\n{fit.law}")
     for name in ("N_star", "D_star"):
         if r[name]:
@@ -561,22 +549,22 @@ def report(r):
                   "{high:.3f}".format(**r[name]))
     for f in r["forecasts"]:
         report_forecast(f)
-    for row in near_allowed(r, 0.2):
-        if round(1000 * row["E"]) % 100 == 0:           # the picture draws the steps between
+    for row in r["profile"]:
+        if row["allowed"] and round(1000 * row["E"]) % 100 == 0:        # every fourth row
             losses = "  ".join(f"{y:.4f}" for y in row["losses"])
-            allowed = "   allowed by the optima" if row["allowed"] else ""
-            print(f"assuming E = {row['E']:.2f}   {losses}{allowed}")
+            print(f"if E = {row['E']:.2f}, which the optima allow: {losses}")
     for row in r["backtest"]:
         errors = " ".join(f"{e:+.2f}" for e in row["errors_percent"])
-        print(f"backtest up to {row['up_to']:.3g}: E = {row['E']:.3f}, later optima off by {errors} %")
+        print(f"backtest up to {row['up_to']:.3g}: E = {row['E']:.3f}, later errors {errors} %")
     for line in warnings_of(r):
         print(f"warning: {line}")
 
 
 def plain(value):
-    """A value in JSON types: null for NaN, for functions and for what else JSON does not know."""
+    """A value in JSON types: null for NaN and for functions."""
     def convert(x):
-        return x.tolist() if isinstance(x, (np.ndarray, np.generic)) else getattr(x, "__dict__", None)
+        known = isinstance(x, (np.ndarray, np.generic))
+        return x.tolist() if known else getattr(x, "__dict__", None)
 
     return json.loads(json.dumps(value, default=convert), parse_constant=lambda _: None)
 
@@ -615,6 +603,16 @@ def seal(record):
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def write_new(path, text):
+    """Write `text` to a path that must not exist yet."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise BadInput(path, "a new file", "one that exists", "choose another name") from None
+
+
 def register(a):
     """Write the forecast that the options of `register` ask for to the new file --out, for good."""
     need(a.method != "surface", "--method", "isoFLOP curves", "surface, 14 % off at 1e23 on Delphi",
@@ -624,24 +622,20 @@ def register(a):
     definition = a.eval or run.eval
     need(definition, "--eval", "the eval definition (set, seq_len, sequences)", "none", "give it")
     need(run.eval in ("", definition), "--eval", f"that of the runs, {run.eval}", a.eval, "omit it")
-    need(not too_high(r), r["source"], f"E over 2 % below the lowest loss, {r['lowest']:.4f}", law.E,
+    need(r["sound"], r["source"], f"E over 2 % below the lowest loss, {r['lowest']:.4f}", law.E,
          "lower --asymptote")
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True, cwd=ROOT)
-    config = Path(a.target_config).read_text(errors="replace") if a.target_config else None
+    forecast = r["forecasts"][0] | {"outcomes": []}
+    target = dict(C=a.target, N=a.target_params or forecast["params"],
+                  D=a.target_tokens or forecast["tokens"],
+                  config=a.target_config and Path(a.target_config).read_text(errors="replace"))
     record = plain(dict(
-        forecast=r["forecasts"][0] | {"outcomes": []}, target=dict(C=a.target, config=config),
-        unit=r["unit"], eval=definition, failure=a.failure, known_differences=a.difference,
-        form="E + A C^-alpha", envelope=law, choices=r["config"], flags=warnings_of(r),
-        bytes_per_token=run.bytes_per_token or None, runs=sources, runs_sha256=data_sha256(sources),
-        scaling_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),     # to know, no more
-        commit=git.stdout.strip() or "none", date=datetime.now(timezone.utc).isoformat()))
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(a.out, "x") as file:
-            file.write(json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
-    except FileExistsError:
-        raise BadInput(a.out, "a new file", "one that exists", "choose another name")
+        forecast=forecast, target=target, unit=r["unit"], eval=definition, failure=a.failure,
+        known_differences=a.difference, form="E + A C^-alpha", envelope=law, choices=r["config"],
+        flags=warnings_of(r), bytes_per_token=run.bytes_per_token or None, runs=sources,
+        runs_sha256=data_sha256(sources),
+        scaling_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),     # no condition
+        date=datetime.now(timezone.utc).isoformat()))
+    write_new(a.out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
     print(f"registered {a.out}: {record['forecast']['loss']:.4f} at C = {a.target:.4g}; "
           "commit it before the run")
 
@@ -666,12 +660,12 @@ def score(path, loss=None, run=None):
     need(bool(loss) != bool(run), "score", "--loss X or --run DIR", "both or neither", "give one")
     record, found = read_json(path), "nothing"
     need(record.get("sha256") == seal(record), path, "the record as registered", "an edited one",
-         "git checkout the original")
+         "restore the original")
     with contextlib.suppress(OSError):
         found = data_sha256(record["runs"])
     was = record["runs_sha256"]
     need(was == found, " ".join(record["runs"]), f"results of sha256 {was[:16]}", found[:16],
-         f"git checkout {record['commit'][:12]} and score there")
+         "git checkout the table")
     if run:
         loss = outcome_of(record, run)
     point, intervals = record["forecast"]["loss"], record["forecast"]["intervals"]
@@ -687,168 +681,6 @@ def score(path, loss=None, run=None):
         print(f"  {where} {name} {intervals[name][0]:.4f} .. {intervals[name][1]:.4f}")
 
 
-# --------------------------------------------------------------------------------------- planning
-
-def shape(width, experts, head_dim):
-    """Config keys of a width by the recipe's rules [marin #4447]; experts = 0 is dense (4x MLP)."""
-    heads, layers = width // head_dim, round(width / (64 + 4 * math.log2(width) - 9))
-    sizes = dict(hidden_dim=width, num_layers=max(1, layers), head_dim=head_dim, num_heads=heads)
-    if not experts:
-        return sizes | dict(num_kv_heads=heads, shared_dim=4 * width)
-    kv_heads = max(n for n in range(1, max(1, heads // 4) + 1) if heads % n == 0)
-    expert_dim = math.ceil(width / 2 / head_dim) * head_dim
-    return sizes | dict(num_kv_heads=kv_heads, shared_dim=width, expert_dim=expert_dim)
-
-
-def words_of(overrides):
-    """Config keys as arguments of train.py."""
-    return [f"--{key}={value}" for key, value in overrides.items()]
-
-
-def widths_of(base, head=False):
-    """([(config keys, FLOPs per token)] of 128 widths, ModelConfig) for a base config of train.py.
-
-    Widths are multiples of the base's head_dim. head: FLOPs count the output head."""
-    import model
-    import train                                        # and with it jax: only planning needs them
-    try:
-        keys = runpy.run_path(str(base))
-        experts, head_dim = keys.get("num_experts", 0), keys.get("head_dim", 128)
-        shapes = [shape(head_dim * n, experts, head_dim) for n in range(1, 129)]
-        words = words_of({"batch_size": 32, "steps": 1000} | shapes[0])
-        config, _ = train.load_config(base, words)
-    except Exception as error:                          # a config is code: anything may happen
-        raise BadInput(base, "a config of train.py", f"{type(error).__name__}: {error}", "correct it")
-    counts = [model.count(replace(config, **sizes)) for sizes in shapes]
-    flops = [n.mfu_flops if head else n.flops_per_token for n in counts]
-    return list(zip(shapes, flops)), config
-
-
-def optimal_tokens(C, dense, law=()):
-    """D*(C) = a C^b by law (a, b), else by the one that chose the 129B shape [marin #4447] or, if
-    dense, by Delphi's [marin #1337]. Far below 1e18 FLOPs these are extrapolated [assumed]."""
-    coefficient, exponent = law or ((0.0267196, 0.5800830) if dense else (3.290, 0.5))
-    return coefficient * C**exponent
-
-
-def plan(C, widths, seq_len, tokens, batch=0):
-    """Config keys of one run: the width whose tokens, C over FLOPs per token, are nearest `tokens`.
-
-    Batch: a power of two, at least 32 sequences, for about 2^14 steps [marin #4447]."""
-    sizes, flops = min(widths, key=lambda pair: abs(math.log(C / pair[1] / tokens)))
-    D = C / flops
-    batch = batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * seq_len)))))
-    steps = round(D / (batch * seq_len))
-    need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {seq_len} tokens, "
-         f"width {sizes['hidden_dim']}", "raise the budget, or lower seq_len in --config")
-    return sizes | dict(steps=steps, batch_size=batch)
-
-
-def ladder(a):
-    """Add an isoFLOP grid to the table --out, a row for each run; return the names of its runs.
-
-    Up to --widths widths a budget, whose tokens lie evenly (in log) within a factor --span of D*,
-    each with every seed. A row that is there must say the same, and keeps its result."""
-    grid, config = widths_of(a.config, a.count_head)
-    columns, rows = ["config", *PLANNED, "loss"], []
-    if Path(a.out).is_file():
-        columns, rows = read_table(a.out)
-    table, names = {row["config"]: row for row in rows}, []
-    for C in a.budgets:
-        best = optimal_tokens(C, not config.num_experts, a.law)
-        factors = np.geomspace(1 / a.span, a.span, a.widths) if a.widths > 1 else [1.0]
-        runs = [plan(C, grid, config.seq_len, best * factor, a.batch) for factor in factors]
-        runs = {run["hidden_dim"]: run for run in runs}
-        D = [run["steps"] * run["batch_size"] * config.seq_len / best for run in runs.values()]
-        need(a.widths == 1 or len(runs) >= 5 and min(D) < 0.82 and max(D) > 1.22, f"budget {C:.4g}",
-             "5 widths or more, on both sides of the optimum", sorted(runs),
-             "lower head_dim in --config (widths are its multiples), or raise the budget")
-        print(f"C = {C:.4g}: widths {sorted(runs)}, tokens {min(D):.2f} to {max(D):.2f} of D*")
-        for seed in a.seeds:
-            for width, run in runs.items():
-                name = f"{Path(a.config).stem}_c{C:.6g}_d{width}_s{seed}".replace("+", "")
-                run = run | dict(seed=seed, run_dir=f"out/{Path(a.out).stem}_{name}")
-                row = dict(zip(PLANNED, (str(a.config), " ".join(words_of(run)), f"{C:g}", width)))
-                old = table.setdefault(name, {"config": name} | row)
-                need(old["overrides"] == row["overrides"], f"{a.out}: {name}",
-                     "the run that this command plans", "another", "choose a new --out")
-                names.append(name)
-    write_table(a.out, columns, table.values())
-    print(f"{len(names)} runs in {a.out}; train them:  python scaling.py ladder --run {a.out}")
-    return names
-
-
-def write_table(path, columns, rows):
-    """Write a table as a whole or not at all."""
-    partial = Path(path).with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(csv_text(columns, rows))
-    os.replace(partial, path)
-
-
-def run_ladder(path, jobs=1):
-    """Train every run of a ladder's table that has no loss, cheapest first, `jobs` at a time, each
-    in its own process, and fill in its row. A run cut short goes on from its checkpoint."""
-    columns, rows = read_table(path)
-    need({"config", "loss", *PLANNED} <= {*columns}, path, "a ladder's table", columns,
-         "write it: ladder --budgets C ... --out TABLE.csv")
-    left = [row for row in rows if not row["loss"]]
-    left.sort(key=lambda row: (number(row["planned_flops"], path, "planned_flops"), row["config"]))
-    print(f"{path}: {len(rows) - len(left)} runs done, {len(left)} to go", flush=True)
-    failed, filling = threading.Event(), threading.Lock()
-
-    def train(row):
-        if failed.is_set():
-            return
-        words = row["overrides"].split()
-        folder = next(word for word in words if word.startswith("--run_dir=")).partition("=")[2]
-        result = Path(folder) / "result.json"
-        print(row["config"], flush=True)
-        command = [sys.executable, str(ROOT / "train.py"), row["base"], *words]
-        if not result.is_file() and subprocess.run(command).returncode:
-            failed.set()
-            raise BadInput(row["config"], "train.py to finish", "a failure", "correct it, start again")
-        found = read_json(result)
-        domains = found.pop("domains", {})
-        found |= {f"loss_{name}": domains[name]["loss"] for name in domains if name != "macro"}
-        with filling:
-            row |= found
-            write_table(path, list(dict.fromkeys([*columns, *(key for r in rows for key in r)])), rows)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train, left))
-
-
-# --------------------------------------------------------------------------------------- speed-up
-
-def speedup(base, variant, E, alpha, noise=0.0):
-    """How many times less compute the variant needs for the same loss, and the same in seconds.
-
-    base, variant: lists of (C, loss, tokens per second or nan). A point fixes A = (loss - E)
-    C^alpha; the speed-up is the ratio of the geometric mean A to the power 1/alpha, so several C
-    may mix. Its 90 % interval is Student-t from the scatter of log A, or normal from a known seed
-    noise of the loss. What is not known is None."""
-    points = [np.array(side, float).T for side in (base, variant)]      # rows: C, loss, rate
-    lowest = min(losses.min() for _, losses, _ in points)
-    need(lowest > E, "--asymptote", "E below every loss", f"E = {E} and loss = {lowest}", "lower E")
-    logs = [np.log(L - E) + alpha * np.log(C) for C, L, _ in points]
-    shift = (logs[0].mean() - logs[1].mean()) / alpha
-    wall = shift + np.log(points[1][2]).mean() - np.log(points[0][2]).mean()
-    spare, half = logs[0].size + logs[1].size - 2, math.nan
-    if noise:
-        variance = sum(np.sum((noise / (L - E) / L.size)**2) for _, L, _ in points)
-        half = stats.norm.ppf(0.95) * math.sqrt(variance) / alpha
-    elif spare:
-        variance = sum(y.size * y.var() for y in logs) / spare * sum(1 / y.size for y in logs)
-        half = stats.t.ppf(0.95, spare) * math.sqrt(variance) / alpha
-    found = {}
-    for name, x in (("compute", shift), ("wall_clock", wall)):
-        low, middle, high = np.exp([x - half, x, x + half])
-        found[name] = None if math.isnan(middle) else middle
-        found[f"{name}_interval"] = None if math.isnan(low) else [low, high]
-    return found
-
-
 # ----------------------------------------------------------------------------------- command line
 
 def pyplot():
@@ -858,12 +690,12 @@ def pyplot():
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise BadInput("pictures", "matplotlib", error, "pip install -r requirements.txt")
+        raise BadInput("pictures", "matplotlib", error, "pip install matplotlib") from None
     return plt
 
 
 def story(_):
-    """The demonstration: Marin's forecast of the 129B run, and what the irreducible loss decides."""
+    """Marin's forecast of the 129B run, and what the irreducible loss decides."""
     config = FitConfig("parabola", "params", asymptote=1.6)
     posted = analyse(read_csv("moe_v16"), config, source="moe_v16")
     print(f"Marin's 129B mixture of experts, forecast from {len(posted['ladder'])} runs of 1e18 to "
@@ -879,8 +711,9 @@ def story(_):
 
 
 def fit_of(a, targets):
-    """The Analysis that the options shared by `fit` and `register` ask for."""
-    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither", "give one")
+    """The analysis that the options shared by `fit` and `register` ask for."""
+    need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither",
+         "give one")
     config, source = FitConfig(a.method, a.axis, a.asymptote, a.count_head), a.table
     if a.runs:
         source = f"--runs ({len(a.runs)} directories)"
@@ -910,32 +743,6 @@ def score_command(a):
     score(a.record, a.loss, a.run and read_run_dir(a.run, head))
 
 
-def plan_command(a):
-    widths, config = widths_of(a.config, a.count_head)
-    tokens = optimal_tokens(a.flops, not config.num_experts, a.law)
-    run = plan(a.flops, widths, config.seq_len, tokens, a.batch)
-    print("python train.py", a.config, *words_of(run))
-
-
-def ladder_command(a):
-    need(a.run or a.budgets and a.out, "ladder", "--budgets C ... --out TABLE.csv, or --run TABLE.csv",
-         "neither", "give one")
-    if a.run:
-        run_ladder(a.run, a.jobs)
-    else:
-        ladder(a)
-
-
-def speedup_command(a):
-    result = speedup(a.base, a.variant, a.asymptote, a.alpha, a.noise)
-    print(f"E = {a.asymptote} and alpha = {a.alpha}, for eval {a.eval}")
-    for key in ("compute", "wall_clock"):
-        if result[key]:
-            ends = result[f"{key}_interval"]
-            span = "{:.4f} .. {:.4f}".format(*ends) if ends else "none: give more points or --noise"
-            print(f"{key:10s} speed-up {result[key]:.4f}   90 % interval {span}")
-
-
 def count(text):
     return int(number(text, low=0.99, high=1e9))
 
@@ -944,57 +751,34 @@ def asymptote(text):
     return None if text == "free" else number(text, "--asymptote", "E", -1e-12, 100)
 
 
-def point(text):
-    """(C, loss, tokens per second or nan) of C,LOSS or C,LOSS,TOKENS_PER_SECOND."""
-    C, loss, *rate = [number(part) for part in text.split(",")]
-    (rate,) = rate or [math.nan]
-    return C, loss, rate
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one line, like every other complaint
         raise BadInput("command line", "the options of --help", message, f"see {self.prog} --help")
 
 
-def shared_options():
-    """The options that `fit` and `register` share, and those that `plan` and `ladder` share."""
-    fitting, planning = Parser(add_help=False), Parser(add_help=False)
-    add = fitting.add_argument
-    tables = ", ".join(sorted(path.stem for path in PUBLIC.glob("*.csv")))
-    add("table", nargs="?", help=f"a CSV, or a public table: {tables}")
-    add("--runs", nargs="+", metavar="DIR", help="finished runs of train.py instead")
-    add("--x", dest="axis", choices=("tokens", "params"), default="tokens", help="axis of the curves")
-    add("--method", choices=METHODS, default="shared", help="how the optima are found (%(default)s)")
-    add("--asymptote", type=asymptote, default="free", help="E, the irreducible loss: free or a value")
-    add("--unit", choices=UNITS, default="nats", help="of the loss; bpb is bits per byte")
-    add("--count-head", action="store_true", help="C with the output head in every model")
-    add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
-    add = planning.add_argument
-    add("--config", default="configs/moe_129b.py", help="the base of all but the sizes (%(default)s)")
-    add("--batch", type=count, default=0, metavar="B", help="sequences, instead of the rule")
-    add("--law", type=number, nargs=2, default=(), metavar=("a", "b"), help="D* = a C^b, as fitted")
-    add("--count-head", action="store_true", help="C with the output head in every model")
-    return fitting, planning
-
-
 def parser():
+    """The parser of every command, those of configs/ladder included."""
+    from configs.ladder import bias, figures, plan, speedup         # they import this module
     top = Parser(prog="scaling.py", description=__doc__,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)
     commands = top.add_subparsers(parser_class=Parser)
-    fitting, planning = shared_options()
 
-    def command(name, do, purpose, *parents):
-        sub = commands.add_parser(name, help=purpose, description=purpose, parents=parents)
+    def command(name, do, purpose):
+        sub = commands.add_parser(name, help=purpose, description=purpose)
         sub.set_defaults(do=do)
         return sub.add_argument
 
-    add = command("fit", fit_command, "fit a ladder and forecast", fitting)
+    add = command("fit", fit_command, "fit a ladder and forecast")
+    add_fitting(add)
     add("--predict", type=number, nargs="+", action="extend", default=[], metavar="C", help="FLOPs")
     add("--json", metavar="FILE|-", help="everything, as JSON")
     add("--plot", metavar="FILE", help="a picture: .png, .pdf or .svg")
-    add = command("register", register, "fit, and lock one forecast in a file", fitting)
+    add = command("register", register, "fit, and lock one forecast in a file")
+    add_fitting(add)
     add("--target", type=number, required=True, metavar="C", help="FLOPs of the run to come")
+    add("--target-params", type=number, metavar="N", help="default: N* of the fit")
+    add("--target-tokens", type=number, metavar="D", help="default: D* of the fit")
     add("--target-config", help="the config that will be run; its text is stored")
     add("--eval", help="eval definition; default: the runs' own")
     add("--failure", default="outside the run-bootstrap interval", help="what is a miss")
@@ -1004,24 +788,22 @@ def parser():
     add("record", help="the file that `register` wrote")
     add("--loss", type=number, help="in the record's unit")
     add("--run", metavar="DIR", help="a finished run of train.py instead")
-    add = command("plan", plan_command, "print the compute-optimal run of a budget", planning)
-    add("--flops", type=number, required=True, metavar="C", help="the budget")
-    add = command("ladder", ladder_command, "plan an isoFLOP grid as a table, or train it", planning)
-    add("--budgets", type=number, nargs="+", metavar="C", help="training FLOPs")
-    add("--out", metavar="TABLE.csv", help="the table that gets a row for each run")
-    add("--run", metavar="TABLE.csv", help="train what has no loss yet in this table")
-    add("--jobs", type=count, default=1, metavar="N", help="runs at a time, if devices = 1")
-    add("--widths", type=count, default=7, metavar="N", help="per budget; 1 is the optimum alone")
-    add("--span", type=number, default=4.0, metavar="R", help="their tokens: from D*/R to R D*")
-    add("--seeds", type=int, nargs="+", default=[0], help="of each width")
-    add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
-    for side in ("--base", "--variant"):
-        add(side, type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")
-    add("--asymptote", type=number, required=True, help="E of the eval that --eval names")
-    add("--alpha", type=number, required=True, help="of the same law")
-    add("--eval", required=True, help="what E, alpha and the losses were measured on")
-    add("--noise", type=number, default=0.0, help="standard deviation of the loss between seeds")
+    for study in (plan, speedup, bias, figures):
+        study.add_commands(command)
     return top
+
+
+def add_fitting(add):
+    """The options that `fit` and `register` share."""
+    tables = ", ".join(sorted(path.stem for path in PUBLIC.glob("*.csv")))
+    add("table", nargs="?", help=f"a CSV, or a public table: {tables}")
+    add("--runs", nargs="+", metavar="DIR", help="finished runs of train.py instead")
+    add("--x", dest="axis", choices=("tokens", "params"), default="tokens", help="of the curves")
+    add("--method", choices=METHODS, default="shared", help="how to fit (%(default)s)")
+    add("--asymptote", type=asymptote, default="free", help="E: free or a value")
+    add("--unit", choices=UNITS, default="nats", help="of the loss; bpb is bits per byte")
+    add("--count-head", action="store_true", help="C with the output head in every model")
+    add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
 
 
 def main(words):
@@ -1036,7 +818,7 @@ def main(words):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        complaint = BadInput(error.filename or "output", "a usable path", error.strerror, "check it")
+        complaint = BadInput(error.filename or "output", "a usable path", error.strerror, "check")
     except (ArithmeticError, np.linalg.LinAlgError) as error:
         complaint = BadInput("input", "numbers of ordinary size", error, "check every column")
     print(f"scaling.py: {complaint}", file=sys.stderr)
@@ -1044,5 +826,5 @@ def main(words):
 
 
 if __name__ == "__main__":
-    import scaling                  # one copy of this module: scripts of configs/ladder import it, too
+    import scaling                  # the one copy that scripts of configs/ladder import, too
     sys.exit(scaling.main(sys.argv[1:]))

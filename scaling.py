@@ -2,7 +2,7 @@
 
 Run:  python scaling.py                     Marin's 129B forecast, recomputed in seconds
       python scaling.py fit RUNS.csv --predict 1e21        (--help lists the other commands)
-Read: rates -> runs -> fits -> intervals -> analysis -> registration -> command line
+Read: rates -> runs -> fits -> analysis -> registration -> command line
 C training FLOPs   N active parameters (head in, embedding out)   D tokens   k = C/(N D), never 6
 L(C) = E + A C^-alpha; E is the irreducible loss.   A star marks a budget's compute-optimal run.
 configs/ladder has what stands beside its data, as commands of this file: plan.py (plan and ladder),
@@ -126,7 +126,7 @@ def read_table(name):
         with open(find_table(name), encoding="utf-8-sig", newline="") as file:
             lines = [[cell.strip() for cell in cells] for cells in csv.reader(file, strict=True)]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise BadInput(name, "a UTF-8 table of comma-separated values", error, "export it") from None
+        raise BadInput(name, "a UTF-8 table of comma-separated values", error, "export it")
     lines = [cells for cells in lines if any(cells) and not cells[0].startswith("#")]
     columns = lines[0] if lines else []
     need(len(set(columns)) == len(columns), name, "each column once", columns, "rename one")
@@ -158,10 +158,9 @@ def run_from(row, required, where, source, head):
 
 
 def read_csv(name, head=False):
-    """Runs of a table with columns flops (or budget_flops), loss and, but for a table of optima,
-    params and tokens. head: C is the column flops_with_head, if there is one.
+    """Runs of a table with columns flops (or budget_flops), loss, params and tokens (or neither).
 
-    Rows of a ladder that have not been trained are left out."""
+    head: C is the column flops_with_head, if any. What a ladder has not trained is left out."""
     columns, rows = read_table(name)
     required = ["flops" if "flops" in columns else "budget_flops", "loss"]
     if "params" in columns or "tokens" in columns:
@@ -211,10 +210,8 @@ def checked(runs, source):
 
 
 def in_unit(runs, unit, source):
-    """The runs with losses in "nats" per token or in "bpb", bits per byte.
-
-    Tokenizers compare only in bits per byte: a token that spans more bytes costs more nats for
-    the same knowledge of the text."""
+    """The runs with losses in "nats" per token or in "bpb", bits per byte. Only the latter compare
+    across tokenizers: a token that spans more bytes costs more nats for the same knowledge."""
     if unit == "nats":
         kinds = {(r.tokenizer, round(r.bytes_per_token, 3)) for r in runs}
         need(len(kinds) < 2, source, "one tokenizer for a forecast in nats per token",
@@ -247,7 +244,8 @@ class FitConfig:
     head: bool = False              # C counts the output head in every model, not only dense ones
 
 
-class Optimum(NamedTuple):
+@dataclass(frozen=True)
+class Optimum:
     """The compute-optimal point of one budget."""
     budget: float
     runs: int
@@ -256,7 +254,8 @@ class Optimum(NamedTuple):
     loss: float
 
 
-class Fit(NamedTuple):
+@dataclass(frozen=True)
+class Fit:
     law: object             # Law, or the Surface of configs/ladder/surface.py
     optima: list            # an Optimum for each budget
     curves: list            # loss as a function of log10 x for each budget, or nothing
@@ -290,9 +289,8 @@ def variable_projection(log_u, log_v, y, groups, start=None):
             residual[rows] = y[rows] - terms[rows] @ EAB
         return residual, weights
 
-    tolerance = 1e-9
-    if start is None:
-        tolerance = 1e-15
+    tolerance = 1e-9 if start else 1e-15
+    if not start:
         grid = np.geomspace(0.03, 1.5, 32)
         start = min(((p, q) for p in grid for q in grid), key=lambda pq: np.sum(solve(pq)[0]**2))
     fit = optimize.least_squares(lambda pq: solve(pq)[0], start, "3-point", (0.01, 3),
@@ -402,9 +400,7 @@ def loss_law(C, L, asymptote=None, where="the law"):
 
 
 def power_law(C, y):
-    """y = coefficient C^exponent by a line in log-log, with a Student-t interval of the exponent.
-
-    None for unknown y or fewer than three points."""
+    """y = coefficient C^exponent by a line in log-log, and a Student-t interval of the exponent."""
     if not np.all(np.isfinite(y)) or len(C) < 3:
         return None
     line = stats.linregress(np.log(C), np.log(y))
@@ -420,7 +416,7 @@ def fit_law(runs, config, start=None, inside=True):
         return surface.fit_surface(runs, start)
     fit = isoflop_fit(runs, config, start, inside)
     C, L = columns_of(fit.optima, "budget", "loss")
-    return fit._replace(law=loss_law(C, L, config.asymptote, runs[0].source))
+    return replace(fit, law=loss_law(C, L, config.asymptote, runs[0].source))
 
 
 def run_bootstrap(runs, fit, config, targets, draws=400, seed=0):
@@ -448,18 +444,15 @@ def profile(C, L, targets, chosen):
     E is most of what nobody knows about an extrapolation: this stands beside every interval."""
     assumed = np.union1d(np.arange(0, 0.95 * min(L), 0.025).round(3), [chosen])
     laws = [loss_law(C, L, E) for E in assumed]
-    spare, limit = len(L) - 3, math.inf
-    if spare > 0:
-        least = min(law.ssr for law in laws)
-        limit = least * (1 + stats.t.ppf((1 + LEVEL) / 2, spare)**2 / spare)
-    return [dict(E=law.E, alpha=law.alpha, allowed=law.ssr <= limit,
-                 losses=[law.loss(C) for C in targets]) for law in laws]
+    spare, least = len(L) - 3, min(law.ssr for law in laws)
+    limit = least * (1 + stats.t.ppf((1 + LEVEL) / 2, spare)**2 / spare) if spare else math.inf
+    return [dict(E=law.E, allowed=law.ssr <= limit, losses=[law.loss(C) for C in targets])
+            for law in laws]
 
 
 def backtest(runs, config, optima):
     """Fit the budgets up to each one and forecast the later optima: errors in %."""
-    tests = []
-    first = 3 if config.asymptote is None else 2        # fewer budgets do not decide the law
+    tests, first = [], 3 if config.asymptote is None else 2     # fewer do not decide the law
     for last in [*by_budget(runs)][first:-1]:
         with contextlib.suppress(BadInput):
             law = fit_law([r for r in runs if r.budget <= last], config).law
@@ -520,16 +513,13 @@ def warnings_of(r):
 
 def report_forecast(f):
     """Print one forecast, its intervals and its outcomes."""
-    print("forecast at C = {C:.4g}: {loss:.4f}".format(**f), end="")
-    if f["params"]:
-        print("   N* {params:.3g}, D* {tokens:.3g}".format(**f), end="")
-        print(f", {f['tokens'] / f['params']:.1f} tokens per parameter", end="")
+    N, D = f["params"], f["tokens"]
+    star = f"   N* {N:.3g}, D* {D:.3g}, {D / N:.1f} tokens per parameter" if N else ""
+    print(f"forecast at C = {f['C']:.4g}: {f['loss']:.4f}{star}")
     for name, ends in f["intervals"].items():
-        ends = "{:.4f} .. {:.4f}".format(*ends) if ends else "none"
-        print(f"\n  95 % by {name:18s}{ends}", end="")
+        print(f"  95 % by {name:18s}" + ("{:.4f} .. {:.4f}".format(*ends) if ends else "none"))
     for outcome in f["outcomes"]:
-        print("\n  observed {loss:.4f}: {error_percent:+.2f} %".format(**outcome), end="")
-    print()
+        print("  observed {loss:.4f}: {error_percent:+.2f} %".format(**outcome))
 
 
 def report(r):
@@ -581,10 +571,8 @@ def csv_text(columns, rows):
 
 
 def data_sha256(sources):
-    """sha256 of what a fit read: the files of run directories, or the results in tables.
-
-    What a ladder plans and rows that have not been trained are no results: a record holds while
-    its table grows columns for those."""
+    """sha256 of what a fit read: the files of run directories, or the results in tables, without
+    what a ladder plans: a record holds while its table grows rows or columns for that."""
     digest = hashlib.sha256()
     for source in sources:
         if Path(source).is_dir():
@@ -625,8 +613,7 @@ def register(a):
     need(r["sound"], r["source"], f"E over 2 % below the lowest loss, {r['lowest']:.4f}", law.E,
          "lower --asymptote")
     forecast = r["forecasts"][0] | {"outcomes": []}
-    target = dict(C=a.target, N=a.target_params or forecast["params"],
-                  D=a.target_tokens or forecast["tokens"],
+    target = dict(C=a.target, N=forecast["params"], D=forecast["tokens"],
                   config=a.target_config and Path(a.target_config).read_text(errors="replace"))
     record = plain(dict(
         forecast=forecast, target=target, unit=r["unit"], eval=definition, failure=a.failure,
@@ -658,9 +645,10 @@ def score(path, loss=None, run=None):
 
     BadInput if the record or its data changed, or if the run is not the one that was forecast."""
     need(bool(loss) != bool(run), "score", "--loss X or --run DIR", "both or neither", "give one")
-    record, found = read_json(path), "nothing"
+    record = read_json(path)
     need(record.get("sha256") == seal(record), path, "the record as registered", "an edited one",
          "restore the original")
+    found = "nothing"
     with contextlib.suppress(OSError):
         found = data_sha256(record["runs"])
     was = record["runs_sha256"]
@@ -777,8 +765,6 @@ def parser():
     add = command("register", register, "fit, and lock one forecast in a file")
     add_fitting(add)
     add("--target", type=number, required=True, metavar="C", help="FLOPs of the run to come")
-    add("--target-params", type=number, metavar="N", help="default: N* of the fit")
-    add("--target-tokens", type=number, metavar="D", help="default: D* of the fit")
     add("--target-config", help="the config that will be run; its text is stored")
     add("--eval", help="eval definition; default: the runs' own")
     add("--failure", default="outside the run-bootstrap interval", help="what is a miss")

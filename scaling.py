@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy        # its parts are loaded when used, so that train.py starts 1 s earlier [measured]
 from numpy.polynomial import Polynomial
-from scipy import optimize, stats
 
 LEVEL = 0.95            # of every interval but the speed-up's
 REFERENCE = 1e20        # C is fitted in this unit, so that A stays a number of ordinary size
@@ -139,7 +139,7 @@ def read_table(name):
 def run_from(row, required, where, source, head):
     """The Run of a table's row or a result.json; keys that are not its own are kept in `extra`."""
     row = dict(row)
-    with_head = row.pop("flops_with_head", None)
+    with_head = row.pop("flops_with_head", None)        # train.py writes both
     if head and with_head:
         row["flops"] = with_head
     known, extra = {}, {}
@@ -283,7 +283,7 @@ def variable_projection(log_u, log_v, y, groups, start=None):
     then by Gauss-Newton. This is VPNLS [arXiv 2603.22339], extended to groups."""
     def solve(pq):
         terms = np.stack([np.ones_like(y), np.exp(-pq[0] * log_u), np.exp(-pq[1] * log_v)], 1)
-        weights = [optimize.nnls(terms[rows], y[rows])[0] for rows in groups]
+        weights = [scipy.optimize.nnls(terms[rows], y[rows])[0] for rows in groups]
         residual = np.empty_like(y)
         for rows, EAB in zip(groups, weights):
             residual[rows] = y[rows] - terms[rows] @ EAB
@@ -293,7 +293,7 @@ def variable_projection(log_u, log_v, y, groups, start=None):
     if not start:
         grid = np.geomspace(0.03, 1.5, 32)
         start = min(((p, q) for p in grid for q in grid), key=lambda pq: np.sum(solve(pq)[0]**2))
-    fit = optimize.least_squares(lambda pq: solve(pq)[0], start, "3-point", (0.01, 3),
+    fit = scipy.optimize.least_squares(lambda pq: solve(pq)[0], start, "3-point", (0.01, 3),
                                  xtol=tolerance, ftol=tolerance, gtol=1e-15)
     return fit.x, *solve(fit.x)
 
@@ -403,8 +403,8 @@ def power_law(C, y):
     """y = coefficient C^exponent by a line in log-log, and a Student-t interval of the exponent."""
     if not np.all(np.isfinite(y)) or len(C) < 3:
         return None
-    line = stats.linregress(np.log(C), np.log(y))
-    half = stats.t.ppf((1 + LEVEL) / 2, len(C) - 2) * line.stderr
+    line = scipy.stats.linregress(np.log(C), np.log(y))
+    half = scipy.stats.t.ppf((1 + LEVEL) / 2, len(C) - 2) * line.stderr
     return dict(coefficient=np.exp(line.intercept), exponent=line.slope,
                 low=line.slope - half, high=line.slope + half)
 
@@ -425,12 +425,14 @@ def run_bootstrap(runs, fit, config, targets, draws=400, seed=0):
     residual, spare = columns_of(runs, "loss")[0] - fit.fitted, len(runs) - fit.unknowns
     if spare < 1:
         return [None] * len(targets)
-    residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)  # fitted: too small
+    # Residuals of a fit are smaller than the noise: it has bent towards each run.
+    residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)
     rng, forecasts = np.random.default_rng(seed), []
     for _ in range(draws):
         losses = fit.fitted + rng.choice(residual, len(runs))
         sample = [replace(r, loss=float(y)) for r, y in zip(runs, losses)]
         with contextlib.suppress(BadInput):
+            # A resampled curve may have its minimum outside its runs, the fitted one may not.
             law = fit_law(sample, config, fit.start, inside=False).law
             forecasts.append([law.loss(C) + rng.choice(residual) for C in targets])
     if len(forecasts) < 0.95 * draws:
@@ -445,7 +447,9 @@ def profile(C, L, targets, chosen):
     assumed = np.union1d(np.arange(0, 0.95 * min(L), 0.025).round(3), [chosen])
     laws = [loss_law(C, L, E) for E in assumed]
     spare, least = len(L) - 3, min(law.ssr for law in laws)
-    limit = least * (1 + stats.t.ppf((1 + LEVEL) / 2, spare)**2 / spare) if spare else math.inf
+    limit = math.inf
+    if spare:
+        limit = least * (1 + scipy.stats.t.ppf((1 + LEVEL) / 2, spare)**2 / spare)
     return [dict(E=law.E, allowed=law.ssr <= limit, losses=[law.loss(C) for C in targets])
             for law in laws]
 
@@ -552,7 +556,7 @@ def report(r):
 
 def plain(value):
     """A value in JSON types: null for NaN and for functions."""
-    def convert(x):
+    def convert(x):                                     # of numpy, or a dataclass
         known = isinstance(x, (np.ndarray, np.generic))
         return x.tolist() if known else getattr(x, "__dict__", None)
 
@@ -649,7 +653,7 @@ def score(path, loss=None, run=None):
     need(record.get("sha256") == seal(record), path, "the record as registered", "an edited one",
          "restore the original")
     found = "nothing"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):                  # the table is gone
         found = data_sha256(record["runs"])
     was = record["runs_sha256"]
     need(was == found, " ".join(record["runs"]), f"results of sha256 {was[:16]}", found[:16],

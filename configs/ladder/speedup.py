@@ -67,8 +67,9 @@ def speedup_command(a):
 def add_commands(command):
     """Add `speedup` to the commands of scaling.py."""
     add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
-    for side in ("--base", "--variant"):
-        add(side, type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]")
+    for side in ("base", "variant"):
+        add(f"--{side}", type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]",
+            help=f"finished runs of the {side}")
     add("--asymptote", type=scaling.number, required=True, help="E of the eval that --eval names")
     add("--alpha", type=scaling.number, required=True, help="of the same law")
     add("--eval", required=True, help="what E, alpha and the losses were measured on")

@@ -7,7 +7,8 @@ The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash
 sha256 5323c9a7ef6b... Every number not tagged otherwise is [assumed]: picked for two CPU cores."""
 
 _corpus = "out/ladder_corpus"
-mixture = ((f"{_corpus}/code/*.jsonl", 0.75), (f"{_corpus}/docs/*.jsonl", 0.10), (f"{_corpus}/books/*.jsonl", 0.15))
+mixture = ((f"{_corpus}/code/*.jsonl", 0.75), (f"{_corpus}/docs/*.jsonl", 0.10),
+           (f"{_corpus}/books/*.jsonl", 0.15))
 tokenizer = "bpe:1024"              # fewest FLOPs a byte at these widths, the head counted [derived: README.md]
 vocab_size = 1024
 seq_len = 128

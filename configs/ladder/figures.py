@@ -360,7 +360,8 @@ def draw_ladder(folder=LADDER, draws=400):
         draw_isoflop(curves, r)
         draw_registered(laws, records, r["fit"].optima)
         draw_errors(errors, records)
-        draw_profile(profile, r, [(record["E"], record["forecast"], record["name"]) for record in last])
+        draw_profile(profile, r, [(record["E"], record["forecast"],
+                                   f"{record['name']}: {record['forecast']:.4f}") for record in last])
         if last[0]["outcome"]:
             profile.axhline(last[0]["outcome"], color=RED, lw=1.2, label=f"{last[0]['outcome']:.4f} observed")
             profile.legend()

@@ -137,6 +137,7 @@ def plan_ladder(budgets, out, base, rule=Rule(), widths=7, span=4.0, seeds=(0,))
 
     Up to `widths` widths a budget, whose tokens lie evenly (in log) within a factor `span` of D*, or the
     one at D*, each with every seed. A row that is there must say the same, and keeps its results."""
+    need(Path(out).suffix == ".csv", "--out", "the name of a table, such as ladder.csv", out, "add .csv")
     grid, config = widths_of(base, rule)
     columns, rows = ["config", *scaling.PLANNED, "loss"], []
     if Path(out).is_file():

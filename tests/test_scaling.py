@@ -347,8 +347,16 @@ def coverage(trials, config, draws):
     return np.mean(inside)
 
 
-def test_coverage_of_a_small_sample():
-    assert coverage(25, FitConfig("parabola"), 40) >= 0.79      # 0.95 less 3.5 standard deviations of 25
+def test_the_bootstrap_is_as_wide_as_the_noise():
+    """Four times the noise, four times the interval."""
+    truth, widths = bias.SURFACES["Chinchilla"], []
+    for noise in (2e-3, 8e-3):
+        runs = bias.simulate(truth, 4, points=7, noise=noise, rng=np.random.default_rng(0))
+        fit = scaling.fit_law(runs, FitConfig("parabola", asymptote=1.69))
+        [(low, high)] = scaling.run_bootstrap(runs, fit, FitConfig("parabola", asymptote=1.69), [1e23], 60)
+        assert low <= fit.law.loss(1e23) <= high
+        widths.append(high - low)
+    assert 3 < widths[1] / widths[0] < 5
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
-"""What every run of the ladder shares: corpus of record, tokenizer, the shape of a small model; see README.md.
+"""What every run of the ladder shares: reference corpus, tokenizer, the shape of a small model; see README.md.
 
-    python train.py configs/ladder/rungs/c_moe_v1.py --help       (the rungs add what differs; a run adds sizes)
+    python configs/ladder/corpus.py                                     builds the corpus (two minutes, once)
+    python train.py configs/ladder/rungs/c_moe_v1.py --help             (rungs add what differs, a run its sizes)
 
 The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash; as tokens its mixture has
-sha256 5323c9a7ef6b... (tests/test_ladder.py rebuilds it). Every number not tagged otherwise is [assumed]: picked
-for two CPU cores."""
+sha256 5323c9a7ef6b... Every number not tagged otherwise is [assumed]: picked for two CPU cores."""
 
-_list = "corpus:configs/ladder/corpus.txt"
-mixture = ((f"{_list}:code", 0.75), (f"{_list}:docs", 0.10), (f"{_list}:books", 0.15))
+_corpus = "out/ladder_corpus"
+mixture = ((f"{_corpus}/code/*.jsonl", 0.75), (f"{_corpus}/docs/*.jsonl", 0.10),
+           (f"{_corpus}/books/*.jsonl", 0.15))
 tokenizer = "bpe:1024"              # fewest FLOPs a byte at these widths, the head counted [derived: README.md]
 vocab_size = 1024
 seq_len = 128

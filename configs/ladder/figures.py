@@ -1,0 +1,412 @@
+"""The pictures and tables of this folder, from its committed tables.
+
+    python configs/ladder/figures.py                    draws ladder.png and rungs.png
+    python configs/ladder/figures.py --markdown         prints the tables that README.md pastes
+    python scaling.py fit TABLE --plot FILE             the picture of any fit
+
+An outcome is drawn against the forecast that was registered for it, never against a later one."""
+
+import contextlib
+import csv
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import scaling  # noqa: E402
+from configs.ladder.speedup import speedup  # noqa: E402
+
+LADDER = Path(__file__).resolve().parent
+BLUE, RED, GRAY = "#1f5fa8", "#d62728", "0.45"          # fitted or forecast, observed later, published
+# Compute and wall-clock gain over the rung before, in Marin's stack at 1e18 FLOPs and more [cited:
+# openathena.ai/blog/pretraining-speedup]. The last is partial key offset 1.2 x renormalized combine 1.04.
+PUBLISHED = {"c_moe_v1": (6.7, 3.6), "d_more_experts": (1.4, 1.3), "e_muonh": (1.3, 1.25),
+             "f_attention": (1.25, 1.25)}
+NAMES = {"a_dense_adamw": "dense, AdamW, tuned rate", "b_dense_adamh": "dense, AdamH",
+         "c_moe_v1": "MoE V1: 16 experts, quantile balancing", "d_more_experts": "64 experts",
+         "e_muonh": "MuonH", "f_attention": "half-RoPE, key offset, no full layer (not V2's attention)"}
+
+
+# ----------------------------------------------------------------------------------------- the tables
+
+def forecasts(folder=LADDER):
+    """dict(name, C, E, law, forecast, interval, outcome, error in %) of every registered record.
+
+    The interval is the run bootstrap's; outcome and error are None until the record has been scored."""
+    found = []
+    for path in sorted((folder / "hero").glob("*.json")):
+        record, outcome = scaling.read_json(path), {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in path.with_suffix(".outcomes.jsonl").read_text().splitlines():
+                scored = json.loads(line)
+                outcome = scored if scored["record"] == record["sha256"] else outcome
+        law = scaling.Law(*(record["envelope"][key] for key in ("E", "A", "alpha")))
+        found.append(dict(name=path.stem, C=record["target"]["C"], E=law.E, law=law,
+                          forecast=record["forecast"]["loss"],
+                          interval=record["forecast"]["intervals"]["run_bootstrap"],
+                          outcome=outcome.get("loss"), error=outcome.get("error_percent")))
+    return found
+
+
+def ladder_fit(folder=LADDER, draws=400):
+    """The analysis of isoflop/runs.csv with E free, as scaling.analyse gives it."""
+    runs = scaling.read_csv(folder / "isoflop" / "runs.csv", head=True)
+    targets = [record["C"] for record in forecasts(folder)] or [1e14]
+    return scaling.analyse(runs, scaling.FitConfig(head=True), sorted(set(targets)),
+                           source="isoflop/runs.csv", draws=draws)
+
+
+def rung_points(folder=LADDER):
+    """{rung: [(budget asked for, (C, loss, tokens per second or nan))]} of rung_runs/.
+
+    The rate is FLOPs per second from speed.csv, measured apart on a quiet machine: at equal C a run
+    takes C over it, whatever its width."""
+    rate = {}
+    with contextlib.suppress(FileNotFoundError):
+        with open(folder / "rung_runs" / "speed.csv", newline="") as file:
+            rate = {row["config"]: float(row["flops_per_second"]) for row in csv.DictReader(file)}
+    points = {}
+    for run in scaling.read_csv(folder / "rung_runs" / "runs.csv", head=True):
+        name = run.extra["config"]
+        rung, budget = re.fullmatch(r"(.+)_c([\d.e]+)_d\d+(?:_s\d+)?", name).groups()
+        speed = rate.get(re.sub(r"_s\d+$", "", name), math.nan)
+        points.setdefault(rung, []).append((float(budget), (run.flops, run.loss, speed)))
+    return {rung: points[rung] for rung in sorted(points)}
+
+
+def rung_table(points, E, alpha):
+    """A dict(rung, loss {budget: mean over seeds}, per_rung, cumulative, by_budget) for each rung.
+
+    The last three are what `speedup` gives at equal loss: over the rung before, over the first, and
+    over the first at each budget. E, alpha: the law of the ladder, which trains one of the rungs."""
+    table, rungs = [], list(points)
+    for i, rung in enumerate(rungs):
+        def gain(base, budget=None):
+            sides = [[point for C, point in points[name] if budget in (None, C)] for name in (base, rung)]
+            return speedup(*sides, E, alpha)
+
+        budgets = sorted({C for C, _ in points[rung]})
+        losses = {C: float(np.mean([point[1] for at, point in points[rung] if at == C])) for C in budgets}
+        table.append(dict(rung=rung, loss=losses, per_rung=gain(rungs[max(0, i - 1)]),
+                          cumulative=gain(rungs[0]), by_budget={C: gain(rungs[0], C) for C in budgets}))
+    return table
+
+
+def registered_law(folder=LADDER):
+    """The law by which rungs are compared: the last record's, or the ladder's own fit without records."""
+    records = forecasts(folder)
+    return records[-1]["law"] if records else ladder_fit(folder, draws=1)["fit"].law
+
+
+# (label, rung, FLOPs, width or 0, what varies, what is fixed) of the pilot's table
+PILOT = (("MoE V1, both rates x", "c_moe_v1", 2e11, 24, "both", {}),
+         ("dense by AdamH, both rates x", "b_dense_adamh", 2e11, 24, "both", {}),
+         ("dense by AdamW, rate x", "a_dense_adamw", 2e11, 24, "both", {}),
+         ("dense by AdamW, rate x", "a_dense_adamw", 1.6e12, 48, "both", {}),
+         ("MoE V1, sequences a batch (rates x 4)", "c_moe_v1", 2e11, 24, "batch_size", {"both": "4"}),
+         ("MoE V1, beta2 (rates x 4)", "c_moe_v1", 2e11, 24, "beta2", {"both": "4"}),
+         ("MoE V1, width (rates x 4)", "c_moe_v1", 2e11, 0, "width", {"both": "4"}),
+         ("dense by AdamW, width (rate x 8)", "a_dense_adamw", 2e11, 0, "width", {"both": "8"}),
+         ("MoE V1, Adam/matrices x", "c_moe_v1", 2e11, 24, "pair", {}),
+         ("MoE V1, Adam/matrices x", "c_moe_v1", 1.6e12, 48, "pair", {}),
+         ("MoE V1, beta2 (8/1)", "c_moe_v1", 1.6e12, 48, "beta2", {"pair": "8/1"}),
+         ("MoE V1, width (8/1)", "c_moe_v1", 1.6e12, 0, "width", {"pair": "8/1"}),
+         ("MoE V1, width 96, Adam/matrices x", "c_moe_v1", 6.7e12, 96, "pair", {}),
+         ("dense by AdamH, Adam/matrices x", "b_dense_adamh", 1.6e12, 48, "pair", {}),
+         ("MuonH, 64 experts, Adam/matrices x", "e_muonh", 2e11, 24, "pair", {}),
+         ("MuonH, 64 experts, Adam/matrices x", "e_muonh", 1.6e12, 48, "pair", {}))
+
+
+def pilot_table(folder=LADDER):
+    """[(label, FLOPs, {value: loss})] of pilot.csv: one line for each thing that was varied alone."""
+    _, rows = scaling.read_table(folder / "pilot.csv")
+    for row in rows:
+        row["beta2"] = row["command"].partition("--beta2=")[2].split(" ")[0] or "0.9999"
+        row["pair"] = "/".join(re.findall(r"(?:adam|hyper) x([\d.]+)", row["what"]))
+        row["both"] = "" if row["pair"] else f"{float(row['rate_scale']):g}"
+    table = []
+    for label, rung, C, width, key, fixed in PILOT:
+        fixed = {"batch_size": "16", "beta2": "0.9999", "width": str(width)} | fixed
+        fixed.pop(key, None)
+        found = {row[key]: float(row["loss"]) for row in rows if row[key]
+                 and Path(row["config"]).stem == rung and abs(float(row["flops"]) / C - 1) < 0.01
+                 and all(row[name] == value for name, value in fixed.items())}
+        order = sorted(found, key=lambda value: [float(part) for part in value.split("/")])
+        table.append((label, C, {value: found[value] for value in order}))
+    return table
+
+
+# ----------------------------------------------------------------------------------------- as markdown
+
+def markdown(columns, rows):
+    """A table in markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def gain_cell(gain, key):
+    """A speed-up with its 90 % interval, or a dash."""
+    if gain[key] is None:
+        return "-"
+    low, high = gain[f"{key}_interval"]
+    return f"{gain[key]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def print_markdown(folder=LADDER):
+    """Every table of README.md."""
+    print("Pilot: loss by what was varied\n")
+    print(markdown(["what", "FLOPs", "value: loss"], [
+        (label, f"{C:.2g}".replace("+", ""), ", ".join(f"{value}: {loss:.3f}" for value, loss in found.items()))
+        for label, C, found in pilot_table(folder)]))
+
+    fit = ladder_fit(folder, draws=1)
+    print("Ladder: the optimum of each budget\n")
+    print(markdown(["C", "runs", "D*", "N*", "loss*"], [
+        (f"{v.budget:.2g}", str(v.runs), f"{v.tokens:.2e}", f"{v.params:.2e}", f"{v.loss:.3f}")
+        for v in fit["fit"].optima]))
+    print("D* grows as C^{exponent:.3f} ({low:.3f} to {high:.3f}).\n".format(**fit["D_star"]))
+
+    print("Forecasts: registered, observed\n")
+    rows = []
+    for r in forecasts(folder):
+        low, high = r["interval"]
+        outcome = ["", ""]
+        if r["outcome"]:
+            inside = "inside" if low <= r["outcome"] <= high else "outside"
+            outcome = [f"{r['outcome']:.4f}", f"{r['error']:+.2f} %, {inside}"]
+        rows.append((f"`{r['name']}`", f"{r['C']:.1e}".replace("+", ""), f"{r['E']:.2f}",
+                     f"{r['forecast']:.4f}", f"{low:.4f} to {high:.4f}", *outcome))
+    print(markdown(["record", "C", "E", "forecast", "95 %, run bootstrap", "observed", "error"], rows))
+
+    law = registered_law(folder)
+    table = rung_table(rung_points(folder), law.E, law.alpha)
+    budgets = [f"{C:.1e}".replace("+", "").replace(".0e", "e") for C in table[0]["loss"]]
+    print("Rungs: mean loss of two seeds, and speed-ups at equal loss over all budgets (90 %)\n")
+    print(markdown(["rung", *budgets, "compute, over the rung before", "cumulative", "wall clock, cumulative",
+                    "published, over the rung before"], [
+        (NAMES.get(row["rung"], row["rung"]), *(f"{loss:.3f}" for loss in row["loss"].values()),
+         gain_cell(row["per_rung"], "compute"), gain_cell(row["cumulative"], "compute"),
+         gain_cell(row["cumulative"], "wall_clock"),
+         "{}, {}".format(*PUBLISHED.get(row["rung"], ("-", "-")))) for row in table]))
+    print("Rungs: speed-up in compute, wall clock over the first rung, budget by budget\n")
+    print(markdown(["compute, wall clock", *budgets], [
+        (NAMES.get(row["rung"], row["rung"]),
+         *(f"{gain['compute']:.2f}, {gain['wall_clock'] or math.nan:.2f}" for gain in row["by_budget"].values()))
+        for row in table[1:]]))
+
+
+# ----------------------------------------------------------------------------------------- the pictures
+
+@contextlib.contextmanager
+def figure(rows, columns, size, path):
+    """A grid of axes, saved to path (its ending chooses the format) when the block is done."""
+    ending = Path(path).suffix
+    scaling.need(ending in (".png", ".pdf", ".svg"), path, "a picture ending in .png, .pdf or .svg",
+                 ending or "none", "rename it")
+    plt = scaling.pyplot()
+    look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+            "legend.fontsize": 7, "legend.title_fontsize": 7}
+    with plt.rc_context(look):
+        fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+        yield np.ravel(axes)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=110)
+        plt.close(fig)
+    print(f"saved {path}")
+
+
+def scientific(C):
+    """3e+18 as a figure writes it."""
+    digits, power = f"{C:.2e}".split("e")
+    times = "" if float(digits) == 1 else rf"{float(digits):g}\times"
+    return rf"${times}10^{{{int(power)}}}$"
+
+
+def draw_isoflop(ax, r):
+    """Every run of the ladder, the curve through each budget, its optimum, and what was excluded."""
+    axis, fit = r["config"].axis, r["fit"]
+    for i, v in enumerate(fit.optima):
+        x, y = scaling.columns_of([run for run in r["ladder"] if run.budget == v.budget], axis, "loss")
+        shade = 0.1 + 0.8 * i / max(1, len(fit.optima) - 1)
+        color = (0.15, 0.75 * shade, 1 - 0.75 * shade)              # from blue to green with the budget
+        ax.plot(x, y, "o", ms=3, color=color)
+        ax.plot(getattr(v, axis), v.loss, "*", ms=9, color=color, mec="k", mew=0.5)
+        ax.annotate(scientific(v.budget), max(zip(x, y)), (5, 4 if i % 2 else -4), va="center", fontsize=7,
+                    color=color, textcoords="offset points")        # up and down, so that neighbors part
+        if fit.curves:
+            z = np.linspace(np.log10(x.min()), np.log10(x.max()), 100)
+            ax.plot(10**z, fit.curves[i](z), lw=1, color=color)
+    if excluded := [run for run in r["runs"] if run.kind == "excluded"]:
+        ax.plot(*scaling.columns_of(excluded, axis, "loss"), "o", ms=3, mfc="none", color="0.7",
+                label="excluded from the fit")
+        ax.legend()
+    ax.set(xscale="log", ylabel=f"macro loss ({scaling.UNITS[r['unit']]})",
+           title="isoFLOP curves, $C$ in FLOPs (stars: optima)",
+           xlabel="training tokens $D$" if axis == "tokens" else "active parameters $N$")
+    ax.margins(x=0.16)
+    ax.set_visible(bool(np.isfinite([getattr(v, axis) for v in fit.optima]).any()))
+
+
+def draw_law(ax, r, as_error=False):
+    """A fit through its optima, its forecasts and, in red, what was observed; as losses, or in % of the
+    fit, where the intervals can be seen."""
+    law = r["fit"].law
+    C, L = scaling.columns_of(r["fit"].optima, "budget", "loss")
+    grid = np.geomspace(C.min() / 1.5, 1.5 * max(C.max(), *(f["C"] for f in r["forecasts"])), 80)
+
+    def height(c, y):
+        return 100 * (y / law.loss(c) - 1) if as_error else y
+
+    ax.plot(grid, height(grid, law.loss(grid)), color=BLUE, lw=1.3, label="fit")
+    ax.plot(C, height(C, L), "o", ms=4, color=BLUE, label="optima (fitted)")
+    for i, f in enumerate(r["forecasts"]):
+        if f["intervals"]["run_bootstrap"]:
+            low, high = height(f["C"], np.array(f["intervals"]["run_bootstrap"]))
+            ax.errorbar(f["C"], (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=3,
+                        label="" if i else "forecast, 95 % run bootstrap")
+        for j, outcome in enumerate(f["outcomes"]):
+            ax.plot(f["C"], height(f["C"], outcome["loss"]), "*", ms=9, color=RED,
+                    label="" if i or j else "observed (not fitted)")
+    ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)")
+    if as_error:
+        ax.set(ylabel="distance from the fit (%)", title="the same, as an error")
+    else:
+        ax.set(ylabel=f"macro loss ({scaling.UNITS[r['unit']]})", title="compute-optimal loss")
+        ax.legend()
+
+
+def draw_profile(ax, r, marks=()):
+    """The last forecast as a function of the assumed E; marks: (E, loss, label) of registered ones."""
+    last = r["forecasts"][-1]
+    ax.plot([row["E"] for row in r["profile"]], [row["losses"][-1] for row in r["profile"]], color=BLUE)
+    if allowed := [row["E"] for row in r["profile"] if row["allowed"]]:
+        ax.axvspan(allowed[0], allowed[-1], color=BLUE, alpha=0.12, lw=0,
+                   label="$E$ that the optima allow (95 %)")
+        ax.set_xlim(max(0, allowed[0] - 0.3), allowed[-1] + 0.3)
+        inside = [row["losses"][-1] for row in r["profile"] if row["E"] <= allowed[-1] + 0.3
+                  and row["E"] >= allowed[0] - 0.3]
+        ax.set_ylim(min(inside) - 0.02, max(inside) + 0.02)
+    for E, loss, label in marks or [(r["fit"].law.E, last["loss"], f"{last['loss']:.4f} forecast")]:
+        ax.plot(E, loss, "s", color=BLUE, mfc="w", label=label)
+    for outcome in last["outcomes"][:1]:
+        ax.axhline(outcome["loss"], color=RED, lw=1.2, label=f"{outcome['loss']:.4f} observed")
+    ax.set(xlabel=f"assumed $E$ ({scaling.UNITS[r['unit']]})", title="what the irreducible loss decides",
+           ylabel=f"macro loss at $C$ = {scientific(last['C'])} FLOPs")
+    ax.legend()
+    ax.set_visible(bool(r["profile"]))                  # a surface has no profile
+
+
+def draw_fit(r, path):
+    """What `scaling.py fit --plot` draws: curves; law; distance from it; forecast by the assumed E."""
+    with figure(2, 2, (9, 7), path) as (curves, whole, zoom, profile):
+        draw_isoflop(curves, r)
+        draw_law(whole, r)
+        draw_law(zoom, r, as_error=True)
+        draw_profile(profile, r)
+
+
+def draw_registered(ax, records, optima):
+    """The registered laws, each forecast with its interval, and what was observed."""
+    C = np.array([v.budget for v in optima])
+    ax.plot(C, [v.loss for v in optima], "o", ms=4, color=BLUE, label="optima (fitted)")
+    last = max(record["C"] for record in records)
+    for style, E in zip(("-", "--", ":"), dict.fromkeys(record["E"] for record in records)):
+        law = next(record["law"] for record in records if record["E"] == E)
+        grid = np.geomspace(C.min() / 1.5, 1.5 * last, 80)
+        ax.plot(grid, law.loss(grid), style, color=BLUE, lw=1.2, label=f"registered with $E$ = {E:g}")
+    for i, record in enumerate(records):
+        ax.plot(record["C"], record["forecast"], "s", ms=5, color=BLUE, mfc="w",
+                label="" if i else "forecast")
+        if record["outcome"]:
+            ax.plot(record["C"], record["outcome"], "*", ms=9, color=RED, label="" if i else "observed")
+    ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)", ylabel="macro loss (nats per token)",
+           title="the registered laws")
+    ax.legend()
+
+
+def draw_errors(ax, records):
+    """Each outcome against its own registered forecast, whose interval is the bar."""
+    at = range(len(records))
+    for i, record in zip(at, records):
+        low, high = (100 * (end / record["forecast"] - 1) for end in record["interval"])
+        ax.errorbar(i, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=4,
+                    label="" if i else "95 % run bootstrap")
+        if record["outcome"]:
+            ax.plot(i, record["error"], "*", ms=10, color=RED, label="" if i else "observed")
+            ax.annotate(f"{record['error']:+.2f} %", (i, record["error"]), (8, 0), fontsize=8, va="center",
+                        textcoords="offset points")
+    ax.axhline(0, color=BLUE, lw=1.2, label="registered forecast")
+    ax.set_xticks(at, [f"{record['name']}\n{scientific(record['C'])}, $E$ = {record['E']:g}"
+                       for record in records], fontsize=7)
+    ax.set(ylabel="distance from its forecast (%)", title="each outcome against its own forecast")
+    ax.set_xlim(-0.5, len(records) - 0.2)
+    ax.set_ylim(top=1.3 * ax.get_ylim()[1])             # room for the legend
+    ax.legend(loc="upper center", ncols=3)
+
+
+def draw_ladder(folder=LADDER, draws=400):
+    """ladder.png: the isoFLOP curves, the registered laws, each error, and what E decides."""
+    records = forecasts(folder)
+    r = ladder_fit(folder, 1 if records else draws)     # records bring their own intervals
+    if not records:
+        draw_fit(r, folder / "ladder.png")
+        return
+    last = [record for record in records if record["C"] == r["forecasts"][-1]["C"]]
+    with figure(2, 2, (9, 7), folder / "ladder.png") as (curves, laws, errors, profile):
+        draw_isoflop(curves, r)
+        draw_registered(laws, records, r["fit"].optima)
+        draw_errors(errors, records)
+        draw_profile(profile, r, [(record["E"], record["forecast"],
+                                   f"{record['name']}: {record['forecast']:.4f}") for record in last])
+        if last[0]["outcome"]:
+            profile.axhline(last[0]["outcome"], color=RED, lw=1.2, label=f"{last[0]['outcome']:.4f} observed")
+            profile.legend()
+
+
+def draw_rungs(table, path):
+    """Cumulative compute and wall-clock speed-up over the first rung, with intervals; Marin's in gray."""
+    names = [row["rung"][2:].replace("_", " ") for row in table]
+    names = ["attention, not V2's" if name == "attention" else name for name in names]
+    with figure(1, 2, (9, 3.4), path) as axes:
+        for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
+            at = np.arange(len(table))
+            y = np.array([row["cumulative"][key] or math.nan for row in table])
+            ends = [row["cumulative"][f"{key}_interval"] or (v, v) for row, v in zip(table, y)]
+            ax.errorbar(at, y, np.abs(np.transpose(ends) - y), fmt="o-", color=BLUE, capsize=3,
+                        label="here, 90 %")
+            theirs = np.cumprod([PUBLISHED.get(row["rung"], (1, 1))[k] for row in table])
+            ax.plot(at, theirs, "s--", color=GRAY, ms=4, label="published, at 1e18 FLOPs and more")
+            ax.axhline(1, color="k", lw=0.6)
+            ax.set_xticks(at, names, rotation=25, ha="right")
+            ax.set(yscale="log", ylabel=f"{key.replace('_', '-')} speed-up over {names[0]}")
+            ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", *"1248", "16"])
+            ax.minorticks_off()
+            ax.set_ylim(0.8 * np.nanmin([y, theirs]), 1.25 * np.nanmax([y, theirs]))
+        axes[0].legend()
+
+
+def figures_command(a):
+    folder = Path(a.folder)
+    if a.markdown:
+        print_markdown(folder)
+        return
+    draw_ladder(folder, a.draws)
+    if (folder / "rung_runs" / "runs.csv").is_file():
+        law = registered_law(folder)
+        draw_rungs(rung_table(rung_points(folder), law.E, law.alpha), folder / "rungs.png")
+
+
+def add_commands(command):
+    """Add `figures` to the commands of scaling.py."""
+    add = command("figures", figures_command, "draw or print what a ladder's folder holds")
+    add("folder", nargs="?", default=str(LADDER), help="with isoflop/, hero/ and rung_runs/ (%(default)s)")
+    add("--markdown", action="store_true", help="print the tables instead")
+    add("--draws", type=scaling.count, metavar="N", default=400, help="bootstrap refits")
+
+
+if __name__ == "__main__":
+    sys.exit(scaling.main(["figures", *sys.argv[1:]]))

@@ -14,5 +14,4 @@ vocab_size = 32_768
 
 accumulate = 16                     # 8 rows at a time; 16 of them would fit as well [derived]
 topology = "h100:1"                 # the smaller of the two
-published = ""
 sample_tokens = 200

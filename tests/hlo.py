@@ -10,7 +10,9 @@ release. What has a form that is not known here is listed as unreadable and not 
 
 import itertools
 import math
+import re
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -391,7 +393,50 @@ def kernel_flops(eqn):
     return steps * traced_flops(eqn.params["jaxpr"])
 
 
+# ------------------------------------------------------------------------------------------------ the report
+
+ADVICE = "Try more chips, a larger --accumulate or --remat=block"
+GIB = 2**30
+
+
+def compile_and_report(traced, mesh, memory, planned):
+    """Compile a traced step for a mesh of chips with so many bytes of memory. Print memory, traffic and verdict.
+
+    Returns the exit code: 0 if it fits and every collective is expected, else 1."""
+    import jax
+    began, lowered = time.time(), traced.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = (re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))             # or without the state:
+                 or re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G", str(error)))
+        if not found:
+            raise
+        excess = float(found[1]) - float(found[2])
+        print(f"verdict   does not fit: {found[1]} GiB of {found[2]} a chip, {excess:.1f} too much. {ADVICE}")
+        return 1
+    m = compiled.memory_analysis()
+    used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    share = used / memory
+    print(f"compiled  in {time.time() - began:.0f} s for {mesh.size:,} x {mesh.devices.flat[0].device_kind}, "
+          f"jax {jax.__version__}")
+    print(f"memory    {used / GIB:.2f} GiB of {memory / GIB:.0f} a chip, {100 * share:.0f} %: "
+          f"state {m.argument_size_in_bytes / GIB:.2f}, temporary {m.temp_size_in_bytes / GIB:.2f}")
+    expected, words = report(collectives(serialized(compiled), dict(mesh.shape)), planned)
+    fit = "fits" if share < 0.85 else f"fits, but above 85 %. {ADVICE}"
+    if share > 1:
+        fit = f"does not fit: {(used - memory) / GIB:.1f} GiB too much. {ADVICE}"
+    print(f"verdict   {fit}; {words}")
+    return 0 if expected and share < 0.85 else 1
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import train
-    sys.exit(train.main([*sys.argv[1:], "--plan", "--compile"]))
+    from tests import plan
+    try:
+        code = plan.compile_plan(*train.load_config(sys.argv[1], sys.argv[2:]))
+    except train.ConfigError as error:
+        print(f"hlo.py: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

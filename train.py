@@ -140,10 +140,6 @@ def check_ranges(t):
             if not holds(getattr(t, key)):
                 raise ValueError(f"{key}: expected {expected}, found {getattr(t, key)!r}")
 
-    def is_source(pair):
-        name, weight = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, 0)
-        return isinstance(name, str) and isinstance(weight, int | float) and weight > 0
-
     numeric = [f.name for f in dataclasses.fields(t) if f.type in (int, float)]
     need(lambda x: x > 0, "a positive number", "steps", "batch_size", "accumulate", "log_every",
          "eval_every", "eval_tokens", "save_every", "keep", "expert_parallel", "max_skips",
@@ -152,9 +148,15 @@ def check_ranges(t):
     need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
     need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
     need(lambda x: t.schedule == "linear" or t.warmup + x <= 1, "at most 1 - warmup", "decay")
+    need(lambda x: int(x * t.steps) < t.steps, "a share that leaves a step after it", "warmup")
     need(lambda x: t.batch_size % x == 0, f"a divisor of batch_size={t.batch_size}",
          "accumulate")
     need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
+
+
+def is_source(pair):
+    name, weight = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, 0)
+    return isinstance(name, str) and isinstance(weight, int | float) and weight > 0
 
 
 # Defaults that belong to a recipe; a line of the config wins. [cited: marin #4697 and #5951]
@@ -1040,7 +1042,7 @@ class Log:
         seconds = (time.perf_counter() - self.since) / len(rows)
         for number, row in enumerate(rows, step - len(rows) + 1):
             self.follow(number, row)
-        loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_share"))
+        loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_multiplier"))
         line = {"step": step, "loss": loss if math.isfinite(loss) else None, "ema": self.ema,
                 "gnorm": gnorm if math.isfinite(gnorm) else None,
                 "skipped": sum(int(row["skipped"]) for row in rows),
@@ -1106,81 +1108,6 @@ def memory_in_use(device):
         used, limit = stats["peak_bytes_in_use"], stats["bytes_limit"]
         return f"hbm {used / 2**30:.1f}/{limit / 2**30:.0f}G"
     return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
-
-
-# ---------------------------------------------------------------------------------------- report
-
-def curves(rows, events, floor=None):
-    """What the report draws: {title: {label: (steps, values)}}, the numbers of the .jsonl files."""
-    evals = [event for event in events if event["event"] == "eval"]
-    domains = [name for name in evals[0]["domains"] if name != "macro"] if evals else []
-
-    def column(key):
-        return [row["step"] for row in rows], [row[key] for row in rows]
-
-    def held_out(unit):
-        steps = [event["step"] for event in evals]
-        return {f"held out: {name}": (steps, [event["domains"][name][unit] for event in evals])
-                for name in domains}
-
-    speed = np.median(column("tokens_per_second")[1])
-    training = {"batch": column("loss"), "average": column("ema")}
-    drawn = {"nats per token": training | held_out("loss"),
-             "bits per byte": held_out("bpb"),
-             "learning rates": {"matrices": column("lr"), "Adam": column("adam_lr")},
-             "gradient norm (log scale)": {"batch": column("gnorm")},
-             "tokens per second": {f"median {speed:,.0f}": column("tokens_per_second")}}
-    if floor:
-        drawn["MaxVio: largest load over mean load, minus 1 (log scale)"] = {
-            "mean over layers": column("maxvio"),
-            "independent tokens": (column("step")[0], [floor] * len(rows))}
-    return drawn
-
-
-def draw(folder, rows, panels):
-    """training.png, and experts.png if there are any: the load of each over time."""
-    import matplotlib                               # MERGE: plt = scaling.pyplot()
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    folder.mkdir(exist_ok=True)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, lines) in zip(axes.flat, panels.items()):
-        for label, (x, y) in lines.items():
-            axis.plot(x, y, "o-" if "held" in label else "-", ms=4, lw=1, label=label)
-        axis.set(title=title, xlabel="step", yscale="log" if "log" in title else "linear")
-        if lines:
-            axis.legend()
-    figure.savefig(folder / "training.png", dpi=110)
-    plt.close(figure)
-    if "load_LE" in rows[-1]:
-        load = np.array([row["load_LE"] for row in rows])               # [rows, L, E]
-        layers = load.shape[1]
-        figure, axis = plt.subplots(figsize=(10, 1 + 0.9 * layers), layout="constrained")
-        image = axis.imshow(load.reshape(len(rows), -1).T, cmap="RdBu_r", vmin=0, vmax=2,
-                            aspect="auto", interpolation="nearest",
-                            extent=(rows[0]["step"], rows[-1]["step"], layers, 0))
-        axis.set(xlabel="step", ylabel="layer", yticks=range(layers))
-        axis.grid(axis="y", color="black")
-        figure.colorbar(image, label="load of each expert over the mean")
-        figure.savefig(folder / "experts.png", dpi=110)
-        plt.close(figure)
-
-
-def report(run, result):
-    """Draw the run's own files; put pictures, result, sample, config, events into report.html."""
-    import base64
-    import html
-    rows, events = read_rows(run / "metrics.jsonl"), read_rows(run / "events.jsonl")
-    draw(run / "plots", rows, curves(rows, events, result.get("maxvio_floor")))
-    parts = [f"<!doctype html><meta charset='utf-8'><h1>{html.escape(str(run))}</h1>"]
-    for path in sorted((run / "plots").glob("*.png"), reverse=True):
-        image = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<img style="max-width:100%" src="data:image/png;base64,{image}">')
-    for name in ("result.json", "sample.txt", "config.json", "events.jsonl"):
-        if (run / name).exists():
-            text = html.escape((run / name).read_text())
-            parts.append(f"<h2>{name}</h2><pre>{text}</pre>")
-    write(run / "report.html", "".join(parts))
 
 
 class Chip(NamedTuple):
@@ -1280,6 +1207,7 @@ def watchdog(minutes, run):
 
 def train(c, t):
     """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
+    from tests import report
     began, run, mesh, mixture = time.time(), Path(t.run_dir), make_mesh(c, t), open_data(c, t)
     with (run_lock(run), contextlib.closing(Checkpoints(t)) as checkpoints,
           watchdog(t.stuck_minutes, run) as heartbeat):
@@ -1333,7 +1261,7 @@ def train(c, t):
             write(run / "sample.txt", text)
             log(f"sample\n{text}\n")
         log_event(run, "done", step=t.steps)
-        report(run, result)
+        report.report(run)
     log(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training: see "
         f"{run}/report.html")
     return result

@@ -55,7 +55,7 @@ def traffic(c, t, size):
     def add_weight(path, w):
         elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
         if "data" in w.spec:
-            kind = "experts" if w.kind == "expert" else "other weights"
+            kind = "experts" if w.group == "expert" else "other weights"
             gathers = 2 if again and path.startswith("layers/") else 1
             moved = t.accumulate * elements * (n - 1) / n
             add("data", f"{kind}, gathered", gathers * width * moved)
@@ -65,7 +65,7 @@ def traffic(c, t, size):
             if axis not in w.spec:
                 add(axis, "gradients of copies", 8 * elements * (size[axis] - 1) / size[axis])
 
-    model.walk(add_weight, c)
+    model.map_params(add_weight, c)
     if c.num_experts and P > 1:
         tokens = t.batch_size * c.seq_len / math.prod(size.values())    # a chip's, all microbatches
         passes, copies = 4 + again, P - 1
@@ -108,7 +108,7 @@ def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = parse_topology(t)
     chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := train.misfit(c, t, chips):
+    if reason := train.mesh_error(c, t, chips):
         raise train.ConfigError(reason)
     if chips > 1 and not chip.link:
         train.refuse("topology", f"one {name} at most", chips, "GPU networks are not modeled")

@@ -46,7 +46,7 @@ class Needs(NamedTuple):
 
 
 # Faster kernels for some cards: {("attention" or "experts", name): Needs}, tried in this order.
-# `from tests import hopper` in a config adds those for Hopper.
+# `from configs import hopper` in a config adds those for Hopper.
 GPU_KERNELS = {}
 
 

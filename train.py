@@ -1,21 +1,19 @@
-"""Training: one config file in, one finished run directory out.        Imports: model, balance, data.
+"""Training: one config file in, one finished run directory out.
 
-Run:  python train.py configs/smoke.py [--key=value ...]     train, evaluate, sample, draw; resumes by itself
-      python train.py configs/smoke.py --sample --prompt="ROMEO."           continue a text from a checkpoint
-      python train.py configs/moe_129b.py --plan [--compile]        what it costs; through the TPU's compiler too
-      python train.py configs/smoke.py --replay 120                        what was in the batch of step 120
-      ... --coordinator=HOST:PORT --processes=N --process=I      one of N processes; a TPU pod needs no flags
-      python train.py --help                                               every key, its default, its meaning
-Read: main (the table of contents) is last; before it, in its order: config, mesh, optimizer, step, checkpoint,
-evaluation, sampling, the log, the report, the plan.
-The state is (step, params, opt, bias_LE); the step is one pure function of state and batch; the batch is a
-pure function of (seed, step). So resuming is restoring a state and going on.
-
+Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, report; can be resumed
+      python train.py CONFIG --sample --prompt="ROMEO."     continue a text from a checkpoint
+      python train.py CONFIG --replay 120                   show the batch of step 120
+      python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
+      ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
+      python train.py --help                                every key, its default, its meaning
+Read: config, mesh, optimizer, step, evaluation, sampling, checkpoint, run directory, log, main.
+The state is (step, params, opt, bias_LE). A step is a pure function of state and batch, a batch is
+a pure function of (seed, step). So to resume is to restore a state and go on.
 B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
 
+import argparse
 import ast
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import faulthandler
@@ -24,25 +22,23 @@ import functools
 import glob
 import importlib.util
 import inspect
-import itertools
 import json
 import logging
 import math
 import os
 import re
+import resource
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import types
 import typing
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,200 +52,190 @@ import balance
 import data
 import kernels
 import model
+import scaling
 from model import ModelConfig
 
 
-# ------------------------------------------------------------------------------------------------------ config
+# ---------------------------------------------------------------------------------------- config
 
 class ConfigError(ValueError):
-    """A mistake in what the user gave. main prints it as one line and exits with 2."""
+    """A mistake in what the user gave. Exit code 2."""
 
 
-class Halted(RuntimeError):
-    """Training must not go on: updates without end that are not finite. One line, exit code 3."""
+class Diverged(RuntimeError):
+    """Training must not go on: update after update is not finite. Exit code 3."""
 
 
-class Unsound(RuntimeError):
-    """There are checkpoints and none can be trusted. Nothing has been touched. One line, exit code 4."""
+class CorruptCheckpoint(RuntimeError):
+    """There are checkpoints, and none can be trusted. Nothing has been touched. Exit code 4."""
 
 
-class TryAgain(RuntimeError):
-    """What failed may work the next time, and what was saved is sound. One line, exit code 75 (EX_TEMPFAIL)."""
+class TemporaryError(RuntimeError):
+    """What failed may work the next time, and what was saved is sound. Exit code 75."""
+
+
+def refuse(where, expected, found, advice=""):
+    """Raise ConfigError, which main prints as one line."""
+    raise ConfigError(f"{where}: expected {expected}, found {found}" + (advice and f"; {advice}"))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Zero in adam_lr, hyper_lr, beta2 and eps means: from the recipe's scaling heuristic."""
+    """How to train. 0 in adam_lr, matrix_lr, beta2 or eps: what the recipe's heuristic says."""
     mixture: tuple                      # ((source, weight), ...); data.py says what a source can be
-    tokenizer: str                      # "bytes", "bpe:N" (trained on the mixture) or a .tiktoken file
+    tokenizer: str                      # "bytes", "bpe:N" (trained here) or a .tiktoken file
     steps: int                          # optimizer steps
-    batch_size: int                     # B: sequences per step, over all devices and microbatches
+    batch_size: int                     # B: sequences per step, over devices and microbatches
     accumulate: int = 1                 # A: microbatches per step; changes memory, not the result
     seed: int = 0                       # of the weights, the data order and the sample
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
-    recipe: str = "v1"                  # fit that gives rates, beta2 and eps: "v1" for AdamH, "v2" for MuonH
-    optimizer: str = "adamh"            # "adamh", "muonh" (matrices by MuonH, the head by AdamH), "adamw" (plain:
-    #                                     every weight at adam_lr, matrices decayed; a baseline); see recipe
+    recipe: Literal["v1", "v2"] = "v1"  # defaults (RECIPES) and heuristic of the rates
+    optimizer: Literal["adamh", "muonh", "adamw"] = "adamh"     # "adamw": a baseline, no sphere
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
-    hyper_lr: float = 0.0               # peak rate of matrices: the relative step on the hypersphere
-    rate_scale: float = 1.0             # multiplies both rates of the heuristic: its refit for another scale
-    adam_scale: float = 1.0             # and Adam's once more
-    weight_decay: float = 0.1           # of "adamw", times the rate [cited: nanoGPT]; the others need none
+    matrix_lr: float = 0.0               # peak rate of matrices: relative step on the sphere
+    lr_scale: float = 1.0             # multiplies both rates of the heuristic
+    adam_lr_scale: float = 1.0             # multiplies adam_lr of the heuristic once more
+    weight_decay: float = 0.1           # of "adamw", times the rate [cited: nanoGPT]
     beta1: float = 0.9062               # of Adam's first moment [cited: marin #4697]
     beta2: float = 0.0                  # of Adam's second moment
     eps: float = 0.0                    # of Adam's denominator
     momentum: float = 0.95              # of MuonH [cited: marin #5596]
-    schedule: str = "linear"            # "linear" (warm up, then decay to the end) or "wsd" (hold between them)
+    schedule: Literal["linear", "wsd"] = "linear"               # "wsd" holds the peak in between
     warmup: float = 0.1                 # share of the steps that warms up
     decay: float = 0.2                  # share of the steps that decays, for "wsd"
     min_lr_ratio: float = 0.0           # last rate over peak rate
     clip: float = 1.0                   # largest gradient norm of each optimizer group; 0 is off
-    compiled_dir: str = "out/compiled"  # compiled programs, kept so that a second start is quick; "" is off
-    devices: int = 0                    # 0: all accelerators, or as many CPU devices as cores can share the batch
-    replicas: int = 1                   # mesh axis "replica": copies of the weights: one a slice; 0: one a device
-    expert_parallel: int = 1            # mesh axis "expert": devices that share one layer's experts
-    topology: str = ""                  # hardware for --plan: "v4:8x8x16", "2xv5p:8x8x8" (two slices), "h200:1"
-    published: str = ""                 # what others report of this run; --plan prints it beside its own numbers
+    compiled_dir: str = "out/compiled"  # compiled programs, for a quick second start; "" is off
+    devices: int = 0                    # 0: all accelerators, or CPU devices that fit the batch
+    replicas: int = 1                   # mesh axis "replica": copies of weights; 0: one a device
+    expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts
+    topology: str = ""                  # for --plan: "v4:8x8x16", or two slices: "2xv5p:8x8x8"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
-    eval_every: int = 200               # steps between evaluations; the last step always is one
-    eval_tokens: int = 32_768           # of each held-out domain, but all of it at the end
-    save_every: int = 500               # steps between checkpoints; the last step always is one
-    save_minutes: float = 0.0           # and after so many minutes, at the next log line; 0 is off
+    eval_every: int = 200               # steps between evaluations; the last step has one
+    eval_tokens: int = 32_768           # of each held-out domain; the last time all of it
+    save_every: int = 500               # steps between checkpoints; the last step has one
+    save_minutes: float = 0.0           # also save after so many minutes, at a log line; 0 is off
     keep: int = 2                       # newest checkpoints that are kept
-    keep_every: int = 0                 # a checkpoint at every multiple of this step is kept for good; 0 is none
-    checkpoint_dir: str = ""            # where they are kept, also gs://BUCKET/PATH; "" is run_dir/checkpoints
-    max_skips: int = 5                  # updates skipped in a row (see `guard`) that end the run
-    skip_sigma: float = 0.0             # also skip a loss or gradient norm so many sigma high; 0 is off: a spike
-    #                                     is a symptom, and skipping cured none for Marin [cited: marin #1368]
-    stuck_minutes: float = 60.0         # without a step done: print all stacks, exit with 75; 0 is off
-    heartbeat_seconds: int = 100        # without a sign of life: a peer is lost, and all others stop
+    keep_every: int = 0                 # keep for good the checkpoints of its multiples; 0 is none
+    checkpoint_dir: str = ""            # also gs://BUCKET/PATH; "" is run_dir/checkpoints
+    max_skips: int = 5                  # updates skipped in a row that end the run
+    skip_sigma: float = 0.0             # also skip losses or norms so many sigma high; 0 is off
+    stuck_minutes: float = 60.0         # without a step done: stacks, exit code 75; 0 is off
+    heartbeat_seconds: int = 100        # a peer silent for so long is lost; all others stop
     prompt: str = "\n"                  # how the sample begins
     sample_tokens: int = 200            # length of the sample; 0 is no sample
     temperature: float = 0.8            # of the sample; 0 takes the likeliest token
 
     def __post_init__(self):
-        def need(ok, key, expected):
-            if not ok:
-                raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
-        for key in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_tokens", "save_every",
-                    "keep", "expert_parallel", "max_skips", "heartbeat_seconds"):
-            need(getattr(self, key) > 0, key, "a positive number")
-        for key, names in {"recipe": ("v1", "v2"), "optimizer": ("adamh", "muonh", "adamw"),
-                           "schedule": ("linear", "wsd")}.items():
-            need(getattr(self, key) in names, key, " or ".join(map(repr, names)))
-        need(self.rate_scale > 0, "rate_scale", "a positive number")
-        need(self.adam_scale > 0, "adam_scale", "a positive number")
-        for key in ("adam_lr", "hyper_lr", "weight_decay", "eps", "clip", "devices", "replicas", "peak_flops",
-                    "sample_tokens", "temperature", "save_minutes", "keep_every", "skip_sigma", "stuck_minutes"):
-            need(getattr(self, key) >= 0, key, "zero or a positive number")
-        for key in ("warmup", "decay", "min_lr_ratio"):
-            need(0 <= getattr(self, key) <= 1, key, "a number from 0 to 1")
-        for key in ("beta1", "beta2", "momentum"):
-            need(0 <= getattr(self, key) < 1, key, "a number from 0 to below 1")
-        need(self.schedule == "linear" or self.warmup + self.decay <= 1, "decay",
-             f"at most 1 - warmup = {1 - self.warmup:g}")
-        need(int(self.warmup * self.steps) < self.steps, "warmup", "a share that leaves a step after the warm-up")
-        need(self.batch_size % self.accumulate == 0, "accumulate", f"a divisor of batch_size={self.batch_size}")
-        need(len(self.mixture) > 0 and all(
-            isinstance(m, tuple) and len(m) == 2 and isinstance(m[0], str) and isinstance(m[1], (int, float))
-            and m[1] > 0 for m in self.mixture), "mixture", 'pairs such as (("books", 1.0),), weights above 0')
+        check_ranges(self)
 
 
-KEYS = {name: hint for cls in (ModelConfig, TrainConfig) for name, hint in typing.get_type_hints(cls).items()}
+def check_ranges(t):
+    """Raise ValueError, naming the key, if a value of a TrainConfig is out of its range."""
+    def need(holds, expected, *keys):
+        for key in keys:
+            if not holds(getattr(t, key)):
+                raise ValueError(f"{key}: expected {expected}, found {getattr(t, key)!r}")
+
+    numeric = [f.name for f in dataclasses.fields(t) if f.type in (int, float)]
+    need(lambda x: x > 0, "a positive number", "steps", "batch_size", "accumulate", "log_every",
+         "eval_every", "eval_tokens", "save_every", "keep", "expert_parallel", "max_skips",
+         "heartbeat_seconds", "lr_scale", "adam_lr_scale")
+    need(lambda x: x >= 0, "zero or a positive number", *numeric)
+    need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
+    need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
+    need(lambda x: t.schedule == "linear" or t.warmup + x <= 1, "at most 1 - warmup", "decay")
+    need(lambda x: int(x * t.steps) < t.steps, "a share that leaves a step after it", "warmup")
+    need(lambda x: t.batch_size % x == 0, f"a divisor of batch_size={t.batch_size}",
+         "accumulate")
+    need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
+
+
+def is_source(pair):
+    name, weight = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, 0)
+    return isinstance(name, str) and isinstance(weight, int | float) and weight > 0
+
+
+# Defaults that belong to a recipe; a line of the config wins. [cited: marin #4697 and #5951]
+RECIPES = {
+    "v1": {},
+    "v2": dict(optimizer="muonh", warmup=0.01, clip=0.0, min_lr_ratio=0.05, router_z=0.0,
+               logit_z=0.0),
+}
+KEYS = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
 def check(key, value, where):
-    """The value, if key exists and takes it (an int may stand for a float); else ConfigError."""
+    """The value, if the key takes it (an int may stand for a float); else ConfigError."""
     if key not in KEYS:
         near = difflib.get_close_matches(key, KEYS, 1)
-        raise ConfigError(f"{where}: unknown config key '{key}'" + (f"; did you mean '{near[0]}'?" if near else "")
-                          + "  (python train.py --help lists all keys)")
-    if typing.get_origin(KEYS[key]) is typing.Literal:
-        return value
-    if KEYS[key] is float and type(value) is int:
+        hint = f"did you mean '{near[0]}'?" if near else "python train.py --help lists all keys"
+        raise ConfigError(f"{where}: unknown config key '{key}'; {hint}")
+    kind, choices = KEYS[key], typing.get_args(KEYS[key])
+    if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not KEYS[key]:
-        raise ConfigError(f"{where}: {key}: expected {KEYS[key].__name__}, found {value!r}")
-    if KEYS[key] is float and not math.isfinite(value):
-        raise ConfigError(f"{where}: {key}: expected a finite number, found {value!r}")
+    if choices and value not in choices:
+        refuse(f"{where}: {key}", " or ".join(map(repr, choices)), repr(value))
+    if not choices and type(value) is not kind:
+        refuse(f"{where}: {key}", kind.__name__, repr(value))
+    if kind is float and not math.isfinite(value):
+        refuse(f"{where}: {key}", "a finite number", repr(value))
     return value
+
+
+def read_override(argument):
+    """(key, value) of a --key=value. A value that is no Python literal is a word."""
+    match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
+    if not match:
+        refuse("command line", "--key=value", repr(argument))
+    key, value = match.groups()
+    if KEYS.get(key) is not str:
+        with contextlib.suppress(Exception):
+            value = ast.literal_eval(value)
+    return key, check(key, value, "command line")
 
 
 def load_config(path, overrides=()):
     """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
 
-    Names that begin with _ and imported modules are not keys. A config is Python code: run only your own."""
+    Names that begin with _ and imported modules are no keys. A config is code: run only yours."""
     if not Path(path).is_file():
-        raise ConfigError(f"{path}: expected a config file, found none; configs/ holds the ready ones")
+        refuse(path, "a config file", "none", "configs/ holds the ready ones")
     try:
         names = runpy.run_path(str(path))
     except Exception as error:
-        raise ConfigError(f"{path}: not a runnable config file: {type(error).__name__}: {error}") from None
+        raise ConfigError(f"{path}: not a runnable config file: {one_line(error)}") from None
     skip = (types.ModuleType, types.FunctionType, type)
-    values = {k: check(k, v, path) for k, v in names.items() if k[0] != "_" and not isinstance(v, skip)}
-    for argument in overrides:
-        match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
-        if not match:
-            raise ConfigError(f"command line: expected --key=value, found {argument!r}")
-        key, text = match.groups()
-        try:
-            value = text if KEYS.get(key) is str else ast.literal_eval(text)
-        except Exception:               # whatever is no Python literal is a word
-            value = text
-        values[key] = check(key, value, "command line")
-    values.setdefault("run_dir", "")
-    values["run_dir"] = values["run_dir"] or f"out/{Path(path).stem}"
+    values = {key: check(key, value, path) for key, value in names.items()
+              if key[0] != "_" and not isinstance(value, skip)}
+    values |= dict(map(read_override, overrides))
+    values = RECIPES[values.get("recipe", "v1")] | values
+    values["run_dir"] = values.get("run_dir") or f"out/{Path(path).stem}"
     configs = []
     for cls in (ModelConfig, TrainConfig):
-        fields = dataclasses.fields(cls)
-        for missing in (f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values):
-            raise ConfigError(f"{path}: missing config key '{missing}' of {cls.__name__}; add {missing} = ...")
+        for field in dataclasses.fields(cls):
+            if field.default is dataclasses.MISSING and field.name not in values:
+                raise ConfigError(f"{path}: missing config key '{field.name}' of {cls.__name__}")
+        own = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         try:
-            configs.append(cls(**{f.name: values[f.name] for f in fields if f.name in values}))
+            configs.append(cls(**own))
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
-    if configs[0].balancer == "aux_global" and configs[1].accumulate > 1:
-        raise ConfigError(f"{path}: accumulate: expected 1, since balancer='aux_global' needs the whole batch's "
-                          f"loads before its first gradient, found {configs[1].accumulate}")
     return tuple(configs)
 
 
 def describe_keys():
-    """The text of --help, read from the comments beside the fields: one place to write, none to forget."""
-    lines = [__doc__.split("\n\nB batch")[0], ""]
+    """The text of --help, read from the comments beside the fields."""
+    lines = [__doc__]
+    pattern = r"^    (\w+): (\w+)(?:\[.*\])?(?: = (.*?))? +# (.*)$"
     for cls in (ModelConfig, TrainConfig):
-        lines += [f"{cls.__name__}: {cls.__doc__}"]
-        field = re.compile(r"^    (\w+): (\w+)(?: = (.*?))? +# (.*)$", re.MULTILINE)
-        for name, kind, default, text in field.findall(inspect.getsource(cls)):
+        lines += ["", f"{cls.__name__}: {cls.__doc__}"]
+        fields = re.findall(pattern, inspect.getsource(cls), re.MULTILINE)
+        for name, kind, default, text in fields:
             lines.append(f"  {f'--{name}={default or kind.upper()}':30s} {text}")
-        lines.append("")
     return "\n".join(lines)
-
-
-class Rates(NamedTuple):
-    adam_lr: float
-    hyper_lr: float
-    beta2: float
-    eps: float
-
-
-def heuristic(recipe, tokens, tokens_per_batch, hidden_dim):
-    """Learning rates, beta2 and eps from the size of the run.
-
-    v1: Marin's fit of April 2026 to 186 AdamH runs (R2 = 0.995, #4225), the 129B run's numbers.
-    v2: the refit of May 2026 for MuonH (17 cells, R2 = 0.996, #5951).
-    Both were fitted at 4,096 tokens a sequence and batches of 32 sequences and more."""
-    T, D, sequences = tokens, hidden_dim, tokens_per_batch / 4096
-    if recipe == "v1":
-        adam_lr = 1.63 * T**-0.2813 * D**-0.3678 * sequences**0.5
-        eps = 1e-15 * (32 * T / (sequences * 1.4e9)) ** 0.5
-    else:
-        adam_lr = 0.06602 * T**-0.395 * D**-0.150 * tokens_per_batch**0.5
-        eps = 9.676e-18 * (T / tokens_per_batch) ** 0.5
-    beta2 = min(max(0.999 ** (tokens_per_batch / 131_072), 0.95), 0.9999)     # a constant half-life in tokens
-    return Rates(min(adam_lr, 0.05), min(13 / 3 * adam_lr, 0.05), beta2, eps)
 
 
 # -------------------------------------------------------------------------------------------- mesh
@@ -335,10 +321,10 @@ def make_mesh(c, t, devices=None):
 def rates(c, t):
     """The peak rates, beta2 and eps: scaling.heuristic's, with whatever the config sets instead."""
     batch_tokens = t.batch_size * c.seq_len
-    fit = heuristic(t.recipe, t.steps * batch_tokens, batch_tokens, c.hidden_dim)
-    fit = fit._replace(adam_lr=t.rate_scale * t.adam_scale * fit.adam_lr,
-                       hyper_lr=t.rate_scale * fit.hyper_lr)
-    return Rates(*(getattr(t, name) or value for name, value in fit._asdict().items()))
+    fit = scaling.heuristic(t.recipe, t.steps * batch_tokens, batch_tokens, c.hidden_dim)
+    fit = fit._replace(adam_lr=t.lr_scale * t.adam_lr_scale * fit.adam_lr,
+                       matrix_lr=t.lr_scale * fit.matrix_lr)
+    return scaling.Rates(*(getattr(t, name) or value for name, value in fit._asdict().items()))
 
 
 def lr_multiplier(t, step):
@@ -454,7 +440,7 @@ def make_optimizer(c, t, mesh=None):
         return jax.tree.map(one, ms, specs, is_leaf=masked)
 
     def ball(direction):
-        return hyperball(direction, lambda step: r.hyper_lr * lr_multiplier(t, step))
+        return hyperball(direction, lambda step: r.matrix_lr * lr_multiplier(t, step))
 
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
     muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
@@ -696,20 +682,21 @@ def make_sampler(c, t, tokenizer):
     return sample
 
 
-# -------------------------------------------------------------------------------------------------- checkpoint
+# ------------------------------------------------------------------------------------ checkpoint
 
 def leaves_by_name(tree):
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
-def fingerprint(x):
-    """32 bits of an array's bits and their places: exact, and the same however the array lies on devices.
+def checksum(x):
+    """32 bits of an array's bits and their places: exact, and the same on every mesh.
 
-    Each element is mixed with its place by a one-to-one function (murmur3's finaliser) and all are summed modulo
-    2**32. So any change of one element is seen for certain, any other with probability 1 - 2**-32."""
+    Each element is mixed with its place by a one-to-one function (the last step of murmur3), and
+    all are summed modulo 2**32: a change of one element is seen always, any other almost always."""
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):        # counted axis by axis: a flat view would gather a split array
+    for axis in reversed(range(x.ndim)):        # a flat view would gather a split array
         place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]
     bits ^= place * jnp.uint32(0x9E3779B9)
@@ -719,13 +706,13 @@ def fingerprint(x):
 
 
 @jax.jit
-def fingerprints(leaves):
+def checksums(leaves):
     """Of every leaf, in order, [leaves]; and whether all of them are finite."""
-    return (jnp.stack([fingerprint(x) for x in leaves]),
-            jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves if x.dtype != jnp.int32])))
+    finite = [jnp.all(jnp.isfinite(x)) for x in leaves if x.dtype != jnp.int32]
+    return jnp.stack([checksum(x) for x in leaves]), jnp.all(jnp.stack(finite))
 
 
-def agreed(fine):
+def all_agree(fine):
     """Whether all processes say so: what each has read for itself is decided on together."""
     if jax.process_count() == 1:
         return fine
@@ -733,27 +720,18 @@ def agreed(fine):
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
 
 
-def without_echoes(unraisable, show=sys.unraisablehook):
-    """A sys.unraisablehook. When a write fails, tensorstore's threads go on and report each further piece to an
-    event loop that orbax has closed: hundreds of stacks that say nothing. When a read fails, the coroutines of the
-    further arrays that fail are dropped, each with its stack. The failure itself is an event, or one line."""
-    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
-        show(unraisable)
-
-
 class Checkpoints:
-    """Whole states by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
+    """Whole states, written by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
 
-    orbax restores a flipped bit without a word, so each checkpoint carries a proof: its step, the run's config
-    and the fingerprint of every array. Only a state that matches its proof is sound, on whatever mesh it is
-    restored. Broken ones are kept, named in .broken, and moved aside when another one is sound."""
+    orbax restores a flipped bit silently, so each checkpoint has a record: its step, the run's
+    config and a checksum of every array. A state that does not match its record is not used, but
+    kept: it is named in `broken`, {step: why}, and moved aside once another one is used."""
 
     def __init__(self, t):
         import orbax.checkpoint as ocp
         from etils import epath
-        logging.getLogger("absl").setLevel(logging.CRITICAL)    # what orbax logs with stacks is one line here
-        sys.unraisablehook = without_echoes
-        self.ocp, self.t, self.manager, self.broken, self.at, self.failed = ocp, t, None, {}, None, False
+        self.ocp, self.t, self.manager, self.broken = ocp, t, None, {}
+        self.saved = None                       # step that was last restored or given to orbax
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 
     def steps(self):
@@ -762,125 +740,109 @@ class Checkpoints:
         return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)
                        and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
 
-    def newest(self):
-        return next(iter(self.steps()), None)
-
-    def proof(self, step):
-        """What was written beside the arrays. Raises ValueError if it is not whole."""
+    def record(self, step):
+        """{"step": step, "config": dict, "arrays": {name: checksum}}. ValueError if damaged."""
         try:
-            record = json.loads((self.folder / str(step) / "proof" / "metadata").read_text())
-            proof, found = record["proof"], zlib.crc32(json.dumps(record["proof"], sort_keys=True).encode())
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"its proof cannot be read ({one_line(error)})") from None
-        if found != record.get("crc32") or proof["step"] != step:
-            raise ValueError("its proof has been altered")
-        return proof
-
-    def config(self):
-        """The config.json of the newest checkpoint whose proof is whole, or None."""
-        for step in self.steps():
-            with contextlib.suppress(ValueError):
-                return self.proof(step)["config"]
+            record = json.loads((self.folder / str(step) / "record" / "metadata").read_text())
+            if record["step"] == step and record["config"].keys() and record["arrays"].keys():
+                return record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"its record cannot be read ({one_line(error)})") from None
+        raise ValueError("its record has been altered")
 
     def restore(self, c, t, mesh):
-        """The newest sound state, or None if there is no checkpoint at all. Raises Unsound if none is sound."""
+        """The newest sound state, None if there is no checkpoint, or CorruptCheckpoint."""
         target = abstract_state(c, t, mesh)
-        target_by_name = leaves_by_name(target)
+        wanted = leaves_by_name(target)
         for step in self.steps():
-            why = proof = leaves = None
+            why = ""
             try:
-                proof = self.proof(step)["arrays"]
-                # the handler itself: around it orbax has a barrier at which the others would wait for one that
-                # could not read its part
+                sums = self.record(step)["arrays"]
+                # The handler itself: the manager's restore has a barrier, at which the other
+                # processes would wait for one that could not read its part.
                 leaves = self.ocp.StandardCheckpointHandler().restore(
-                    self.folder / str(step) / "state", args=self.ocp.args.StandardRestore(target_by_name))
-            except Exception as error:                      # whatever orbax and tensorstore raise about damage
+                    self.folder / str(step) / "state", args=self.ocp.args.StandardRestore(wanted))
+            except Exception as error:          # whatever orbax and tensorstore raise about damage
                 why = one_line(error)
-            if agreed(why is None):
-                found = np.asarray(fingerprints([leaves[name] for name in target_by_name])[0]).tolist()
-                bad = [n for n, mark in zip(target_by_name, found) if proof.get(n) != mark]
+            if all_agree(not why):
+                found = np.asarray(checksums([leaves[name] for name in wanted])[0]).tolist()
+                bad = [name for name, mark in zip(wanted, found) if sums.get(name) != mark]
                 if not bad:
-                    self.at = step
-                    return jax.tree.unflatten(jax.tree.structure(target), [leaves[n] for n in target_by_name])
-                why = f"altered since it was written: {', '.join(bad[:3])}" + ", ..." * (len(bad) > 3)
+                    self.saved = step
+                    return jax.tree.unflatten(jax.tree.structure(target),
+                                              [leaves[name] for name in wanted])
+                why = f"altered since it was written: {', '.join(bad[:3])}"
             self.broken[step] = why or "another process could not read its part"
         if self.broken:
-            raise Unsound(f"{self.folder}: none of {len(self.broken)} checkpoints can be trusted, and nothing was "
-                          f"touched. " + "; ".join(f"step {s}: {w}" for s, w in self.broken.items())
-                          + ". To start anew choose another --run_dir")
+            why = "; ".join(f"step {step}: {why}" for step, why in self.broken.items())
+            raise CorruptCheckpoint(
+                f"{self.folder}: none of {len(self.broken)} checkpoints can be trusted, and "
+                f"nothing was touched. {why}. To start anew choose another --run_dir")
 
-    def open(self):
-        """Make ready to write: clear what killed writers left, move broken checkpoints aside, delete none."""
-        policies = self.ocp.checkpoint_managers
-        keep = [policies.LatestN(self.t.keep)]
-        keep += [policies.EveryNSteps(self.t.keep_every)] if self.t.keep_every else []
+    def open(self, clean=True):
+        """Get ready to write: clear what killed writers left, move broken checkpoints aside."""
         options = self.ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=not self.failed, enable_async_checkpointing=True,
-            preservation_policy=policies.AnyPreservationPolicy(keep))
+            max_to_keep=self.t.keep, keep_period=self.t.keep_every or None,
+            cleanup_tmp_directories=clean, enable_async_checkpointing=True)
         try:
-            for step in self.broken if leads() else ():
-                if (self.folder / str(step)).exists():
-                    (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
-            agreed(True)                                    # the others wait for that
+            for step in set(self.broken) & set(self.steps()) if is_main_process() else ():
+                aside = f"broken-{step}-{time.time_ns()}"
+                (self.folder / str(step)).rename(self.folder / aside)
+            all_agree(True)                     # the others wait for that
             self.manager = self.ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
-            raise ConfigError(f"checkpoint_dir: expected a directory that can be written, found {self.folder} "
-                              f"({error.strerror})") from None
+            refuse("checkpoint_dir", "a directory that can be written",
+                   f"{self.folder} ({error.strerror})")
 
     def save(self, state, config):
-        """Begin to write a state. Returns what went wrong with the one before, or "". Halted if not finite."""
-        step, leaves = int(state.step), leaves_by_name(state)
-        if step == self.at:
+        """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
+
+        Raises Diverged if the state is not finite."""
+        step, leaves, args = int(state.step), leaves_by_name(state), self.ocp.args
+        if step == self.saved:
             return ""
-        marks, finite = fingerprints(list(leaves.values()))
+        sums, finite = checksums(list(leaves.values()))
         if not finite:
-            raise Halted(f"step {step}: the state is not finite, though every update was; not saved")
-        wrong = self.settle()
-        self.sweep()
-        proof = {"step": step, "config": config, "arrays": dict(zip(leaves, np.asarray(marks).tolist()))}
-        record = {"proof": proof, "crc32": zlib.crc32(json.dumps(proof, sort_keys=True).encode())}
-        args, self.at = self.ocp.args, step
+            raise Diverged(f"step {step}: the state is not finite, but every update was; not saved")
+        arrays = dict(zip(leaves, np.asarray(sums).tolist()))
+        record = args.JsonSave({"step": step, "config": config, "arrays": arrays})
+        wrong, self.saved = self.wait(), step
         try:
             self.manager.save(step, args=args.Composite(state=args.StandardSave(leaves),
-                                                        proof=args.JsonSave(record)))
+                                                        record=record))
         except Exception as error:
-            wrong = self.give_up(error)
+            wrong = self._recover(error)
         return wrong
 
-    def settle(self):
+    def wait(self):
         """Wait until what save began is written. Returns what went wrong, or ""."""
         try:
-            if self.manager:
-                self.manager.wait_until_finished()
-            return ""
-        except Exception as error:                          # a full disk, a bucket out of reach
-            return self.give_up(error)
+            self.manager.wait_until_finished()
+        except Exception as error:              # a full disk, a bucket out of reach
+            return self._recover(error)
+        return ""
 
-    def give_up(self, error):
-        """A manager does not recover from a failed write: take another, and clear away what is half written."""
-        wrong, self.at, self.failed = f"step {self.at}: {one_line(error)}", None, True
+    def _recover(self, error):
+        """A manager whose write failed never writes again: clear up and take a new one."""
+        wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
         with contextlib.suppress(Exception):
             self.manager.close()
-        self.open()
-        return wrong
-
-    def sweep(self):
-        """Remove what a failed write left half done. Its threads may still be at it: then the next time."""
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if leads() and self.failed else ():
-            with contextlib.suppress(OSError):
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if is_main_process() else ():
+            with contextlib.suppress(OSError):  # its threads may still write: see `clean`
                 path.rmtree(missing_ok=True)
+        self.open(clean=False)
+        return wrong
 
     def close(self):
         if self.manager:
-            self.settle()
+            self.wait()
             self.manager.close()
-            self.sweep()
 
 
-# ----------------------------------------------------------------------------------------------- run directory
+# --------------------------------------------------------------------------------- run directory
 
-def leads():
-    """Whether this is the one process that prints and writes files; every process writes its share of a state."""
+def is_main_process():
+    """Whether this process prints and writes files. Checkpoints are written by every process."""
     return jax.process_index() == 0
 
 
@@ -888,708 +850,285 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-@contextlib.contextmanager
-def writing(path):
-    """An OSError inside becomes one line that names the file: that of a full disk names none."""
+def write(path, text, append=False):
+    """Append to a file, or replace it in one motion, so that a reader never sees half of it."""
+    if not is_main_process():
+        return
+    target = Path(path) if append else Path(path).with_suffix(".tmp")
     try:
-        yield
+        with open(target, "a" if append else "w") as file:
+            file.write(text)
+        if not append:
+            target.replace(path)
     except OSError as error:
-        raise TryAgain(f"{path}: cannot be written ({error.strerror}); what was saved before is sound, and the "
-                       f"same command goes on") from None
+        raise TemporaryError(f"{path}: cannot be written ({error.strerror}); what was saved before "
+                             f"is sound, and the same command goes on") from None
 
 
-def append(path, row):
-    if leads():
-        with writing(path), open(path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_rows(path):
-    """The rows of a .jsonl file; a line that a crash cut short or that is damaged is left out."""
-    rows = []
-    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
+    """The rows of a .jsonl file. A line that a crash cut short or that is damaged is left out."""
+    rows, text = [], Path(path).read_text(errors="replace") if Path(path).exists() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step", 0), int)]
+    return [r for r in rows if isinstance(r, dict) and isinstance(r.get("step", 0), int)]
 
 
-def write_whole(path, text):
-    """Replace a file in one motion: a reader sees the old text or the new one, never half."""
-    if leads():
-        with writing(path):
-            Path(path).with_suffix(".tmp").write_text(text)
-            Path(path).with_suffix(".tmp").replace(path)
-
-
-def write_rows(path, rows):
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+def log_event(run, event, **facts):
+    """Append to the run's events.jsonl."""
+    row = dict(event=event, **facts, time=time.time())
+    write(run / "events.jsonl", json_lines([row]), append=True)
 
 
 @contextlib.contextmanager
-def only_trainer(run):
+def run_lock(run):
     """Hold the lock of a run directory. Raises ConfigError if another process trains there."""
-    if not leads():
+    if not is_main_process():
         yield
         return
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / "lock", "a+")
+        lock = open(run / "lock", "a")
     except OSError as error:
-        raise ConfigError(f"run_dir: expected a directory that can be written, found {run} "
-                          f"({error.strerror})") from None
+        refuse("run_dir", "a directory that can be written", f"{run} ({error.strerror})")
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # goes with the process, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # ends with the process
         except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(f"{run}: {lock.read().strip() or 'another process'} is training there; wait for it, "
-                              f"stop it, or choose another --run_dir") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+            raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
+                              f"choose another --run_dir") from None
         yield
 
 
 @functools.cache
 def git_commit():
-    """The commit of this code, "-dirty" if a Python file has changed since: tables of results may grow."""
-    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    """The commit of this code, with "-dirty" if a Python file has changed since."""
+    def git(*words):
+        return subprocess.check_output(["git", *words], cwd=Path(__file__).parent, text=True,
+                                       stderr=subprocess.DEVNULL, timeout=10).strip()
     try:
-        found = git(["git", "describe", "--always"]).stdout.strip()
-        changed = found and git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-        return found + "-dirty" * bool(changed) or "unknown"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        return git("describe", "--always") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-FIXED = ("optimizer", "batch_size", "seed")     # with model and data: what one run cannot change on its way
-FREE = ("exchange", "remat")        # of the model: how it is computed, not what. The 129B run went from ring to
-#                                     ragged on its way [cited: marin #4697]
+IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
+RUNTIME = ("exchange", "remat")     # of the model: how it is computed, not what. The 129B run went
+#                                     from ring to ragged on its way [cited: marin #4697]
+
+
+def identity(config):
+    """Of the content of a config.json, what must not change within a run."""
+    fixed = {key: value for key, value in config["model"].items() if key not in RUNTIME}
+    return fixed | {key: config["train"][key] for key in IMMUTABLE} | {"data": config["data"]}
 
 
 def check_run(c, t, mixture, checkpoints):
-    """The content of config.json, after making sure that the run in run_dir, if there is one, is this one.
+    """The content of config.json, after making sure that the run in run_dir, if any, is this one.
 
-    Reads only; raises ConfigError naming the key that differs."""
-    run, step, old = Path(t.run_dir), checkpoints.newest(), None
+    Reads only. Raises ConfigError naming the key that differs."""
+    file, steps = Path(t.run_dir, "config.json"), checkpoints.steps()
+    versions = {package.__name__: package.__version__ for package in (jax, np, optax)}
     now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
            "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
-           "versions": {m.__name__: m.__version__ for m in (jax, np, optax)} | {"python": sys.version.split()[0]}}
-    try:                        # a new machine has no config.json yet, and finds it in the checkpoints
-        there = (run / "config.json").exists()
-        old = json.loads((run / "config.json").read_text()) if there else checkpoints.config()
-        if old is not None:
-            pairs = [(k, old["model"].get(k), v) for k, v in now["model"].items() if k not in FREE]
-            pairs += [(k, old["train"].get(k), now["train"][k]) for k in FIXED]
-            pairs += [("data", old["data"], now["data"])]
+           "versions": versions | {"python": sys.version.split()[0]}}
+    then = wanted = identity(now)
+    try:
+        if file.exists():
+            then = identity(json.loads(file.read_text()))
+        elif steps:                             # a new machine, which has the checkpoints only
+            then = identity(checkpoints.record(steps[0])["config"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ConfigError(f"{run / 'config.json'}: expected the config of a run, found something else; "
-                          f"choose another --run_dir") from None
-    if old is not None:
-        for key, then, wanted in pairs:
-            if then != wanted:
-                raise ConfigError(f"{run}: holds a run with {key}={then!r}, found {key}={wanted!r}; a run cannot "
-                                  f"change this on its way: choose another --run_dir, or delete this one")
-    if step is not None and step > t.steps:
-        raise ConfigError(f"steps: expected at least {step}, where the run in {run} stands, found {t.steps}")
+        refuse(file, "the config of a run", "something else", "choose another --run_dir")
+    for key, value in wanted.items():
+        if then.get(key) != value:
+            raise ConfigError(f"{t.run_dir}: holds a run with {key}={then.get(key)!r}, found {key}="
+                              f"{value!r}; a run cannot change this: choose another --run_dir")
+    if steps and steps[0] > t.steps:
+        refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps)
     return now
 
 
-def write_run(run, now):
+def write_config(run, now):
     """Write config.json; what changed since the last start becomes an event and a printed line."""
-    if (run / "config.json").exists():
-        old = json.loads((run / "config.json").read_text())
-        changed = {k: [old[part].get(k), v] for part in ("model", "train") for k, v in now[part].items()
-                   if old[part].get(k) != v}
-        if changed:
-            append(run / "events.jsonl", {"event": "config_changed", "keys": changed, "time": time.time()})
-            say("changed   " + ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
-    write_whole(run / "config.json", json.dumps(now, indent=1))
+    file = run / "config.json"
+    old = json.loads(file.read_text()) if file.exists() else now
+    before, after = (config["model"] | config["train"] for config in (old, now))
+    changed = {k: [before.get(k), v] for k, v in after.items() if before.get(k) != v}
+    if changed:
+        log_event(run, "config_changed", keys=changed)
+        log("changed   " + ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
+    write(file, json.dumps(now, indent=1))
 
 
-# --------------------------------------------------------------------------------------------------------- log
+# ------------------------------------------------------------------------------------------- log
+
+NUMBERS = ("step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps")
+
+
+def is_metrics(row):
+    """Whether a row of metrics.jsonl has the numbers that a resumed run and the report need."""
+    try:
+        maybe = [row[key] for key in ("loss", "ema", "gnorm") if row[key] is not None]
+        return all(map(math.isfinite, maybe + [row[key] for key in NUMBERS]))
+    except (KeyError, TypeError, OverflowError):
+        return False
+
 
 class Log:
-    """Metrics of every step, fetched from the devices once per line, so that logging never stalls a step."""
+    """Metrics of every step, fetched from the devices once per line, so that no step waits."""
 
     def __init__(self, run, c, t, mesh, start, rows_of):
-        self.file, self.events = run / "metrics.jsonl", run / "events.jsonl"
-        self.c, self.t, self.rows_of = c, t, rows_of
-        numbers = {"step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps"}
-        number = lambda x: isinstance(x, int | float) and math.isfinite(x)      # json.loads takes NaN for a number
-        whole = lambda row: (all(number(row.get(k)) for k in numbers) and
-                             all(row.get(k, "") is None or number(row.get(k)) for k in ("loss", "ema", "gnorm")))
-        kept = [row for row in read_rows(self.file) if whole(row) and row["step"] <= start]  # the rest comes again
-        write_rows(self.file, kept)
+        self.run, self.c, self.t, self.rows_of = run, c, t, rows_of
+        kept = [row for row in read_rows(run / "metrics.jsonl")
+                if is_metrics(row) and row["step"] <= start]
+        write(run / "metrics.jsonl", json_lines(kept))      # later steps come again
         self.ema = kept[-1]["ema"] if kept else None
-        self.in_row, self.skipped = 0, sum(row.get("skipped", 0) for row in kept)
+        self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
         self.device = mesh.local_devices[0]
         self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * mesh.size
         self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
         self.pending, self.since = [], time.perf_counter()
 
-    def step(self, step, metrics, due, say):
-        """Keep a step's metrics; when a line is due, write it. Raises Halted after max_skips skips in a row."""
+    def step(self, step, metrics, due, *_):
+        """Keep a step's metrics; when a line is due, write it. Raises Diverged, see `follow`."""
         self.pending.append(metrics)
         if not due:
             return
-        rows = jax.device_get(self.pending)
-        seconds, self.pending = (time.perf_counter() - self.since) / len(rows), []
-        for i, (loss, gnorm) in enumerate((float(r["loss"]), float(r["gnorm"])) for r in rows):
-            if rows[i]["skipped"]:
-                self.skip(step - len(rows) + 1 + i, loss, gnorm)
-            else:
-                self.in_row, self.ema = 0, loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
-            if rows[i].get("bias_kept"):
-                append(self.file.parent / "events.jsonl", {"event": "bias_kept", "step": step - len(rows) + 1 + i,
-                                                            "layers": int(rows[i]["bias_kept"])})
-        last, speed = rows[-1], self.tokens / seconds
-        finite = lambda x: x if math.isfinite(x) else None                  # JSON knows no nan
-        row = {"step": step, "loss": finite(loss), "ema": self.ema, "gnorm": finite(gnorm),
-               "skipped": sum(int(r["skipped"]) for r in rows),
-               "lr": self.rates.hyper_lr * float(last["lr_multiplier"]),
-               "adam_lr": self.rates.adam_lr * float(last["lr_multiplier"]),
-               "tokens": step * self.tokens, "flops": step * self.tokens * self.count.flops_per_token,
-               "tokens_per_second": speed, "seconds": seconds, "steps": len(rows), "time": time.time()}
+        rows, self.pending = jax.device_get(self.pending), []
+        seconds = (time.perf_counter() - self.since) / len(rows)
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            self.follow(number, row)
+        loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_multiplier"))
+        line = {"step": step, "loss": loss if math.isfinite(loss) else None, "ema": self.ema,
+                "gnorm": gnorm if math.isfinite(gnorm) else None,
+                "skipped": sum(int(row["skipped"]) for row in rows),
+                "lr": self.rates.matrix_lr * share, "adam_lr": self.rates.adam_lr * share,
+                "tokens": step * self.tokens, "tokens_per_second": self.tokens / seconds,
+                "flops": step * self.tokens * self.count.flops_per_token,
+                "seconds": seconds, "steps": len(rows), "time": time.time()}
         if self.c.num_experts:
-            row |= self.routing(rows)
-        append(self.file, row)
-        mfu = f"{100 * self.count.mfu_flops * speed / self.peak:.1f}%" if self.peak else "-"
-        balanced = f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}% | " if self.c.num_experts else ""
-        eta = int(seconds * (self.t.steps - step))
-        say(f"step {step:>{len(str(self.t.steps))}}/{self.t.steps} {100 * step / self.t.steps:5.1f}% | "
-            f"loss {loss:.3f} ema {self.ema or math.nan:.3f} | lr {row['lr']:.1e} | gnorm {gnorm:.2f} | "
-            f"{speed / 1e3:.1f} ktok/s | {seconds * 1e3:.0f} ms | mfu {mfu} | {balanced}{self.memory()} | "
-            f"skip {self.skipped} | eta {eta // 60}m{eta % 60:02d}s")
+            line |= self.routing(rows)
+        write(self.run / "metrics.jsonl", json_lines([line]), append=True)
+        log(self.text(line))
         self.since = time.perf_counter()
 
-    def skip(self, step, loss, gnorm):
-        """An update that was not taken becomes an event that names its rows; too many in a row end the run."""
-        self.in_row, self.skipped = self.in_row + 1, self.skipped + 1
+    def follow(self, step, row):
+        """Average the loss. A skipped update is an event; Diverged after max_skips in a row."""
+        loss, gnorm = float(row["loss"]), float(row["gnorm"])
+        if row.get("bias_kept"):
+            log_event(self.run, "bias_kept", step=step, layers=int(row["bias_kept"]))
+        if not row["skipped"]:
+            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+            self.skipped_in_row = 0
+            return
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
         why = "an outlier" if math.isfinite(loss + gnorm) else "not finite"
-        append(self.events, {"event": "skip", "step": step, "why": why, "loss": str(loss), "gnorm": str(gnorm),
-                             "rows": self.rows_of(step), "time": time.time()})
-        if self.in_row >= self.t.max_skips:
-            raise Halted(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, {self.in_row} times "
-                         f"in a row; none of these updates was taken. Look at the batch with --replay {step}, or "
-                         f"lower the rates")
+        log_event(self.run, "skip", step=step, why=why, loss=str(loss), gnorm=str(gnorm),
+                  rows=self.rows_of(step))
+        if self.skipped_in_row >= self.t.max_skips:
+            raise Diverged(
+                f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, "
+                f"{self.skipped_in_row} times in a row; none of these updates was taken. Look at "
+                f"the batch with --replay {step}, or lower the rates")
 
     def routing(self, rows):
-        load = np.stack([r["load_LE"] for r in rows])                   # [steps since the last line, L, E]
+        load = np.stack([row["load_LE"] for row in rows])               # [steps, L, E]
         violation = np.asarray(balance.max_violation(load))
-        drops = {f"{f:g}": float(np.mean(balance.drop_fraction(load, f))) for f in (1.0, 1.15, 1.33)}
         sent = self.tokens * self.c.experts_per_token * self.c.num_layers * len(rows)
         return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                "drop": float(np.sum([r["dropped_L"] for r in rows])) / sent, "would_drop": drops,
+                "drop": float(np.sum([row["dropped_L"] for row in rows])) / sent,
+                "would_drop": {f"{factor:g}": float(np.mean(balance.drop_fraction(load, factor)))
+                               for factor in (1.0, 1.15, 1.33)},
                 "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
                 "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
 
-    def memory(self):
-        stats = self.device.memory_stats()
-        if stats:
-            return f"hbm {stats['peak_bytes_in_use'] / 2**30:.1f}/{stats['bytes_limit'] / 2**30:.0f}G"
-        import resource                                                 # a CPU device has no memory of its own
-        return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
+    def text(self, row):
+        """What is printed of a row of metrics.jsonl."""
+        step, steps, speed = row["step"], self.t.steps, row["tokens_per_second"]
+        loss, ema, gnorm = (math.nan if row[key] is None else row[key]
+                            for key in ("loss", "ema", "gnorm"))
+        mfu = f"{100 * self.count.mfu_flops * speed / self.peak:.1f}%" if self.peak else "-"
+        eta = int(row["seconds"] * (steps - step))
+        parts = [f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",
+                 f"loss {loss:.3f} ema {ema:.3f}", f"lr {row['lr']:.1e}", f"gnorm {gnorm:.2f}",
+                 f"{speed / 1e3:.1f} ktok/s", f"{row['seconds'] * 1e3:.0f} ms", f"mfu {mfu}"]
+        if self.c.num_experts:
+            parts.append(f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}%")
+        parts += [memory_in_use(self.device), f"skip {self.skipped}",
+                  f"eta {eta // 60}m{eta % 60:02d}s"]
+        return " | ".join(parts)
 
 
-# ------------------------------------------------------------------------------------------------------ report
+def memory_in_use(device):
+    if stats := device.memory_stats():
+        used, limit = stats["peak_bytes_in_use"], stats["bytes_limit"]
+        return f"hbm {used / 2**30:.1f}/{limit / 2**30:.0f}G"
+    return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
 
-def report(run):
-    """Draw run/plots/*.png from the run's own files and put them, with result and config, into report.html."""
-    import base64
-    import html
-
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    config, rows = json.loads((run / "config.json").read_text()), read_rows(run / "metrics.jsonl")
-    events = read_rows(run / "events.jsonl")
-    evals = {e["step"]: e["domains"] for e in events if e["event"] == "eval"}
-    m, t, step = config["model"], config["train"], [row["step"] for row in rows]
-    if not rows:
-        return                                                          # metrics.jsonl was taken away
-    (run / "plots").mkdir(exist_ok=True)
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    loss, held, rate, norm, speed, routing = axes.flat
-    loss.plot(step, [row["loss"] for row in rows], lw=0.6, alpha=0.5, label="training, one batch")
-    loss.plot(step, [row["ema"] for row in rows], label="training, moving average")
-    for name in (name for name in next(iter(evals.values()), {}) if name != "macro"):
-        loss.plot(list(evals), [e[name]["loss"] for e in evals.values()], "o-", ms=4, label=f"held out: {name}")
-        held.plot(list(evals), [e[name]["bpb"] for e in evals.values()], "o-", ms=4, label=name)
-    rate.plot(step, [row["lr"] for row in rows], label="matrices (relative step)")
-    rate.plot(step, [row["adam_lr"] for row in rows], label="Adam group")
-    norm.semilogy(step, [row["gnorm"] for row in rows])
-    speed.plot(step, [row["tokens_per_second"] / 1e3 for row in rows])
-    loss.set(title="loss", ylabel="nats per token")
-    held.set(title="held-out text", ylabel="bits per byte")
-    rate.set(title="learning rates")
-    norm.set(title="gradient norm", xlabel="step")
-    speed.set(title="throughput", ylabel="thousand tokens per second", xlabel="step", ylim=(0, None))
-    if m["num_experts"]:
-        floor = balance.sampling_floor(t["batch_size"] * m["seq_len"], m["num_experts"], m["experts_per_token"])
-        routing.semilogy(step, [row["maxvio"] for row in rows], label="mean over layers")
-        routing.axhline(floor, color="black", ls=":", lw=0.8, label="floor for independent tokens")
-        routing.set(title="MaxVio: largest load over mean load, minus 1", xlabel="step")
-    for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
-    figure.savefig(run / "plots/training.png", dpi=110)
-    plt.close(figure)
-
-    if m["num_experts"]:
-        load = np.array([row["load_LE"] for row in rows])               # [lines, L, E]; 1 is the mean load
-        figure, axes = plt.subplots(load.shape[1], 1, figsize=(10, 1 + 0.9 * load.shape[1]), sharex=True,
-                                    squeeze=False, layout="constrained")
-        for i, axis in enumerate(axes[:, 0]):
-            picture = axis.imshow(load[:, i].T, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r",
-                                  interpolation="nearest", extent=(step[0], step[-1], load.shape[2] - 0.5, -0.5))
-            axis.set(ylabel=f"layer {i}", yticks=())
-        axes[-1, 0].set(xlabel="step")
-        figure.colorbar(picture, ax=axes, label="load of each expert over the mean")
-        figure.savefig(run / "plots/experts.png", dpi=110)
-        plt.close(figure)
-
-    image = lambda p: f'<img src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-    block = lambda title, text: f"<h2>{title}</h2><pre>{html.escape(text)}</pre>"
-    parts = [block(p.stem, p.read_text()) for p in (run / "result.json", run / "sample.txt") if p.exists()]
-    pictures = [image(p) for p in sorted((run / "plots").glob("*.png"), reverse=True)]
-    parts += [block("config", json.dumps(config, indent=1)), block("events", "\n".join(map(json.dumps, events)))]
-    style = "<style>body{font-family:sans-serif;max-width:75em;margin:2em auto}img{max-width:100%}</style>"
-    write_whole(run / "report.html", f"<!doctype html><meta charset='utf-8'>{style}"
-                f"<h1>{html.escape(str(run))}</h1>{''.join(pictures + parts)}")
-
-
-# -------------------------------------------------------------------------------------------------------- plan
-# --plan is arithmetic on the weight table: what a run costs on hardware that is not here. --plan --compile asks
-# the real TPU compiler, which needs no TPU. Both read `topology`.
 
 class Chip(NamedTuple):
     kinds: tuple            # what jax calls the device
     flops: float            # dense bfloat16 FLOPs a second
-    memory: float           # bytes of HBM
-    link: float             # bytes a second, one direction of one ICI link; a torus axis has two per chip
+    memory: float           # bytes of high-bandwidth memory
+    bandwidth: float        # bytes a second of that memory
+    link: float             # bytes a second, one direction of one ICI link; a torus axis has two
     outside: float          # bytes a second to other slices, over the data center's network
     compiler: dict          # what libtpu must know besides the shape
 
 
-CHIPS = {       # [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
-    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 45e9, 6.25e9,
+# [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
+CHIPS = {
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.228e12, 45e9, 6.25e9,
                {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 45e9, 3.125e9, {}),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 90e9, 6.25e9, {}),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 90e9, 12.5e9, {}),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 0.0, 0.0, {}),
-    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 0.0, 0.0, {}),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, {}),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, {}),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 1.640e12, 90e9, 12.5e9, {}),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 0.0, 0.0, {}),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 0.0, 0.0, {}),
 }
 PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
 
 
-def hardware(t):
-    """What `topology` names: (slices, chip name, (x, y, z) of one slice). "2xv5p:8x8x8" is two slices."""
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w+):(\d+(?:x\d+)*)", t.topology)
-    if not match or match[2] not in CHIPS:
-        raise ConfigError(f"topology: expected such as 'v4:8x8x16', '2xv5p:8x8x8' or 'h200:1', of the chips "
-                          f"{', '.join(CHIPS)}; found {t.topology!r}")
-    return int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
+# ------------------------------------------------------------------------------------------ main
 
-
-def traffic(c, t, size):
-    """Bytes that each chip receives in a step, as ((mesh axis, what), bytes) pairs. size: of the mesh axes.
-
-    Per microbatch: a weight split over "data" is gathered forward, and again backward under remat; its gradient
-    is reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that copy their weight.
-    Tokens go to experts and back, in both directions of differentiation."""
-    half = jnp.dtype(c.compute_dtype).itemsize
-    again = c.remat == "block"
-    d, P, out = size["data"], size["expert"], {}
-    def add(axis, what, amount):
-        out[axis, what] = out.get((axis, what), 0.0) + amount
-    def weight(path, w):
-        elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
-        if "data" in w.spec:
-            kind = "experts" if w.group == "expert" else "other weights"
-            gathers = 2 if again and path.startswith("layers/") else 1
-            add("data", f"{kind}, gathered", gathers * t.accumulate * elements * half * (d - 1) / d)
-            add("data", f"{kind}, gradients", t.accumulate * elements * 4 * (d - 1) / d)
-            elements /= d
-        for axis in MESH:
-            if axis not in w.spec:
-                add(axis, "gradients of copies", 2 * elements * 4 * (size[axis] - 1) / size[axis])
-    model.map_params(weight, c)
-    if c.num_experts and P > 1:
-        tokens = t.batch_size * c.seq_len / math.prod(size.values())            # a chip's, over all microbatches
-        passes = 4 + again if c.exchange == "ring" else 4 + 2 * again
-        rows = (P - 1) if c.exchange == "ring" else (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
-        add("expert", f"tokens, by {c.exchange}", passes * c.num_layers * tokens * rows * c.hidden_dim * half)
-    return {key: amount for key, amount in out.items() if amount}
-
-
-def axis_rates(chip, slices, shape, size):
-    """Bytes a second that a chip can receive along each mesh axis: both directions of each torus axis that the
-    mesh axis fills, one link along a part of a torus axis, the data center's network between slices."""
-    rate, left = {}, [(length, 2 if length > 2 else 1) for length in shape]         # (chips in a row, links)
-    for axis in reversed(MESH):
-        n = size[axis] // (slices if axis == "replica" else 1)
-        sets = (s for k in range(1, len(left) + 1) for s in itertools.combinations(left, k)
-                if math.prod(length for length, _ in s) == n)
-        if fills := next(sets, None):
-            rate[axis] = chip.link * max(1, sum(links for _, links in fills))
-            for dimension in fills:
-                left.remove(dimension)
-        else:
-            rate[axis] = chip.link
-            if part := next((d for d in left if d[0] % n == 0), None):
-                left[left.index(part)] = part[0] // n, 0
-    return rate | ({"replica": chip.outside} if slices > 1 else {})
-
-
-def hops(n):
-    """How much longer an all-to-all takes along n chips in a line or ring than its received bytes say.
-
-    What a gather passes on it also keeps; an all-to-all passes bytes on for others. On a ring, the n * V that
-    all chips send travel n / 4 links on average over the 2 n links: V n / 8 each, of which n - 1 of n arrive."""
-    return n * n / (4 * (n - 1))
-
-
-def plan(c, t):
-    """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
-    slices, name, shape = hardware(t)
-    chip, n, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := mesh_error(c, t, chips):
-        raise ConfigError(reason)
-    if chips > 1 and not chip.link:
-        raise ConfigError(f"topology: expected one {name} at most, found {chips}: GPU networks are not modelled")
-    size = mesh_shape(t, chips)
-    mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
-    state = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
-    share = lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    held = lambda tree, s: sum(jax.tree.leaves(jax.tree.map(share, tree, s)))
-    shardings = state_shardings(c, t, mesh)
-    weights = held(state.params, shardings.params)
-    tokens = t.batch_size * c.seq_len
-    inputs = (c.num_layers if c.remat == "block" else 0) * (tokens / t.accumulate / chips) * c.hidden_dim
-    received = traffic(c, t, size)
-    rate = axis_rates(chip, slices, shape, size)
-    seconds = {axis: sum(amount * (hops(size[axis]) if "ragged" in what else 1)
-                         for (a, what), amount in received.items() if a == axis) / rate[axis]
-               for axis in MESH if chips > 1 and size[axis] > 1}
-    ideal = n.mfu_flops * tokens / chips / chip.flops
-    executed = ideal * (4 / 3 if c.remat == "block" else 1)
-    bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
-              "one after the other": executed + sum(seconds.values())}
-    return {"chips": chips, "chip": name, "mesh": size, "tokens_per_step": tokens, "tokens": tokens * t.steps,
-            "total": n.total, "active": n.active, "flops_per_token": n.flops_per_token, "mfu_flops": n.mfu_flops,
-            "memory": {"weights": weights, "moments": held(state.opt, shardings.opt),
-                       "gradients": weights * (2 if t.accumulate > 1 else 1),
-                       "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
-            "received": received, "seconds": seconds, "ideal": ideal, "executed": executed,
-            "step": bounds, "mfu": {how: ideal / s for how, s in bounds.items()}}
-
-
-def show_plan(c, t, compile_too=False):
-    """--plan: print `plan`, in seconds, on any machine; --compile: then `compile_plan`. Returns the exit code."""
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"                  # libtpu must not look for a TPU, nor jax start one
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"          # nor lock the TPU that two compilations do not share
-    jax.config.update("jax_platforms", "cpu")
-    p, (slices, name, shape) = plan(c, t), hardware(t)
-    chip, size, total = CHIPS[name], p["mesh"], p["flops_per_token"] * p["tokens"]
-    print(f"model     {p['total'] / 1e9:.2f} B parameters, {p['active'] / 1e9:.2f} B active; "
-          f"{p['flops_per_token'] / 1e9:.2f} GFLOP a token, {p['mfu_flops'] / 1e9:.2f} with the head (MFU)")
-    print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens = "
-          f"{total:.2e} FLOP")
-    print(f"machine   {p['chips']:,} x {name} ({t.topology}): " + " x ".join(f"{a} {n}" for a, n in size.items())
-          + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, {t.accumulate} microbatch"
-          + ("es" if t.accumulate > 1 else ""))
-    gib, least = 2**30, sum(p["memory"].values())
-    print(f"memory    {least / gib:.2f} of {chip.memory / gib:.0f} GiB a chip, "
-          + " + ".join(f"{what} {amount / gib:.2f}" for what, amount in p["memory"].items())
-          + (f": {(least - chip.memory) / gib:.1f} too much. {remedy(c, t)}" if least > chip.memory else
-             "; and a layer at work" + " (--compile)" * bool(chip.link)))
-    for (axis, what), amount in p["received"].items():
-        if amount > 1e6:
-            print(f"traffic   {axis:8s} {what:28s} {amount / 1e9:9.2f} GB a step and chip")
-    print(f"time      {p['ideal']:.2f} s of model FLOPs at the peak, {p['executed']:.2f} s with recomputation; "
-          + ", ".join(f"{axis} {s:.2f} s" for axis, s in p["seconds"].items()))
-    for how, seconds in p["step"].items():
-        print(f"bound     {how:20s} {seconds:6.2f} s a step, MFU {100 * p['mfu'][how]:.1f} %, "
-              + (f"{seconds * t.steps / 86_400:.1f} days" if seconds * t.steps > 2e5 else
-                 f"{seconds * t.steps / 3600:.1f} hours"))
-    if t.published:
-        print(f"published {t.published}")
-    return compile_plan(c, t) if compile_too else 0
-
-
-def traced_flops(jaxpr, devices=1):
-    """Matmul FLOPs of a traced program on one device: loops times their length, the costlier branch of a cond,
-    kernels by `kernel_flops`. XLA's cost analysis counts a loop body once, whatever its length."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        inner = [j for v in eqn.params.values() for j in (v if isinstance(v, (tuple, list)) else (v,))]
-        inner = [getattr(j, "jaxpr", j) for j in inner]
-        inner = [j for j in inner if hasattr(j, "eqns")]
-        name = eqn.primitive.name
-        if name == "dot_general":
-            ((contracted, _), _), lhs = eqn.params["dimension_numbers"], eqn.invars[0].aval
-            inner_product = math.prod(lhs.shape[i] for i in contracted)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner_product / devices
-        elif name == "pallas_call":
-            total += kernel_flops(eqn) / devices
-        elif name == "cond":
-            total += max(traced_flops(j, devices) for j in inner)
-        else:
-            times = eqn.params.get("length", 1) if name == "scan" else 1
-            total += times * sum(traced_flops(j, 1 if name == "shard_map" else devices) for j in inner)
-    return total
-
-
-def kernel_flops(eqn):
-    """Of one Pallas call: its own estimate (our kernels: every tile of the buffer, in use or not), or, for splash
-    attention, which gives none, the products of its body times the grid steps that do not skip.
-
-    A causal mask with or without a window is a band of blocks: row i of n sees min(i + 1, width) of them, where
-    the grid is `width` wide; so does column i from the end, for the kernel of dk and dv."""
-    if estimate := eqn.params.get("cost_estimate"):
-        return estimate.flops
-    grid, name = eqn.params["grid_mapping"].grid, eqn.params["name"] or ""
-    steps = math.prod(grid)
-    if name.startswith("splash"):
-        n, width = grid[-3 if "dkv" in name else -2], grid[-1]
-        steps = steps // (n * width) * sum(min(i + 1, width) for i in range(n))
-    return steps * traced_flops(eqn.params["jaxpr"])
-
-
-class Collective(NamedTuple):
-    op: str             # "all-gather", ...
-    axis: str           # mesh axes of its groups, "data" or "replica+data+expert"; "" if they are no such axes
-    times: int          # how often a step runs it: the product of the loops around it
-    received: float     # bytes that a chip receives each time
-    arrays: int         # how many at once: the compiler joins small ones
-    scope: str          # where in the program it comes from
-    wrong: str = ""     # what `misplaced` has against it
-
-
-def collectives(text, size):
-    """Every collective of a compiled program (its HLO text), with the loops in which it stands.
-
-    A program for several slices is that of one of them: its groups name the devices of one slice, and what it sums
-    over slices goes through the hosts, as a `send` for "megascale" instead of an all-reduce. A reduce-scatter of
-    shares that do not fill tiles is written as a fusion of pad, all-reduce and slice, and run as a reduce-scatter
-    of padded shares: by the same emitter, AllReduceScatterFusion, as the others."""
-    bodies, lines, scatters = {}, [], set()         # {computation: its lines}; {fusions that are reduce-scatters}
-    for line in text.splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            bodies[match[1]] = lines = []
-        elif line.startswith("  "):
-            lines.append(line)
-
-    times = dict.fromkeys(bodies, 0)                                        # how often a step runs each
-    called = re.compile(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)")
-    def visit(name, factor):
-        times[name] += factor
-        for line in bodies[name]:
-            if " while(" in line:                       # a counter ends it: the largest constant of its condition
-                condition, body = (re.search(rf"{k}=%?([\w.\-]+)", line)[1] for k in ("condition", "body"))
-                visit(body, factor * max(map(int, re.findall(r" constant\((\d+)\)", "".join(bodies[condition]))),
-                                         default=1))
-            else:
-                branches = re.search(r"branch_computations=\{([^}]*)\}", line)
-                callees = called.findall(line) + (re.findall(r"%([\w.\-]+)", branches[1]) if branches else [])
-                callees += re.findall(r"to_apply=%?([\w.\-]+)", line) if " call(" in line else []
-                scatters.update(callees if "AllReduceScatterFusion" in line else ())
-                for callee in callees:
-                    visit(callee, factor)
-    visit(re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)[1], 1)
-
-    devices = re.search(r"num_partitions=(\d+)", text)
-    slices = math.prod(size.values()) // int(devices[1]) if devices else 1
-    shape = size["replica"] // slices, size["data"], size["expert"]
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    axes = {}                                                               # {groups of devices: mesh axes}
-    for some in (some for k in (1, 2, 3) for some in itertools.combinations(range(3), k)):
-        groups = np.moveaxis(ids, some, range(-len(some), 0)).reshape(-1, math.prod(ids.shape[i] for i in some))
-        real = "+".join(MESH[i] for i in some if ids.shape[i] > 1)
-        axes.setdefault(frozenset(map(frozenset, groups.tolist())), real)
-    def axis_of(line):
-        if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-            grid = np.arange(ids.size).reshape([int(i) for i in match[3].split(",")])
-            grid = grid.transpose([int(i) for i in match[4].split(",")]) if match[4] else grid
-            groups = grid.reshape(int(match[1]), int(match[2])).tolist()
-        elif match := re.search(r"replica_groups=\{(\{.*?\})\}", line):
-            groups = [[int(i) for i in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", match[1])]
-        else:
-            return "", ids.size
-        return axes.get(frozenset(map(frozenset, groups)), ""), len(groups[0])
-
-    kind = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (all-gather|reduce-scatter|all-reduce|all-to-all|"
-                      r"collective-permute|ragged-all-to-all|send)(-start)?\(")
-    bytes_of, found = {"bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}, []
-    for name, line in ((name, line) for name in bodies if times[name] for line in bodies[name]):
-        if match := kind.match(line):
-            sizes = [bytes_of.get(dtype, 4) * math.prod(int(i) for i in dims.split(",") if i)
-                     for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])]
-            amount, (axis, n), op = max(sizes) if match[3] else sum(sizes), axis_of(line), match[2]
-            if op == "send":
-                if "megascale" not in line:
-                    continue
-                amount, axis, n, op = max(sizes), "replica", slices, "all-reduce"
-            if name in scatters and op == "all-reduce":
-                amount, op = amount / n, "reduce-scatter"
-            scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
-            scope = re.search(r'op_name="([^"]*)"', line)
-            found.append(Collective(op, axis, times[name], amount * scale.get(op, (n - 1) / n),
-                                    len(sizes), scope[1] if scope else ""))
-    return found
-
-
-SUMMED = "summed whole, where its share was asked for"
-ASKS = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "psum": "all-reduce"}      # {line: op}
-
-
-def misplaced(found):
-    """Those of a MiB and more that no line of the program asks for where they stand, with `wrong` filled in.
-
-    The layer loop holds gathers and gradient sums of weights over "data" and the exchange over "expert"; after it
-    come the psums of gradients of copies. Outside of shard_map only norms are summed (bytes) and MuonH deals whole
-    matrices out. A padded reduce-scatter names no line, nor do the permutes that move its shares into place, nor
-    the all-reduce that the compiler makes of some: SUMMED. Psums of gradients that it joins with norms may bear
-    the name of a norm.
-    For several slices it takes sums over slices and axes apart and drops the names of all that stands once: what
-    is left to judge there is the layer loop, SUMMED, and the bytes in all."""
-    sliced = any(x.axis == "replica" and x.op == "all-reduce" and not x.scope for x in found)
-    inside = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gather", "expert"),
-              ("reduce-scatter", "expert"), ("ragged-all-to-all", "expert")}
-    def why(x):
-        asked = [op for line, op in ASKS.items() if x.scope.rpartition("/")[2].startswith(line)]
-        if x.op == "all-reduce" and not x.scope and x.axis in ("data", "expert"):
-            return SUMMED
-        if x.op == "collective-permute" and not x.scope:
-            return ""                                   # moves the shares of a padded reduce-scatter into place
-        if x.times > 1:
-            return "" if (x.op, x.axis) in inside else "not of the layer loop"
-        if x.op == "reduce-scatter" and not x.scope:
-            return ""
-        if "shard_map" in x.scope:
-            return "" if asked == [x.op] else "not what its line asks for"
-        joined = x.arrays > 1 and x.op == "all-reduce" and x.scope.endswith("reduce_sum")
-        return "" if joined or "orthogonalize" in x.scope or sliced and not x.scope else "no line asks for it"
-    return [x._replace(wrong=why(x)) for x in found if x.received >= 2**20 and why(x)]
-
-
-def tally(found, key):
-    """[(key, runs a step, bytes a step)] of collectives, those with most bytes first."""
-    sums = {}
-    for x in found:
-        runs, amount = sums.get(key(x), (0, 0.0))
-        sums[key(x)] = runs + x.times, amount + x.times * x.received
-    return sorted(((k, *both) for k, both in sums.items()), key=lambda row: -row[2])
-
-
-def compile_plan(c, t):
-    """--plan --compile: the whole train step through the TPU compiler for `topology`, with libtpu and no TPU."""
-    slices, name, shape = hardware(t)
-    if not name.startswith("v"):
-        raise ConfigError(f"topology: expected a TPU to compile for, found {t.topology!r}: no GPU compiler works "
-                          f"without its GPU; run the config there")
-    from jax.experimental import topologies
-    chip, began, gib = CHIPS[name], time.time(), 2**30
-    try:
-        told = chip.compiler | ({"num_slices": slices} if slices > 1 else {})
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **told)
-    except Exception as error:
-        raise ConfigError(f"topology: {t.topology!r} is not to be had ({str(error).splitlines()[0][:200]}); "
-                          f"it takes: pip install 'jax[tpu]'") from None
-    mesh = make_mesh(c, t, described.devices)
-    types = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
-    rows = {k: jax.ShapeDtypeStruct((t.accumulate, t.batch_size // t.accumulate, c.seq_len), dtype,
-                                    sharding=NamedSharding(mesh, Spec(None, MESH))) for k, dtype in types.items()}
-    traced = make_train_step(c, t, mesh).trace(abstract_state(c, t, mesh), rows)
-    model_flops = model.count(c).mfu_flops * t.batch_size * c.seq_len / mesh.size
-    executed = traced_flops(traced.jaxpr.jaxpr, mesh.size) / model_flops
-    lowered = traced.lower()
-    print(f"traced    in {time.time() - began:.0f} s; executes {executed:.2f} x the model's FLOPs (matmuls and "
-          f"kernels of the traced program, loops times their length)", flush=True)
-    began = time.time()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        used = (re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))             # or without the state:
-                or re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G", str(error)))
-        if not used:
-            raise
-        print(f"verdict   does not fit: {used[1]} GiB of {used[2]} a chip, {float(used[1]) - float(used[2]):.1f} "
-              f"too much. {remedy(c, t)}")
-        return 1
-    m = compiled.memory_analysis()
-    used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    print(f"compiled  in {time.time() - began:.0f} s for {mesh.size:,} x {mesh.devices.flat[0].device_kind}, "
-          f"jax {jax.__version__}: " + " x ".join(f"{a} {n}" for a, n in mesh.shape.items()))
-    print(f"memory    {used / gib:.2f} GiB of {chip.memory / gib:.0f} a chip, {100 * used / chip.memory:.0f} %: "
-          f"state {m.argument_size_in_bytes / gib:.2f}, temporary {m.temp_size_in_bytes / gib:.2f}")
-    well, words = judge(collectives(compiled.as_text(), dict(mesh.shape)), sum(traffic(c, t, mesh.shape).values()))
-    fit = "fits" if used < 0.85 * chip.memory else f"fits, but above 85 %. {remedy(c, t)}"
-    if used > chip.memory:
-        fit = f"does not fit: {(used - chip.memory) / gib:.1f} GiB too much. {remedy(c, t)}"
-    print(f"verdict   {fit}; {words}")
-    return 0 if well and used < 0.85 * chip.memory else 1
-
-
-def judge(found, planned):
-    """Print a table of collectives and those that are misplaced. Returns (whether all is well, that in words):
-    well is also a tenth of the bytes in sums that the compiler put for reduce-scatters."""
-    print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")
-    for (axis, op, loop), runs, amount in tally(found, lambda x: (x.axis, x.op, x.times > 1)):
-        print(f"          {axis or 'other':24s} {op:20s} {'loop' if loop else 'once'} {runs:13,} "
-              f"{amount / 1e9:19.3f}")
-    everything, stray = sum(x.times * x.received for x in found), misplaced(found)
-    print(f"          together {everything / 1e9:.1f} GB; --plan says {planned / 1e9:.1f}")
-    for (why, op, axis, scope), runs, amount in tally(stray, lambda x: (x.wrong, x.op, x.axis, x.scope[-60:])):
-        print(f"stray     {op} over {axis or 'other'}, {runs} a step, {amount / 1e9:.1f} GB, {why} {scope}")
-    if not stray:
-        return True, "every collective is where it should be"
-    share = sum(x.times * x.received for x in stray) / everything
-    return (share < 0.1 and all(x.wrong == SUMMED for x in stray),
-            f"{100 * share:.1f} % of the bytes move in collectives that nobody asked for")
-
-
-def remedy(c, t):
-    """What to change in a config that does not fit. More microbatches shrink all but the state."""
-    p = plan(c, t)
-    state = sum(amount for what, amount in p["memory"].items() if what != "layer inputs")
-    rows, room = t.batch_size // t.accumulate // p["chips"], 0.85 * CHIPS[p["chip"]].memory - state
-    return ("Try " + (f"--accumulate={2 * t.accumulate}" if rows > 1 and room > 0 else "more chips")
-            + (", --remat=block" if c.remat != "block" else ""))
-
-
-# -------------------------------------------------------------------------------------------------------- main
-
-def say(line):
-    """Print a line to stdout without tearing the progress bar on stderr."""
+def log(line):
+    """Print a line without tearing the progress bar; only the main process does."""
     from tqdm import tqdm
-    if leads():
+    if is_main_process():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
+def print_error(line):
+    """The one line that says why. On a full disk it may be lost; the exit code still says it."""
+    with contextlib.suppress(OSError):
+        print(f"train.py: {line}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def stop_signals():
-    """Inside, a first SIGTERM or ctrl-C is appended to the list that this yields, and a second one kills.
+    """Yields a list to which a first SIGTERM or ctrl-C is appended; a second one kills.
 
-    One of many processes leaves SIGTERM to jax, which makes all of them stop at the same step; see `stopping`."""
+    One of many processes leaves SIGTERM to jax, which makes all stop at the same step."""
     caught = []
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
+
     watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    old = {s: signal.signal(s, catch) for s in watched}
+    old = {number: signal.signal(number, catch) for number in watched}
     try:
         yield caught
     finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def stopping(i, caught):
@@ -1601,285 +1140,279 @@ def stopping(i, caught):
 
 
 @contextlib.contextmanager
-def watchdog(minutes, events):
-    """Yields a function to call whenever something got done. Not called for `minutes`, a process ends itself with
-    exit code 75, all stacks on stderr: on a pod a lost peer or a wedged chip looks like a step without end."""
+def watchdog(minutes, run):
+    """Yields a function to call whenever something got done. If it is not called for `minutes`, the
+    process prints all stacks and exits with 75: a wedged chip looks like a step without end."""
     last, over = [time.monotonic()], threading.Event()
 
     def watch():
         while not over.wait(min(6 * minutes, 10)):
-            if (still := time.monotonic() - last[0]) > 60 * minutes:
+            still = time.monotonic() - last[-1]
+            if still > 60 * minutes:
                 faulthandler.dump_traceback()
-                complain(f"nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the stacks are above. "
-                         f"What was saved is sound, and the same command goes on")
-                with contextlib.suppress(TryAgain):
-                    append(events, {"event": "stuck", "seconds": round(still), "time": time.time()})
+                print_error(f"nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the "
+                            f"stacks are above. What was saved is sound; the same command goes on")
+                with contextlib.suppress(TemporaryError):
+                    log_event(run, "stuck", seconds=round(still))
                 os._exit(75)
+
+    def heartbeat():
+        last[:] = [time.monotonic()]
+
     if minutes:
         threading.Thread(target=watch, daemon=True).start()
     try:
-        yield lambda: last.__setitem__(0, time.monotonic())
+        yield heartbeat
     finally:
         over.set()
 
 
 def train(c, t):
-    """Run or resume a run to its end. Returns what result.json says, or None if a signal stopped it."""
-    began, run = time.time(), Path(t.run_dir)
-    mesh = make_mesh(c, t)                                                                  # where
-    mixture = open_data(c, t)                                                               # on what
-    with (only_trainer(run), contextlib.closing(Checkpoints(t)) as checkpoints,
-          watchdog(t.stuck_minutes, run / "events.jsonl") as alive):
-        now = check_run(c, t, mixture, checkpoints)
-        state = checkpoints.restore(c, t, mesh)                                             # from which point
-        write_rows(run / "events.jsonl", read_rows(run / "events.jsonl"))                   # mend a torn line
-        write_run(run, now)
-        introduce(c, t, mesh, mixture)
-        note = lambda event, **facts: append(run / "events.jsonl", dict(event=event, **facts, time=time.time()))
+    """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
+    from configs import report
+    began, run, mesh, mixture = time.time(), Path(t.run_dir), make_mesh(c, t), open_data(c, t)
+    with (run_lock(run), contextlib.closing(Checkpoints(t)) as checkpoints,
+          watchdog(t.stuck_minutes, run) as heartbeat):
+        config = check_run(c, t, mixture, checkpoints)
+        state = checkpoints.restore(c, t, mesh)
+        write(run / "events.jsonl", json_lines(read_rows(run / "events.jsonl")))    # no torn line
+        write_config(run, config)
+        print_header(c, t, mesh, mixture)
         for step, why in checkpoints.broken.items():
-            note("broken_checkpoint", step=step, why=why)
-            say(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-..., an older one is used")
+            log_event(run, "broken_checkpoint", step=step, why=why)
+            log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
         checkpoints.open()
         if state is None:
             state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
                             out_shardings=state_shardings(c, t, mesh))()
         start = int(state.step)
-        note("resume" if start else "start", step=start)
-        say(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
-        log = Log(run, c, t, mesh, start, functools.partial(rows_of, mixture, c, t))
-        score = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
+        log_event(run, "resume" if start else "start", step=start)
+        log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
+        metrics_log = Log(run, c, t, mesh, start, lambda step: rows_of(mixture, c, t, step))
+        eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
-        def hold_out(state, step, limit=None):
-            domains = evaluate(state, score, mixture, c, t, mesh, limit)
-            note("eval", step=step, domains=domains)
-            say(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
+        def run_eval(state, step, limit=None):
+            domains = evaluate(state, eval_step, mixture, c, t, mesh, limit)
+            log_event(run, "eval", step=step, domains=domains)
+            log(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
-            alive()
+            heartbeat()
             return domains
 
         def save(state):
-            if failed := checkpoints.save(state, now):
-                note("save_failed", why=failed)
-                say(f"warning   a checkpoint could not be written ({failed}); the older ones are there, going on")
+            if failed := checkpoints.save(state, config):
+                log_event(run, "save_failed", why=failed)
+                log(f"warning   a checkpoint could not be written ({failed}); going on")
 
-        state, signal_number = loop(c, t, mesh, mixture, state, save, log, hold_out, alive)
-        if failed := checkpoints.settle():
-            note("save_failed", why=failed)
-        if checkpoints.at != int(state.step):
-            raise TryAgain(f"the last checkpoint could not be written (see {run}/events.jsonl); the older ones "
-                           f"are there, and the same command goes on from them")
-        if signal_number:
-            note("stopped", signal=signal_number, step=int(state.step))
-            say(f"stopped by signal {signal_number} after step {int(state.step)}; saved. The same command goes on")
+        state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat)
+        if failed := checkpoints.wait():
+            log_event(run, "save_failed", why=failed)
+        if checkpoints.saved != int(state.step):
+            raise TemporaryError(f"the last checkpoint could not be written; "
+                                 f"the same command goes on from an older one; see {run}")
+        if number:
+            log_event(run, "stopped", signal=number, step=int(state.step))
+            log(f"stopped after step {int(state.step)}; saved. The same command goes on")
             return None
-
-        domains = hold_out(state, t.steps)                                                  # what came of it
-        if not leads():
+        domains = run_eval(state, t.steps)
+        if not is_main_process():
             return None
-        result = conclude(c, t, run, mixture, domains)
-        if t.sample_tokens and jax.process_count() == 1:        # one device samples, and has to hold the weights
-            sample = make_sampler(c, t, mixture.tokenizer)
-            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
-            write_whole(run / "sample.txt", text)
-            say(f"sample\n{text}\n")
-        note("done", step=t.steps)
-        report(run)
-    say(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training; everything is in {run}: "
-        f"see {run}/report.html")
+        result = write_result(c, t, run, mixture, domains)
+        if t.sample_tokens and jax.process_count() == 1:    # one device has to hold all weights
+            text = sample_text(c, t, mixture, state)
+            write(run / "sample.txt", text)
+            log(f"sample\n{text}\n")
+        log_event(run, "done", step=t.steps)
+        report.report(run)
+    log(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training: see "
+        f"{run}/report.html")
     return result
 
 
-def loop(c, t, mesh, mixture, state, save, log, hold_out, alive):
-    """One pure function, again and again. Returns the last state and the signal that ended it early, or None."""
+def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
+    """Take the steps that are left. Returns the last state, and the signal that ended the run early
+    or None."""
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
-    here = local_rows(t.batch_size, mesh, t.accumulate)
-    cpu = mesh.devices.flat[0].platform == "cpu"
-    with stop_signals() as caught, tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty()) as bar:
+    here, cpu = local_rows(t.batch_size, mesh, t.accumulate), mesh.devices.flat[0].platform == "cpu"
+    progress = tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty())
+    with stop_signals() as caught, progress:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, to_global_batch(rows, mesh, t.accumulate))
             step, stop = i + 1, stopping(i, caught)
-            if cpu and i == start:                                              # it has just been compiled
+            if cpu and i == start:                      # the step has just been compiled
                 jax.block_until_ready(metrics)
                 kernels.fill_holes()
-            due = step == t.steps or step % t.save_every == 0 or t.keep_every > 0 == step % t.keep_every
+            due = step == t.steps or step % t.save_every == 0
+            if t.keep_every:
+                due |= step % t.keep_every == 0
             if t.save_minutes and step % t.log_every == 0:
-                due |= not agreed(time.monotonic() - saved < 60 * t.save_minutes)
-            log.step(step, metrics, stop or due or step % t.log_every == 0, say)    # may end the run, unsaved
-            bar.update()
+                due |= not all_agree(time.monotonic() - saved < 60 * t.save_minutes)
+            metrics_log.step(step, metrics, stop or due or step % t.log_every == 0)     # may raise
+            progress.update()
             if stop or due:
                 save(state)
                 saved = time.monotonic()
-            alive()
+            heartbeat()
             if stop and step < t.steps:
                 return state, int(stop)
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
-                hold_out(state, step, t.eval_tokens)
-                if cpu and step - start <= t.eval_every:                        # the first of this process
+                run_eval(state, step, t.eval_tokens)
+                if cpu and step - start <= t.eval_every:        # the first of this process
                     kernels.fill_holes()
-                log.since += time.perf_counter() - paused                       # an evaluation is no step time
+                metrics_log.since += time.perf_counter() - paused   # an evaluation is no step time
     return state, None
-
-
-def rows_of(mixture, c, t, step):
-    """Of what the batch of a step is made: [[source, window], ...]."""
-    source_B, window_B = data.windows_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
-    return [[mixture.sources[k].name, int(w)] for k, w in zip(source_B, window_B)]
 
 
 def open_data(c, t):
     return data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
 
 
-def introduce(c, t, mesh, mixture):
+def print_header(c, t, mesh, mixture):
     """The first screen: model, data, optimizer, machine."""
     n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
-    say(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; "
+    log(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; "
         f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = "
         f"{n.flops_per_token * tokens:.2e} FLOP")
-    say(f"data      {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} bytes "
-        f"({tokens / mixture.train_tokens:.2f} epochs), held out: {', '.join(mixture.heldout)}; "
-        f"sha256 {mixture.sha256[:12]}")
-    say(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.hyper_lr:.4g}, Adam {r.adam_lr:.4g}, "
-        f"beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    say(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes {jax.process_count()}, "
-        f"jax {jax.__version__}, commit {git_commit()}")
+    log(f"data      {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} "
+        f"bytes ({tokens / mixture.train_tokens:.2f} epochs), held out: "
+        f"{', '.join(mixture.heldout)}; sha256 {mixture.sha256[:12]}")
+    log(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.matrix_lr:.4g}, Adam "
+        f"{r.adam_lr:.4g}, beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
+    log(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes "
+        f"{jax.process_count()}, jax {jax.__version__}, commit {git_commit()}")
 
 
-def conclude(c, t, run, mixture, domains):
+def write_result(c, t, run, mixture, domains):
     """Write result.json: what scaling.py reads, and what a table may quote."""
-    n, rows, tokens = model.count(c), read_rows(run / "metrics.jsonl"), t.steps * t.batch_size * c.seq_len
-    result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens, "params": n.params,
-              "total_params": n.total, "tokens": tokens, "loss": domains["macro"]["loss"],
-              "bpb": domains["macro"]["bpb"], "domains": domains,
-              "bytes_per_token": mixture.bytes_per_token, "seed": t.seed, "commit": git_commit(),
+    n, rows = model.count(c), read_rows(run / "metrics.jsonl")
+    tokens = t.steps * t.batch_size * c.seq_len
+    speeds = [row["tokens_per_second"] for row in rows]
+    result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens,
+              "params": n.params, "total_params": n.total, "tokens": tokens, **domains["macro"],
+              "domains": domains, "bytes_per_token": mixture.bytes_per_token, "seed": t.seed,
+              "commit": git_commit(), "tokens_per_second": float(np.median(speeds)),
               "seconds": sum(row["seconds"] * row["steps"] for row in rows),
-              "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
               "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
     if c.num_experts:
-        last = float(np.mean([row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps]))
+        last = np.mean([row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps])
         floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
-        result |= {"maxvio": last, "maxvio_floor": floor}
-        say(f"balance   MaxVio {last:.3f} over the last tenth of the run, {last / max(floor, 1e-9):.1f} x the "
-            f"sampling floor of {floor:.3f}")
-    write_whole(run / "result.json", json.dumps(result, indent=1))
+        result |= {"maxvio": float(last), "maxvio_floor": floor}
+        log(f"balance   MaxVio {last:.3f} over the last tenth of the run; {floor:.3f} for "
+            f"independent tokens")
+    write(run / "result.json", json.dumps(result, indent=1))
     return result
+
+
+def sample_text(c, t, mixture, state):
+    sample = make_sampler(c, t, mixture.tokenizer)
+    return sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
 
 
 def sample_from(c, t):
     """--sample: restore the newest sound checkpoint of the run and continue t.prompt."""
     mesh, mixture, checkpoints = make_mesh(c, t), open_data(c, t), Checkpoints(t)
-    if checkpoints.newest() is None:
-        raise ConfigError(f"{t.run_dir}: expected a run with a checkpoint, found none; train it first")
+    if not checkpoints.steps():
+        refuse(t.run_dir, "a run with a checkpoint", "none", "train it first")
     check_run(c, t, mixture, checkpoints)
-    state = checkpoints.restore(c, t, mesh)
-    print(make_sampler(c, t, mixture.tokenizer)(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
+    print(sample_text(c, t, mixture, checkpoints.restore(c, t, mesh)))
 
 
 def replay(c, t, step):
-    """--replay STEP: build the batch of that step once more and print what was in it, and what came of it."""
-    if not step.isdecimal() or not 1 <= int(step) <= t.steps:
-        raise ConfigError(f"--replay: expected a step from 1 to {t.steps}, found {step}")
-    mixture, step = open_data(c, t), int(step)
+    """--replay STEP: print what was in the batch of that step, and what came of it."""
+    if not 1 <= step <= t.steps:
+        refuse("--replay", f"a step from 1 to {t.steps}", step)
+    mixture = open_data(c, t)
     batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
-    count_V = np.bincount(batch.tokens_BS.reshape(-1), minlength=c.vocab_size)
-    piece = lambda ids: repr(mixture.tokenizer.decode(ids))
-    print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, {int(batch.weights_BS.sum()):,} scored, "
-          f"{int(batch.segments_BS.max(1).sum()):,} documents, {int((count_V > 0).sum()):,} distinct tokens")
-    print("most frequent: " + ", ".join(f"{piece([i])} x {count_V[i]:,}" for i in np.argsort(-count_V)[:8]))
+    print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, "
+          f"{int(batch.weights_BS.sum()):,} scored")
     for b, (name, window) in enumerate(rows_of(mixture, c, t, step)):
-        ids = batch.tokens_BS[b]
-        top = np.bincount(ids).argmax()
+        ids, documents = batch.tokens_BS[b], batch.segments_BS[b].max()
         print(f"row {b:4d}  {name} window {window:,}  {int(batch.weights_BS[b].sum())} scored, "
-              f"{batch.segments_BS[b].max()} documents, {len(np.unique(ids))} distinct, {piece([top])} x "
-              f"{int((ids == top).sum())}  {piece(ids[:48])}")
+              f"{documents} documents, {len(np.unique(ids))} distinct  "
+              f"{mixture.tokenizer.decode(ids[:48])!r}")
     for name in ("metrics.jsonl", "events.jsonl"):
         for row in read_rows(Path(t.run_dir, name)):
             if row.get("step") == step:
-                print(f"{name}: " + json.dumps({k: v for k, v in row.items() if k not in ("rows", "load_LE")}))
+                short = {key: value for key, value in row.items() if key not in ("rows", "load_LE")}
+                print(f"{name}: {json.dumps(short)}")
 
 
-FLAGS = {"sample": False, "plan": False, "compile": False,                     # name: does a value follow
-         "replay": True, "coordinator": True, "processes": True, "process": True}
+def read_flags(words):
+    """(flags that are no config keys, the words that are left)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("sample", "plan", "compile"):
+        parser.add_argument(f"--{name}", action="store_true")
+    for name in ("replay", "processes", "process"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--coordinator")
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"command line: {error}") from None
 
 
-def split_flags(words):
-    """What is no config key, --flag, --flag=value or --flag value, as a dict; and the words that are left."""
-    given, rest, words = {}, [], list(words)
-    while words:
-        key, equals, value = words[0].removeprefix("--").partition("=")
-        if key not in FLAGS:
-            rest.append(words[0])
-        elif FLAGS[key] and not equals and len(words) > 1:
-            given[key] = words.pop(1)
-        else:
-            given[key] = value
-        del words[0]
-    return given, rest
-
-
-def meet_peers(flags, t):
-    """Join the other processes of this run. Those of a TPU find each other, all others are told by flags."""
-    named = [flags[key] for key in ("coordinator", "processes", "process") if key in flags]
-    if named:
-        if len(named) < 3 or not (named[1] + named[2]).isdecimal() or not int(named[2]) < int(named[1]):
-            raise ConfigError(f"--coordinator=HOST:PORT --processes=N --process=I: expected all three, I below N, "
-                              f"found {' '.join(named)!r}")
-        jax.config.update("jax_num_cpu_devices", max(1, t.devices // int(named[1])))
-        jax.distributed.initialize(named[0], int(named[1]), int(named[2]),
-                                   heartbeat_timeout_seconds=t.heartbeat_seconds)
+def init_distributed(flags, t):
+    """Join the other processes of this run. On a TPU they find each other, elsewhere by flags."""
+    told, seconds = [flags.coordinator, flags.processes, flags.process], t.heartbeat_seconds
+    tpu = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    if any(value is not None for value in told):
+        if None in told or not 0 <= flags.process < flags.processes:
+            refuse("--coordinator, --processes, --process", "all three, I below N", told)
+        jax.config.update("jax_num_cpu_devices", max(1, t.devices // flags.processes))
+        jax.distributed.initialize(*told, heartbeat_timeout_seconds=seconds)
         jax.devices()               # so that make_mesh takes these, and does not ask for its own
-    elif glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*") and importlib.util.find_spec("libtpu"):
-        jax.distributed.initialize(heartbeat_timeout_seconds=t.heartbeat_seconds)
+    elif tpu and importlib.util.find_spec("libtpu"):
+        jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
 
 
-# README.md says what to do about each, tests/test_faults.py brings each about
-EXIT_CODES = {ConfigError: 2, data.DataError: 2, Halted: 3, Unsound: 4, TryAgain: 75, OSError: 75}
-
-
-def complain(line):
-    """Print the one line that says why. If stderr lies on the disk that is full, the exit code still says it."""
-    with contextlib.suppress(OSError):
-        print(f"train.py: {line}", file=sys.stderr, flush=True)
+# README.md says what to do about each; tests/test_faults.py brings each about
+EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint: 4,
+              TemporaryError: 75, OSError: 75}
 
 
 def main(arguments):
-    """Returns the exit code: 0 is done, or saved on a signal; all others come with one line that says why."""
+    """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
     if not arguments or {"--help", "-h"} & set(arguments):
         print(describe_keys())
         return 0
+    logging.getLogger("absl").setLevel(logging.CRITICAL)    # orbax logs stacks; ours is one line
     try:
-        flags, overrides = split_flags(arguments[1:])
-        if "compile" in flags and "plan" not in flags:
-            raise ConfigError("--compile: expected together with --plan, found it alone; it would train")
+        flags, overrides = read_flags(arguments[1:])
         c, t = load_config(arguments[0], overrides)
-        if "plan" in flags:
-            return show_plan(c, t, "compile" in flags)
-        if "replay" in flags:
-            replay(c, t, flags["replay"])
+        if flags.compile and not flags.plan:
+            refuse("--compile", "together with --plan", "it alone", "it would train")
+        if flags.plan:
+            from configs import plan
+            return plan.show_plan(c, t, flags.compile)
+        if flags.replay is not None:
+            replay(c, t, flags.replay)
             return 0
-        meet_peers(flags, t)
-        (sample_from if "sample" in flags else train)(c, t)
+        init_distributed(flags, t)
+        (sample_from if flags.sample else train)(c, t)
         return 0
     except tuple(EXIT_CODES) as error:
-        complain(one_line(error) if isinstance(error, OSError) else error)
+        print_error(one_line(error) if isinstance(error, OSError) else error)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        complain(f"a peer is lost, or the network: {one_line(error)}")
+        print_error(f"a peer is lost, or the network: {one_line(error)}")
         return 75
     except KeyboardInterrupt:
-        complain("interrupted; what was saved is there, and the same command goes on")
+        print_error("interrupted; what was saved is there, and the same command goes on")
         return 130
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as ctrl-C, where stop_signals does not rule
+    sys.modules["train"] = sys.modules["__main__"]              # what configs/plan.py imports
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # ctrl-C, outside of stop_signals
     code = main(sys.argv[1:])
-    if code:                    # a goodbye would wait for peers that wait for this process, or for threads of a
-        with contextlib.suppress(OSError):      # failed write, and let them speak after the line that counts
+    if code:
+        # Leave at once: a normal exit waits for lost peers and for threads of a failed write, which
+        # print more lines after the one that says why.
+        with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)

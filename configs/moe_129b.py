@@ -5,7 +5,8 @@
     python train.py configs/moe_129b.py                     the run, the same command on every host of the pod
 
 Hardware: TPU v4, 1,024 chips (v4-2048). 1.01 T tokens, 25 days at the published 18 s a step, about 17 % MFU
-[derived: 120,332 x 18 s]. Expect: Paloma macro loss 2.252 as preregistered, 2.234 as measured
+[derived: 120,332 x 18 s]; before that, on v4-1024 with ring over 4, 43.1 s and 14.2 % MFU [cited: marin #4697,
+#4867; seconds derived from tokens a second]. Expect: Paloma macro loss 2.252 as preregistered, 2.234 as measured
 [cited: marin #4697]. Run by us: no.
 Every number is tagged [cited: where], [derived] from others, or [assumed] by us."""
 
@@ -48,8 +49,6 @@ seed = 0                            # [cited: marin #4697]
 topology = "v4:8x8x16"              # where it ended; it began on half of it with ring, 4 ways [cited: marin #4697]
 expert_parallel = 8                 # [cited: marin #4697]
 exchange = "ragged"                 # [cited: marin #4697]
-published = ("14.2 % MFU, 43.1 s a step with ring over 4 on v4-1024; about 17 %, 18 s with ragged over 8 on "
-             "v4-2048 [cited: marin #4697, #4867; seconds derived from tokens a second]")
 
 eval_every = 1000                   # [cited: marin #4697]
 eval_tokens = 33_554_432            # of each domain: 8 batches of 1,024 x 4,096 [cited: marin #4697]

@@ -3,8 +3,8 @@
     python train.py configs/moe_32b_a5b.py --plan [--compile]
 
 Hardware: TPU v4, 256 chips (v4-512). 326 B tokens, 13 days at the 14 % MFU of its successor [derived; its own
-was not retrieved]. Expect: Paloma macro loss 2.389 as predicted, 2.432 as measured; 0.027 better when nothing is
-dropped in evaluation, as here [cited: marin #3800, mws.oa.dev 2026-04-06]. Run by us: no. Not from the V1
+was not retrieved]. Expect: Paloma macro loss 2.389 as predicted, 2.432 as measured, without a loss spike; 0.027 better
+when nothing is dropped in evaluation, as here [cited: marin #3800, mws.oa.dev 2026-04-06]. Run by us: no. Not from the V1
 heuristic: rates and schedule are the run's own. Data, tokenizer and losses as in moe_129b.py."""
 from configs.moe_129b import *
 
@@ -17,7 +17,7 @@ expert_dim = 1600
 
 batch_size = 1024                   # x 4,096 tokens [cited: marin #3800], as are the values to decay
 steps = 77_724
-hyper_lr = 0.00405
+matrix_lr = 0.00405
 adam_lr = 0.000863
 beta2 = 0.968
 eps = 2.73e-15
@@ -28,4 +28,3 @@ decay = 0.2
 topology = "v4:8x8x4"               # [cited: marin #3800]
 expert_parallel = 4                 # [cited: marin #3800]
 exchange = "ring"                   # ragged came only with the 129B run [assumed]
-published = "2.432 Paloma macro after 326 B tokens on v4-512, no loss spike [cited: marin #3800]"

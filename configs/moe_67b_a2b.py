@@ -3,8 +3,9 @@
     python train.py configs/moe_67b_a2b.py --plan [--compile]
 
 Hardware: TPU v4, 1,024 chips (v4-2048). About 78 days at the published 1.5 M tokens a second of half that pod
-[derived]. Expect: Paloma macro 2.269 at 8 T tokens as preregistered, 2.224 after a cooldown from 6.55 T to 64 k
-tokens of context [cited: marin #6044]. Run by us: no.
+[derived], which had 16 copies of 64 shares and 21.5 to 21.9 % MFU [cited: marin #6044].
+Expect: Paloma macro 2.269 at 8 T tokens as preregistered, 2.224 after a cooldown from 6.55 T to 64 k tokens of
+context [cited: marin #6044]. Run by us: no.
 
 What differs from the run: its full-attention layers have no position encoding (NoPE) and its local layers rotate
 half of each head; here every layer rotates half. Its batch grew from 4,096 to 8,192 rows at step 15,000, with all
@@ -39,5 +40,3 @@ topology = "v4:8x8x16"              # [cited: marin #6044]
 replicas = 1                        # the run had 16 copies and whole layers on a chip [cited: marin #6044]: with
 expert_parallel = 8                 # float32 sums of gradients, 10 GB a layer, 56 GiB a chip [measured: --compile]
 exchange = "ring"
-published = ("21.5 to 21.9 % MFU, 1.5 M tokens a second on v4-1024 at this batch, 16 copies of 64 shares "
-             "[cited: marin #6044]")

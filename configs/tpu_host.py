@@ -9,5 +9,4 @@ mixture = (("hf:HuggingFaceFW/fineweb-edu:sample-10BT:text", 1.0),)
 tokenizer = "bpe:32768"
 vocab_size = 32_768
 topology = "v6e:2x4"
-published = ""
 sample_tokens = 200

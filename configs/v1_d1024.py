@@ -13,4 +13,3 @@ expert_dim = 512
 
 batch_size = 128                    # [derived] as in v1_d512.py
 steps = 12_646                      # 6.63e9 tokens [derived]
-published = "3.1605 Paloma macro, 175,165 tokens a second on v5p-8 [cited: marin experiments/grug/moe]"

@@ -13,4 +13,3 @@ expert_dim = 640
 
 batch_size = 256                    # [derived] as in v1_d512.py
 steps = 11_807                      # 1.24e10 tokens [derived]
-published = "3.0065 Paloma macro, 128,277 tokens a second on v5p-8 [cited: marin experiments/grug/moe]"

@@ -20,5 +20,4 @@ capacity_factor = 0.0               # one shard holds all experts: nothing can o
 topology = "v5p:2x2x1"              # [cited: marin experiments/grug/moe]
 expert_parallel = 1
 exchange = "ring"
-published = "3.8104 Paloma macro, 405,630 tokens a second on v5p-8 [cited: marin experiments/grug/moe]"
 eval_every = 500                    # [assumed]

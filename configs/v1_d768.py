@@ -13,4 +13,3 @@ expert_dim = 384
 
 batch_size = 64                    # [derived] as in v1_d512.py
 steps = 10_338                      # 2.71e9 tokens [derived]
-published = "3.4339 Paloma macro, 273,532 tokens a second on v5p-8 [cited: marin experiments/grug/moe]"

@@ -7,4 +7,3 @@ from configs.v1_d1024 import hidden_dim, num_layers, num_heads, num_kv_heads, sh
 
 batch_size = 128                    # x 4,096 tokens [cited: marin #5951]
 steps = 16_080                      # [cited: marin #5951]
-published = "3.0195 Paloma macro, 219,720 tokens a second on v4-32 [cited: marin #5951]"

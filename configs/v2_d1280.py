@@ -7,4 +7,3 @@ from configs.v1_d1280 import hidden_dim, num_layers, num_heads, num_kv_heads, sh
 
 batch_size = 256                    # x 4,096 tokens [cited: marin #5951]
 steps = 14_325                      # [cited: marin #5951]
-published = "2.8857 Paloma macro, 171,912 tokens a second on v4-32 [cited: marin #5951]"

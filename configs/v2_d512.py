@@ -24,4 +24,3 @@ steps = 10_980                      # [cited: marin #5951]
 topology = "v4:2x2x4"               # [cited: marin #5951]
 expert_parallel = 2                 # a sum over all three axes of a torus is never scattered [measured: LOG.md]
 capacity_factor = 1.25              # [cited: marin #4017]
-published = "3.5422 Paloma macro, 433,986 tokens a second on v4-32 [cited: marin #5951]"

@@ -7,4 +7,3 @@ from configs.v1_d768 import hidden_dim, num_layers, num_heads, num_kv_heads, sha
 
 batch_size = 64                    # x 4,096 tokens [cited: marin #5951]
 steps = 16_875                      # [cited: marin #5951]
-published = "3.2273 Paloma macro, 294,726 tokens a second on v4-32 [cited: marin #5951]"

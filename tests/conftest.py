@@ -3,6 +3,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # Tests compile far more than they compute. XLA's older CPU code generator takes 2.8 s for the smallest train step
@@ -87,3 +88,35 @@ def config(text, tmp_path):
         text=str(text / "nonsense.jsonl"), cache=str(text / "cache"),
         compiled=str(text / "compiled"), run=str(tmp_path / "run")))
     return path
+
+
+# --------------------------------------------------------------- runs in processes of their own
+
+from tests import inject          # noqa: E402  (needs the path and the devices that are set above)
+
+@pytest.fixture(scope="session")
+def run_config(text, tmp_path_factory):
+    """The path of a config of 12 steps, for runs with faults in them: see inject.KEYS."""
+    path = tmp_path_factory.mktemp("faults") / "tiny.py"
+    path.write_text(CONFIG.format(
+        text=str(text / "nonsense.jsonl"), cache=str(text / "cache"),
+        compiled=str(text / "compiled"), run="unused") + inject.KEYS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(run_config):
+    """The run directory of run_config, trained without a fault."""
+    run = run_config.parent / "plain"
+    done = inject.go(run_config, run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the table of tests/README.md, from what tests said with record_property(outcome, fault)."""
+    reports = [r for some in terminalreporter.stats.values() for r in some if getattr(r, "when", "") == "call"]
+    counts = Counter(said for report in reports for said in report.user_properties
+                     if said[0] in ("injected", "survived", "stopped"))
+    if counts:
+        terminalreporter.write_line("\n" + "\n".join(inject.table(counts)))

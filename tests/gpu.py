@@ -186,15 +186,15 @@ def layer_case(s, impl, tile, **blocks):
 
 
 def tune(impl, blocks):
-    """Set the block sizes of a candidate in tests/hopper.py; what `blocks` does not name is as it was there."""
-    from tests import hopper
+    """Set the block sizes of a candidate in configs/hopper.py; what `blocks` does not name is as it was there."""
+    from configs import hopper
     for table, prefix in (hopper.TRITON, ""), (hopper.MGPU_ROWS, ""), (hopper.MGPU_OUTER, "outer_"):
         first = FIRST.setdefault(id(table), dict(table))
         table.update(first)
         table.update({name: blocks[prefix + name] for name in first if prefix + name in blocks})
 
 
-FIRST = {}          # the block sizes as tests/hopper.py has them
+FIRST = {}          # the block sizes as configs/hopper.py has them
 
 
 def cases_c(s):
@@ -320,7 +320,7 @@ def loss_case(s, impl):
 
 
 def cases_d(s):
-    from tests import hopper
+    from configs import hopper
     import kernels
     named = lambda impl: lambda q, k, v, seg, window: kernels.attention(q, k, v, seg, window, impl, platform())
     def packed(most):
@@ -423,7 +423,7 @@ def twin_case(f, impl, args, dtype, group):
 def cases_a(s):
     import jax
     import jax.numpy as jnp
-    from tests import hopper
+    from configs import hopper
     import kernels
     key = iter(jax.random.split(jax.random.key(0), 16))
     normal = lambda *shape: jax.random.normal(next(key), shape)
@@ -568,7 +568,7 @@ def text_batches(c, rows):
 
 
 def ours_case(s, plain=False, seconds=30):
-    """Train gpu_h200.py for some steps; throughput over the steps after the second. plain: without tests/hopper.py."""
+    """Train gpu_h200.py for some steps; throughput over the steps after the second. plain: without configs/hopper.py."""
     import jax
     import kernels
     import model

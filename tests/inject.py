@@ -1,11 +1,17 @@
-"""Runs train.py with one fault in it:      python tests/inject.py FAULT=WHEN CONFIG [--key=value ...]
+"""Puts a fault into a real run, and reads what came of it.
 
-The program is untouched: a fault sits in a function of data.py, of orbax or of the standard library that train.py
-calls, and strikes at its WHEN-th call. tests/test_faults.py lists what must come of each."""
+Run:  python tests/inject.py FAULT=WHEN CONFIG [--key=value ...]      train.py with one fault in it
+
+The program is untouched. A fault is put into a function of data.py, of orbax or of the standard library that
+train.py calls, and strikes at its WHEN-th call (a number, or FIRST-LAST). tests/test_faults.py says what must
+come of each. It and tests/test_processes.py use the functions above main as a module."""
+
+import json
 import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,10 +20,72 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
+import train
 
+STEPS, SAVE = 12, 4             # of a run with faults in it, and between its checkpoints
+KEYS = f"""
+num_layers = 1
+steps = {STEPS}
+log_every = 1
+eval_every = 6
+save_every = {SAVE}
+keep = 3
+remat = "none"
+sample_tokens = 0
+devices = 1
+"""
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def command(config, run, *fault, keys=()):
+    """The words that train a config in a run directory, with a fault or without."""
+    script = [ROOT / "tests" / "inject.py", *fault] if fault else [ROOT / "train.py"]
+    return [str(word) for word in (sys.executable, *script, config, f"--run_dir={run}", *keys)]
+
+
+def go(config, run, *fault, keys=()):
+    """Run that command to its end."""
+    return subprocess.run(command(config, run, *fault, keys=keys), capture_output=True, text=True,
+                          timeout=600, env=ENVIRONMENT)
+
+
+def checksums(run, step=STEPS):
+    """The checksums of all arrays of a checkpoint, as written beside them."""
+    return json.loads((run / "checkpoints" / str(step) / "record" / "metadata").read_text())["arrays"]
+
+
+def outcome(run):
+    """All that must be the same: the last state, and the loss of every step."""
+    rows = train.read_rows(run / "metrics.jsonl")
+    result = json.loads((run / "result.json").read_text())
+    return checksums(run), [(r["step"], r["loss"], r["gnorm"], r["ema"]) for r in rows], result["domains"]
+
+
+def events(run, kind):
+    return [event for event in train.read_rows(run / "events.jsonl") if event["event"] == kind]
+
+
+def saved_steps(run):
+    folder = run / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def table(counts):
+    """The lines of the table in tests/README.md. counts: {(outcome, fault): n}; "injected" is an outcome too."""
+    lines = ["| fault | injected | survived, bit-equal | stopped with a reason | lost |", "|---|---|---|---|---|"]
+    for name in [*dict.fromkeys(fault for _, fault in counts), "all"]:
+        injected, survived, stopped = (
+            sum(n for (how, fault), n in counts.items() if how == wanted and name in (fault, "all"))
+            for wanted in ("injected", "survived", "stopped"))
+        lost = injected - survived - stopped
+        lines.append(f"| {name} | {injected} | {survived} | {stopped} | {lost} |")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------- the faults
 
 def at_call(module, name, when, strike):
-    """Let strike(function, arguments) stand in for calls number `when` (a number, or FIRST-LAST) of a function."""
+    """Let strike(function) stand in for calls number `when` of a function."""
     first, _, last = when.partition("-")
     function, calls = getattr(module, name), [0]
 
@@ -42,14 +110,17 @@ def full_disk(call):
     return call()
 
 
-def full_disk_for_a_while(call):
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    manager = full_disk(call)
-    try:
-        ocp.CheckpointManager.wait_until_finished(managers[-1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    return manager
+def full_disk_for_a_while(managers, wait):
+    """A disk that is full until the write of the last of these managers has ended."""
+    def strike(call):
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        result = full_disk(call)
+        try:
+            wait(managers[-1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        return result
+    return strike
 
 
 def weights(value):
@@ -69,28 +140,39 @@ def stall(call):
     time.sleep(1000)
 
 
-name, _, when = sys.argv[1].partition("=")
-sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
-if name in ("kill", "term", "int", "nan", "inf", "noise", "stall"):
-    at_call(data, "batch_at", when, {"kill": send(signal.SIGKILL), "term": send(signal.SIGTERM),
-                                     "int": send(signal.SIGINT), "nan": weights(float("nan")),
-                                     "inf": weights(float("inf")), "noise": noise, "stall": stall}[name])
-elif name in ("kill-in-eval", "term-in-eval"):
-    at_call(data, "heldout_batches", when, send(signal.SIGKILL if name[0] == "k" else signal.SIGTERM))
-elif name in ("kill-in-save", "term-in-save", "full-in-save", "full-from-save"):
-    import orbax.checkpoint as ocp
-    managers, init = [], ocp.CheckpointManager.__init__
-    ocp.CheckpointManager.__init__ = lambda self, *a, **k: (managers.append(self), init(self, *a, **k))[1]
-    at_call(ocp.CheckpointManager, "save", when, {
-        "kill-in-save": send(signal.SIGKILL), "term-in-save": send(signal.SIGTERM),
-        "full-in-save": full_disk_for_a_while, "full-from-save": full_disk}[name])
-elif name in ("kill-in-preparation", "term-in-preparation", "full-in-preparation"):
-    at_call(data._Shards, "write", when, {"kill-in-preparation": send(signal.SIGKILL),
-                                          "term-in-preparation": send(signal.SIGTERM),
-                                          "full-in-preparation": full_disk}[name])
-elif name == "clock":                       # runs backwards, a hundred times as fast
-    start, forward = time.time(), time.time
-    time.time = lambda: start - 100 * (forward() - start)
-else:
-    sys.exit(f"inject.py: unknown fault {name!r}")
-runpy.run_path(sys.argv[0], run_name="__main__")
+def inject(name, when):
+    at_batch = {"kill": send(signal.SIGKILL), "term": send(signal.SIGTERM), "int": send(signal.SIGINT),
+                "nan": weights(float("nan")), "inf": weights(float("inf")), "noise": noise, "stall": stall}
+    at_eval = {"kill-in-eval": send(signal.SIGKILL), "term-in-eval": send(signal.SIGTERM)}
+    at_write = {"kill-in-preparation": send(signal.SIGKILL), "term-in-preparation": send(signal.SIGTERM),
+                "full-in-preparation": full_disk}
+    if name in at_batch:
+        at_call(data, "batch_at", when, at_batch[name])
+    elif name in at_eval:
+        at_call(data, "heldout_batches", when, at_eval[name])
+    elif name in at_write:
+        at_call(data._Shards, "write", when, at_write[name])
+    elif name.endswith("-save"):
+        import orbax.checkpoint as ocp
+        managers, init = [], ocp.CheckpointManager.__init__
+
+        def remember(self, *args, **kwargs):
+            managers.append(self)
+            init(self, *args, **kwargs)
+        ocp.CheckpointManager.__init__ = remember
+        wait = ocp.CheckpointManager.wait_until_finished
+        at_call(ocp.CheckpointManager, "save", when, {
+            "kill-in-save": send(signal.SIGKILL), "term-in-save": send(signal.SIGTERM),
+            "full-in-save": full_disk_for_a_while(managers, wait), "full-from-save": full_disk}[name])
+    elif name == "clock":                       # runs backwards, a hundred times as fast
+        start, forward = time.time(), time.time
+        time.time = lambda: start - 100 * (forward() - start)
+    else:
+        sys.exit(f"inject.py: unknown fault {name!r}")
+
+
+if __name__ == "__main__":
+    name, _, when = sys.argv[1].partition("=")
+    inject(name, when)
+    sys.argv = [str(ROOT / "train.py"), *sys.argv[2:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -185,10 +185,10 @@ def rates(c, t):
     else:
         adam = 0.06602 * tokens**-0.395 * c.hidden_dim**-0.150 * batch**0.5
         eps = 9.676e-18 * (tokens / batch) ** 0.5
-    matrix = min(13 / 3 * adam, 0.05) * t.rate_scale
-    adam = min(adam, 0.05) * t.rate_scale * t.adam_scale
+    matrix = min(13 / 3 * adam, 0.05) * t.lr_scale
+    adam = min(adam, 0.05) * t.lr_scale * t.adam_lr_scale
     beta2 = min(max(0.999 ** (sequences / 32), 0.95), 0.9999)
-    return train.Rates(t.adam_lr or adam, t.hyper_lr or matrix, t.beta2 or beta2, t.eps or eps)
+    return train.Rates(t.adam_lr or adam, t.matrix_lr or matrix, t.beta2 or beta2, t.eps or eps)
 
 
 def lr_share(t, before):
@@ -241,7 +241,7 @@ class Optimizer:
             length = lambda x: torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)      # of every matrix
             for w, u in zip(ws, u):
                 radius = length(w)
-                w.addcmul_(u, radius / length(u).clamp(min=1e-10), value=-self.r.hyper_lr * lr_share)
+                w.addcmul_(u, radius / length(u).clamp(min=1e-10), value=-self.r.matrix_lr * lr_share)
                 w.mul_(radius / length(w).clamp(min=1e-10))
 
 

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 import kernels
 import model
 import train
-from tests import hopper
+from configs import hopper
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = "NVIDIA H100 80GB HBM3"

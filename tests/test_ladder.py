@@ -54,7 +54,7 @@ def test_each_rung_inherits_the_one_before_and_changes_what_it_says(monkeypatch)
 def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
     """Three steps against the update written out: matrices decay at the rate, gains and embedding do not."""
     monkeypatch.chdir(ROOT)
-    keys = "--weight_decay=0.5", "--clip=0.0", "--rate_scale=1.5", "--adam_scale=2.0", "--warmup=0.0"
+    keys = "--weight_decay=0.5", "--clip=0.0", "--lr_scale=1.5", "--adam_lr_scale=2.0", "--warmup=0.0"
     c, t = train.load_config(LADDER / "rungs" / "a_dense_adamw.py", (*DENSE, *keys))
     params = model.init(c, jax.random.key(0))
     optimizer, r = train.make_optimizer(c, t), train.rates(c, t)

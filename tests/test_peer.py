@@ -30,7 +30,7 @@ MUTANTS = {     # name: model, the quantity that tells; and another config, or w
     "V2's last layer is local, with key offset": (V2, "logits", (
         model.kernels, "attention", lambda f: lambda q, k, v, seg, window, **more: f(q, k, v, seg, 4, **more))),
     "V2's rates without a cap": (V2, "rates", (
-        train, "heuristic", lambda f: lambda *a: f(*a)._replace(hyper_lr=13 / 3 * f(*a).adam_lr))),
+        train, "heuristic", lambda f: lambda *a: f(*a)._replace(matrix_lr=13 / 3 * f(*a).adam_lr))),
     "the shared expert with the matrices": (V1, "step of layers/shared_up_DZ", (
         train, "GROUPS", lambda f: f | {"adamh": f["adamh"] | {"shared": "adamh"}})),
     "the first step has a rate": (V1, "step of head_DV", (

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import train
-from test_faults import ENVIRONMENT, command, config, events, go, marks, saved_steps        # noqa: F401
-from test_train import text                                                                 # noqa: F401
+from tests.inject import ENVIRONMENT, checksums, command, events, go, saved_steps
 
 pytestmark = pytest.mark.slow
 LOST = 75, -signal.SIGABRT      # how a survivor ends: gloo reports a closed connection, or jax a lost heartbeat
@@ -52,74 +51,74 @@ def losses(run):
 
 
 @pytest.mark.parametrize("n", [2, 4])
-def test_n_processes_train_as_one_and_their_checkpoints_are_anyones(config, tmp_path, n):
+def test_n_processes_train_as_one_and_their_checkpoints_are_anyones(run_config, tmp_path, n):
     """n processes x 1 device against 1 process x n devices; then half a run by n is finished by one, and by n."""
     one, many, keys = tmp_path / "one", tmp_path / "many", [f"--devices={n}"]
-    assert go(config, one, keys=keys).returncode == 0
-    cluster = Cluster(config, many, n, keys=keys)
+    assert go(run_config, one, keys=keys).returncode == 0
+    cluster = Cluster(run_config, many, n, keys=keys)
     assert cluster.ends() == [0] * n, cluster.said()
     apart = np.abs(losses(one) - losses(many)).max()
     print(f"{n} processes against one: losses and gradient norms differ by at most {apart:.1e}; "
-          f"same bits in the last state: {marks(one) == marks(many)}")
+          f"same bits in the last state: {checksums(one) == checksums(many)}")
     assert len(losses(many)) == 12 and apart < 2e-6
     assert "processes " + str(n) in cluster.log[0].read_text()
     assert "step" not in cluster.log[-1].read_text(), "only process 0 speaks"
 
     half = tmp_path / "half"
-    cluster = Cluster(config, half, n, "term=6", keys=keys)                 # SIGTERM in one, and all save one step
+    cluster = Cluster(run_config, half, n, "term=6", keys=keys)                 # SIGTERM in one, and all save one step
     assert cluster.ends() == [0] * n, cluster.said()
     (stopped,) = events(half, "stopped")
     assert saved_steps(half)[-1] == stopped["step"] >= 6
     if n == 2:
-        assert go(config, half, keys=keys).returncode == 0                  # ... and one process goes on from it
+        assert go(run_config, half, keys=keys).returncode == 0                  # ... and one process goes on from it
     else:
-        cluster = Cluster(config, half, 2, keys=keys)                       # ... and two with two devices each
+        cluster = Cluster(run_config, half, 2, keys=keys)                       # ... and two with two devices each
         assert cluster.ends() == [0, 0], cluster.said()
     assert events(half, "resume")[0]["step"] == stopped["step"]
     assert np.abs(losses(one) - losses(half)).max() < 2e-6
 
 
-def test_a_killed_peer_stops_the_others_and_a_restart_resumes(config, tmp_path):
+def test_a_killed_peer_stops_the_others_and_a_restart_resumes(run_config, tmp_path):
     run, keys = tmp_path / "run", ["--devices=2"]
-    cluster = Cluster(config, run, 2, "kill=6", keys=keys)
+    cluster = Cluster(run_config, run, 2, "kill=6", keys=keys)
     assert cluster.processes[1].wait(400) == -signal.SIGKILL
     began = time.time()
     code, _ = cluster.ends()
     print(f"the survivor ended with {code} after {time.time() - began:.1f} s")
     assert code in LOST, cluster.said()
     assert saved_steps(run) == [4]
-    cluster = Cluster(config, run, 2, keys=keys)
+    cluster = Cluster(run_config, run, 2, keys=keys)
     assert cluster.ends() == [0, 0], cluster.said()
     assert events(run, "resume")[0]["step"] == 4 and saved_steps(run)[-1] == 12
 
 
-def test_a_hung_peer_is_reported_by_the_watchdog(config, tmp_path):
+def test_a_hung_peer_is_reported_by_the_watchdog(run_config, tmp_path):
     """It still sends heartbeats, so only time tells; the others wait for it in a collective and report as well."""
     run, keys = tmp_path / "run", ["--devices=2", "--stuck_minutes=0.2"]
-    cluster = Cluster(config, run, 2, "stall=6", keys=keys)
+    cluster = Cluster(run_config, run, 2, "stall=6", keys=keys)
     codes = cluster.ends()
     assert set(codes) <= {75, -signal.SIGABRT} and 75 in codes, cluster.said()
     assert "nothing got done for" in cluster.said()
 
 
-def test_a_part_that_one_process_cannot_read_is_refused_by_all(config, tmp_path):
+def test_a_part_that_one_process_cannot_read_is_refused_by_all(run_config, tmp_path):
     run, keys = tmp_path / "run", ["--devices=2"]
-    cluster = Cluster(config, run, 2, keys=keys)
+    cluster = Cluster(run_config, run, 2, keys=keys)
     assert cluster.ends() == [0, 0], cluster.said()
-    good = marks(run)
+    good = checksums(run)
     for path in (run / "checkpoints/12/state").rglob("*"):
         if path.is_file() and path.parent.parent.name == "ocdbt.process_1":
             os.truncate(path, path.stat().st_size // 2)
-    cluster = Cluster(config, run, 2, keys=keys)
+    cluster = Cluster(run_config, run, 2, keys=keys)
     assert cluster.ends() == [0, 0], cluster.said()
     assert [e["step"] for e in events(run, "broken_checkpoint")] == [12]
-    assert events(run, "resume")[-1]["step"] == 8 and marks(run) == good
+    assert events(run, "resume")[-1]["step"] == 8 and checksums(run) == good
 
 
-def test_a_refusal_by_process_0_ends_all(config, tmp_path):
+def test_a_refusal_by_process_0_ends_all(run_config, tmp_path):
     run, keys = tmp_path / "run", ["--devices=2"]
-    with train.only_trainer(run):
-        cluster = Cluster(config, run, 2, keys=keys)
+    with train.run_lock(run):
+        cluster = Cluster(run_config, run, 2, keys=keys)
         codes = cluster.ends()
     assert codes[0] == 2 and codes[1] != 0, (codes, cluster.said())
     assert "is training there" in cluster.log[0].read_text()

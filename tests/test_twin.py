@@ -316,7 +316,7 @@ OPTIMIZER_MUTANTS = {       # name: the case of STEPS, where to patch, and what 
     "a dense MLP not with the matrices": ("dense", model, "table", mlp_with_the_experts),
     "the first step has a rate": ("v1", train, "lr_share", lambda f: lambda t, step: f(t, step + 1)),
     "v2's rates without a cap": (
-        "v2's rates", train, "heuristic", lambda f: lambda *a: f(*a)._replace(hyper_lr=13 / 3 * f(*a).adam_lr)),
+        "v2's rates", train, "heuristic", lambda f: lambda *a: f(*a)._replace(matrix_lr=13 / 3 * f(*a).adam_lr)),
     "one clip for all": (
         "v1", train, "GROUPS", lambda f: f | {"adamh": f["adamh"] | {"expert": "adamh", "shared": "adamh"}})}
 

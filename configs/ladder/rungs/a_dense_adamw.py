@@ -5,4 +5,4 @@ num_experts = 0
 experts_per_token = 0
 optimizer = "adamw"
 beta1, beta2, eps = 0.9, 0.95, 1e-8     # [cited: nanoGPT], as is weight_decay, 0.1
-rate_scale = 4.0                        # [measured: ../pilot.csv; 8 is as good]
+lr_scale = 4.0                        # [measured: ../pilot.csv; 8 is as good]

@@ -3,4 +3,4 @@ from configs.ladder.rungs.b_dense_adamh import *
 
 num_experts = 16
 experts_per_token = 4               # [cited: marin #4697]
-adam_scale = 8.0                    # [measured: ../pilot.csv]
+adam_lr_scale = 8.0                    # [measured: ../pilot.csv]

@@ -8,4 +8,4 @@ min_lr_ratio = 0.05
 clip = 0.0
 router_z = 0.0
 logit_z = 0.0
-adam_scale = 16.0                   # [measured: ../pilot.csv]
+adam_lr_scale = 16.0                   # [measured: ../pilot.csv]

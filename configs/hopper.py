@@ -1,6 +1,6 @@
 """Faster kernels for GPUs, each for some cards only: import this module in a config to have them.
 
-    from tests import hopper        # as configs/gpu_h200.py does
+    from configs import hopper        # as configs/gpu_h200.py does
 
 kernels.choose then takes "hopper" for experts and "packed" for attention on compute capability 9.0 (H100,
 H200), in bfloat16, at widths that fit, and prints that it did. "triton", "mgpu" and "cudnn" are known by name.

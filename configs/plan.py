@@ -1,0 +1,206 @@
+"""What a run costs on hardware that is not here: memory, traffic and time, by arithmetic or by compiling.
+
+Run:  python train.py CONFIG --plan [--compile] [--key=value ...]       (or python configs/plan.py CONFIG ...)
+
+--plan is arithmetic on the weight table: seconds, on any machine. --compile asks the real TPU compiler, which
+needs libtpu (pip install "jax[tpu]") and no TPU; tests/hlo.py reads what it made. Both read the config key
+`topology`.
+Read: traffic, link_rates and hop_factor (the network), plan, show_plan, compile_plan."""
+
+import itertools
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
+
+import model
+import train
+from tests import hlo
+from train import CHIPS, MESH
+
+GIB = 2**30
+
+
+def parse_topology(t):
+    """(slices, chip name, (x, y, z) of one slice) of `topology`. "2xv5p:8x8x8" is two slices."""
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w+):(\d+(?:x\d+)*)", t.topology)
+    if not match or match[2] not in CHIPS:
+        train.refuse("topology", f"such as 'v4:8x8x16' or '2xv5p:8x8x8', of the chips {', '.join(CHIPS)}",
+               repr(t.topology))
+    return int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
+
+
+def traffic(c, t, size):
+    """Bytes that each chip receives in a step, {(mesh axis, what): bytes}. size: {mesh axis: length}.
+
+    Per microbatch: a weight split over "data" is gathered forward, and again backward under remat; its
+    gradient is reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that
+    copy their weight. Tokens go to experts and back, in both directions of differentiation."""
+    width, again, received = jnp.dtype(c.compute_dtype).itemsize, c.remat == "block", {}
+    n, P = size["data"], size["expert"]
+
+    def add(axis, what, amount):
+        if amount:
+            received[axis, what] = received.get((axis, what), 0.0) + amount
+
+    def add_weight(path, w):
+        elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
+        if "data" in w.spec:
+            kind = "experts" if w.group == "expert" else "other weights"
+            gathers = 2 if again and path.startswith("layers/") else 1
+            moved = t.accumulate * elements * (n - 1) / n
+            add("data", f"{kind}, gathered", gathers * width * moved)
+            add("data", f"{kind}, gradients", 4 * moved)
+            elements /= n
+        for axis in MESH:
+            if axis not in w.spec:
+                add(axis, "gradients of copies", 8 * elements * (size[axis] - 1) / size[axis])
+
+    model.map_params(add_weight, c)
+    if c.num_experts and P > 1:
+        tokens = t.batch_size * c.seq_len / math.prod(size.values())    # a chip's, all microbatches
+        passes, copies = 4 + again, P - 1
+        if c.exchange == "ragged":
+            passes = 4 + 2 * again
+            copies = (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
+        amount = passes * c.num_layers * tokens * copies * c.hidden_dim * width
+        add("expert", f"tokens, by {c.exchange}", amount)
+    return received
+
+
+def link_rates(chip, slices, shape, size):
+    """Bytes a second that a chip can receive along each mesh axis, {axis: rate}.
+
+    Both directions of each torus axis that the mesh axis fills, one link along a part of a torus axis,
+    the data center's network between slices."""
+    rate, free = {}, [(length, 2 if length > 2 else 1) for length in shape]     # (chips, links)
+    for axis in reversed(MESH):
+        n = size[axis] // (slices if axis == "replica" else 1)
+        subsets = (s for k in range(1, len(free) + 1) for s in itertools.combinations(free, k))
+        filled = next((s for s in subsets if math.prod(length for length, _ in s) == n), ())
+        rate[axis] = chip.link * max(1, sum(links for _, links in filled))
+        for dimension in filled:
+            free.remove(dimension)
+        part = next((d for d in free if d[0] % n == 0), None)
+        if part and not filled:
+            free[free.index(part)] = part[0] // n, 0
+    return rate | ({"replica": chip.outside} if slices > 1 else {})
+
+
+def hop_factor(n):
+    """How much longer an all-to-all takes along n chips in a ring than its received bytes say.
+
+    On a ring, the n * V bytes that all chips send travel n / 4 links on average over the 2 n links: V
+    n / 8 each, of which n - 1 of n arrive. What a gather passes on it also keeps: 1."""
+    return n * n / (4 * (n - 1))
+
+
+def plan(c, t):
+    """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
+    slices, name, shape = parse_topology(t)
+    chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
+    if reason := train.mesh_error(c, t, chips):
+        raise train.ConfigError(reason)
+    if chips > 1 and not chip.link:
+        train.refuse("topology", f"one {name} at most", chips, "GPU networks are not modeled")
+    size, tokens, remat = train.mesh_shape(t, chips), t.batch_size * c.seq_len, c.remat == "block"
+    mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
+    state = train.abstract_state(c, t, mesh)
+
+    def bytes_held(tree):
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+                   for x in jax.tree.leaves(tree))
+
+    weights = bytes_held(state.params)
+    inputs = remat * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
+    received, rate = traffic(c, t, size), link_rates(chip, slices, shape, size)
+    seconds = {axis: 0.0 for axis in MESH if size[axis] > 1}
+    for (axis, what), amount in received.items():
+        hops = hop_factor(size[axis]) if "ragged" in what else 1
+        seconds[axis] += amount * hops / rate[axis]
+    ideal = count.mfu_flops * tokens / chips / chip.flops
+    executed = ideal * (4 / 3 if remat else 1)
+    bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
+              "one after the other": executed + sum(seconds.values())}
+    return {"chips": chips, "mesh": size, "tokens_per_step": tokens, "tokens": tokens * t.steps,
+            "count": count, "received": received, "seconds": seconds, "ideal": ideal,
+            "memory": {"weights": weights, "moments": bytes_held(state.opt),
+                       "gradients": weights * (2 if t.accumulate > 1 else 1),
+                       "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
+            "executed": executed, "step": bounds,
+            "mfu": {how: ideal / bound for how, bound in bounds.items()}}
+
+
+def show_plan(c, t, compile_too=False):
+    """--plan: print `plan`, in seconds, on any machine; --compile: then compile. The exit code."""
+    jax.config.update("jax_platforms", "cpu")       # a TPU that is here has no part in this
+    p, (_, name, _) = plan(c, t), parse_topology(t)
+    chip, n, least = CHIPS[name], p["count"], sum(p["memory"].values())
+    print(f"model     {n.total / 1e9:.2f} B parameters, {n.active / 1e9:.2f} B active; "
+          f"{n.flops_per_token / 1e9:.2f} GFLOP a token, {n.mfu_flops / 1e9:.2f} with the head (MFU)")
+    print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens, "
+          f"{n.flops_per_token * p['tokens']:.2e} FLOP")
+    print(f"machine   {p['chips']:,} x {name} ({t.topology}): "
+          + " x ".join(f"{axis} {length}" for axis, length in p["mesh"].items())
+          + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, accumulate {t.accumulate}")
+    print(f"memory    {least / GIB:.2f} of {chip.memory / GIB:.0f} GiB a chip, "
+          + " + ".join(f"{what} {amount / GIB:.2f}" for what, amount in p["memory"].items())
+          + "; and a layer at work (--compile)")
+    for (axis, what), amount in p["received"].items():
+        print(f"traffic   {axis:8s} {what:28s} {amount / 1e9:9.2f} GB a step and chip")
+    print(f"time      {p['ideal']:.2f} s of model FLOPs at the peak, {p['executed']:.2f} s with "
+          f"recomputation; " + ", ".join(f"{axis} {s:.2f} s" for axis, s in p["seconds"].items()))
+    for how, seconds in p["step"].items():
+        print(f"bound     {how:20s} {seconds:6.2f} s a step, MFU {100 * p['mfu'][how]:.1f} %, "
+              f"{seconds * t.steps / 3600:,.1f} hours")
+    fit = "state and layer inputs fit"
+    if least > chip.memory:
+        fit = (f"does not fit: {(least - chip.memory) / GIB:.1f} GiB too much. Try more chips, a larger "
+               f"--accumulate or --remat=block")
+    print(f"verdict   {fit}")
+    return compile_plan(c, t) if compile_too else 0
+
+
+def compile_plan(c, t):
+    """--plan --compile: trace the train step and compile it for `topology` by libtpu, without a TPU.
+
+    Prints memory, traffic and a verdict (tests/hlo.py). The exit code."""
+    slices, name, shape = parse_topology(t)
+    if not name.startswith("v"):
+        train.refuse("topology", "a TPU to compile for", repr(t.topology), "on a GPU run the config there")
+    from jax.experimental import topologies
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"              # libtpu must not look for a TPU, nor
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"      # lock the one that two compilations do not share
+    told = CHIPS[name].compiler | ({"num_slices": slices} if slices > 1 else {})
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}", **told)
+    except Exception as error:
+        raise train.ConfigError(f"topology: {t.topology!r} cannot be compiled for ({train.one_line(error)}); it "
+                          f"takes: pip install 'jax[tpu]'") from None
+    mesh, began = train.make_mesh(c, t, described.devices), time.time()
+    place = NamedSharding(mesh, Spec(None, MESH))
+    whole = jax.ShapeDtypeStruct((t.accumulate, t.batch_size // t.accumulate, c.seq_len), jnp.int32,
+                                 sharding=place)
+    batch = dict.fromkeys(("tokens", "targets", "segments"), whole)
+    batch["weights"] = whole.update(dtype=jnp.float32)
+    traced = train.make_train_step(c, t, mesh).trace(train.abstract_state(c, t, mesh), batch)
+    model_flops = model.count(c).mfu_flops * t.batch_size * c.seq_len / mesh.size
+    executed = hlo.traced_flops(traced.jaxpr.jaxpr, mesh.size) / model_flops
+    print(f"traced    in {time.time() - began:.0f} s; executes {executed:.2f} x the model's FLOPs "
+          f"(matmuls and kernels of the traced program, loops times their length)", flush=True)
+    planned = sum(traffic(c, t, mesh.shape).values())
+    return hlo.compile_and_report(traced, mesh, CHIPS[name].memory, planned)
+
+
+if __name__ == "__main__":
+    sys.exit(train.main([*sys.argv[1:], "--plan"]))

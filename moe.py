@@ -33,12 +33,11 @@ class RouterStats(NamedTuple):
 
 
 def route(x_TD, router_DE, bias_E, c):
-    """Choose every token's experts and weigh them: (expert_TK int32, weight_TK float32,
-    RouterStats).
+    """Choose every token's experts and weigh them: (expert_TK int32, weight_TK float32, stats).
 
-    The bias decides which experts are chosen and does not touch their weights. The combine weights
-    are sigmoids of the logits; with c.combine_sum a token's K weights are rescaled to that sum (2.5
-    in V2). All in float32, since bfloat16 logits would tie. An expert id of E is an empty slot.
+    The bias decides which experts are chosen and does not touch their weights: sigmoids of the
+    logits, with c.combine_sum rescaled so that a token's K weights add up to it (2.5 in V2). All in
+    float32, since bfloat16 logits would tie. An expert id of E is an empty slot.
     [sigmoid weights: marin #4697; combine_sum: #5951; z-loss: ST-MoE, arXiv 2202.08906]"""
     # HIGHEST, or a TPU multiplies float32 in bfloat16 and a GPU in TF32
     logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
@@ -64,7 +63,7 @@ def count_loads(expert_TK, E):
 
 
 class Dispatch(NamedTuple):
-    """Where every assignment is in the buffer, in both directions. Integers only, no gradient."""
+    """Where every assignment is in the buffer, in both directions. Integers, without gradient."""
     row_TK: jax.Array           # the row of each assignment
     token_R: jax.Array          # the token in each row; T in rows of padding
     assignment_R: jax.Array     # the assignment in each row; A in rows of padding
@@ -202,8 +201,8 @@ def experts(x_RD, p, tile_expert, platform, impl):
     """Every row through the SwiGLU of its expert: [R,D] -> [R,D]. Zero rows stay zero."""
     gate_EDF, up_EDF, down_EFD = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
     if platform == "tpu" and gate_EDF.shape[2] % 128:
-        # F = 1,600 of the 32B run: the kernels' blocks are multiples of 128. Zero columns add
-        # nothing, and at a multiple of 256 (1,792, 12 % more products) blocks stay large
+        # F = 1,600 of the 32B run: blocks are multiples of 128. Zero columns add nothing, and at
+        # a multiple of 256 (1,792, 12 % more products) blocks stay large
         wide = -gate_EDF.shape[2] % 256
         gate_EDF, up_EDF = (jnp.pad(w, ((0, 0), (0, 0), (0, wide))) for w in (gate_EDF, up_EDF))
         down_EFD = jnp.pad(down_EFD, ((0, 0), (0, wide), (0, 0)))
@@ -212,8 +211,7 @@ def experts(x_RD, p, tile_expert, platform, impl):
 
 
 def dense_moe(x_TD, p, bias_E, c):
-    """The definition of `moe`: every expert sees every token, then the K chosen are kept. E/K times
-    the work."""
+    """The definition of `moe`: every expert sees every token. E/K times the work."""
     expert_TK, weight_TK, stats = route(x_TD, p["router_DE"], bias_E, c)
     y_TD = jnp.zeros_like(x_TD)
     for e in range(p["router_DE"].shape[1]):
@@ -231,11 +229,10 @@ def dense_moe(x_TD, p, bias_E, c):
 
 def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     """Gather the tokens of all P devices, compute what is for the experts here, sum each token's
-    outputs on its own device: (y_tD, rows dropped here).
+    outputs on its own device: (y_tD, rows dropped here). P times t tokens move, whatever K is.
 
-    This moves P times t tokens whatever K is, so it suits few devices. capacity = 0 drops nothing:
-    rows are computed in waves of t*K, as many as the fullest shard needs. The worst routing needs P
-    waves; one buffer for it would be P times as large, 2.5 GiB at the 129B shape."""
+    capacity = 0 drops nothing: rows are computed in waves of t*K, as many as the fullest shard
+    needs. One buffer for the worst routing would be P times as large, 2.5 GiB at the 129B shape."""
     e, P, (t, K) = p["gate_EDF"].shape[0], lax.axis_size(axis), expert_tK.shape
     tile = kernels.row_tile(impl, t * K, e)
     gather = partial(lax.all_gather, axis_name=axis, tiled=True)
@@ -256,9 +253,8 @@ def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
         def add_wave(y_TD, skip):
             more = lambda y_TD: y_TD + wave(x_TD, weight_TK, p, skip)
             return lax.cond(skip < arrived, more, lambda y_TD: y_TD, y_TD), None
-        zeros = jnp.zeros(x_TD.shape, jnp.float32)
-        y_TD, _ = lax.scan(add_wave, zeros, t * K * jnp.arange(P))
-        dropped = jnp.int32(0)
+        y_TD, dropped = jnp.zeros(x_TD.shape, jnp.float32), jnp.int32(0)
+        y_TD, _ = lax.scan(add_wave, y_TD, t * K * jnp.arange(P))
     # at most K of the P terms are not zero, so a sum in the compute type loses what rounding loses
     y_tD = lax.psum_scatter(y_TD.astype(x_tD.dtype), axis, scatter_dimension=0, tiled=True)
     return y_tD, dropped
@@ -266,9 +262,7 @@ def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
 
 def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     """Send each row to its expert and back, and no other: (y_tD, rows of ours that were dropped).
-
-    lax.ragged_all_to_all moves about K of the P*t rows that `ring` moves. The model config makes
-    sure that capacity > 0: rows arrive in buffers of a fixed size."""
+    capacity > 0, since rows arrive in buffers of a fixed size (ModelConfig checks it)."""
     e, E, me = p["gate_EDF"].shape[0], p["router_DE"].shape[1], lax.axis_index(axis)
     tile = kernels.row_tile(impl, expert_tK.size, e)
     d = dispatch(expert_tK, E, tile=1)
@@ -295,10 +289,9 @@ class SendPlan(NamedTuple):
 
 def ragged_plan(load_PE, capacity, tile, me):
     """Where every row goes, from how many rows each device has for each expert: (there, back,
-    tile_expert). S below is the sender, P the shard that receives.
-
-    `there` takes sorted, packed rows (dispatch with tile 1) to the tile-padded buffer of their
-    expert's shard. `back` is its inverse: who sent a chunk receives it where it came from."""
+    tile_expert). S is the sender, P the shard that receives. `there` takes sorted, packed rows
+    (dispatch with tile 1) to the tile-padded buffer of their expert's shard; `back` is its
+    inverse."""
     S, E = load_PE.shape
     e = E // S
     load_PN = load_PE.T.reshape(S, e * S)           # by shard; in a shard by expert, then by sender
@@ -320,12 +313,14 @@ def ragged_plan(load_PE, capacity, tile, me):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def send(x_RD, there, back, rows, axis, platform):
-    """Send chunks of rows to other devices. rows: how many the buffers (here, there) have. The
-    gradient is sent back."""
+    """Send chunks of rows to other devices. rows: how many the buffers (here, there) have."""
+    if platform not in RAGGED_ALL_TO_ALL:
+        raise ValueError(f"exchange='ragged': expected a TPU or a GPU, found platform={platform!r}; "
+                         "'ring' runs everywhere and drops the same assignments")
     out_RD = jnp.zeros((rows[1], x_RD.shape[1]), x_RD.dtype)
-    exchange = emulated_ragged_all_to_all if platform == "cpu" else lax.ragged_all_to_all
-    return exchange(x_RD, out_RD, there.input_offsets, there.send_sizes, there.output_offsets,
-                    there.recv_sizes, axis_name=axis)
+    return RAGGED_ALL_TO_ALL[platform](
+        x_RD, out_RD, there.input_offsets, there.send_sizes, there.output_offsets,
+        there.recv_sizes, axis_name=axis)
 
 
 def _send_backward(rows, axis, platform, plans, g_RD):
@@ -337,53 +332,20 @@ send.defvjp(lambda x, there, back, *static: (send(x, there, back, *static), (the
             _send_backward)
 
 
-def emulated_ragged_all_to_all(x_RD, out_RD, input_offsets, send_sizes, output_offsets, recv_sizes,
-                               axis_name):
-    """lax.ragged_all_to_all as its documentation defines it, by gathering everything: XLA's CPU
-    backend lacks it. It reads the senders' view and never recv_sizes, which a test compares."""
-    me, P = lax.axis_index(axis_name), lax.axis_size(axis_name)
-    x_PRD = lax.all_gather(x_RD, axis_name)
-
-    def to_me(a):               # of all senders, the chunks that come here
-        a_PPe = lax.all_gather(a, axis_name).reshape(P, P, -1)
-        return lax.dynamic_slice_in_dim(a_PPe, me, 1, axis=1).reshape(-1)
-    start_C, size_C, goal_C = to_me(input_offsets), to_me(send_sizes), to_me(output_offsets)
-    row_R1 = jnp.arange(out_RD.shape[0])[:, None]
-    hit_RC = (row_R1 >= goal_C) & (row_R1 < goal_C + size_C)    # at most one chunk covers a row
-    sender_C = jnp.arange(len(goal_C)) // (len(goal_C) // P)
-    source_RC = sender_C * x_RD.shape[0] + start_C + row_R1 - goal_C
-    source_R = jnp.sum(jnp.where(hit_RC, source_RC, 0), axis=1)
-    rows_RD = x_PRD.reshape(-1, x_RD.shape[1])[source_R]
-    return jnp.where(jnp.any(hit_RC, axis=1)[:, None], rows_RD, out_RD)
-
-
 EXCHANGES = {"ring": ring, "ragged": ragged}
+# XLA's CPU backend has no such operation; tests/ragged.py emulates it
+RAGGED_ALL_TO_ALL = {"tpu": lax.ragged_all_to_all, "gpu": lax.ragged_all_to_all}
 
 
 # ------------------------------------------------------------------------------------ python moe.py
 
-def _demonstrate():
-    """One layer against its definition: with no bias, after balancing, and with extreme loads."""
-    from types import SimpleNamespace
-    T, D, E, K, F = 1024, 64, 16, 4, 32
-    c = SimpleNamespace(experts_per_token=K, combine_sum=0.0, balancer="quantile")
-    keys = jax.random.split(jax.random.key(0), 5)
-    x_TD = jax.random.normal(keys[4], (T, D))
-    p = {"router_DE": (D, E), "gate_EDF": (E, D, F), "up_EDF": (E, D, F), "down_EFD": (E, F, D)}
-    for key, (name, shape) in zip(keys, p.items()):
-        p[name] = jax.random.normal(key, shape) * shape[-2]**-0.5
-    zero_E = jnp.zeros(E)
-    margin_LTE = dense_moe(x_TD, p, zero_E, c)[1].margin_TE[None]
-    balanced_LE, _ = balance.update(c.balancer, margin_LTE, jnp.ones(T, bool), zero_E[None], K)
-    cases = {"no bias": zero_E, "quantile balancing": balanced_LE[0],
-             f"{K} experts take all": jnp.where(jnp.arange(E) < K, 100.0, 0.0)}
-    print(f"{T} tokens, {E} experts, {K} per token; the error is against dense_moe")
-    for name, bias_E in cases.items():
-        (fast, stats), (slow, _) = moe(x_TD, p, bias_E, c), dense_moe(x_TD, p, bias_E, c)
-        error = jnp.max(jnp.abs(fast - slow)) / jnp.max(jnp.abs(slow))
-        low, high = stats.load_E.min(), stats.load_E.max()
-        print(f"  {name:22s} loads {low:4d} to {high:4d}   error {error:.0e}")
-
-
 if __name__ == "__main__":
-    _demonstrate()
+    import model
+    import train
+    config, _ = train.load_config("configs/smoke.py")
+    weights = jax.tree.map(lambda w: w[0], model.init(config, jax.random.key(0))["layers"])
+    states_TD = jax.random.normal(jax.random.key(1), (1024, config.hidden_dim))
+    for bias in jnp.zeros(config.num_experts), 100.0 * jnp.arange(config.num_experts):
+        fast_TD, routed = moe(states_TD, weights, bias, config)
+        slow_TD, _ = dense_moe(states_TD, weights, bias, config)
+        print("loads", routed.load_E, "largest error", jnp.max(jnp.abs(fast_TD - slow_TD)))

@@ -92,6 +92,7 @@ def config(text, tmp_path):
 
 # --------------------------------------------------------------- runs in processes of their own
 
+from tests import ragged          # noqa: E402, F401  (moe.py's exchange on CPU devices)
 from tests import inject          # noqa: E402  (needs the path and the devices that are set above)
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""The report of a run: its own files drawn, and put into one page.
+"""A run looked at: its own files drawn and put into one page, and the batch of one of its steps.
 
-Run:  python tests/report.py RUN_DIR          (train.py does it at the end of a run)
+Run:  python tests/report.py RUN_DIR          write the page anew; train.py does it at the end of a run
+      python train.py CONFIG --replay STEP    print what was in the batch of a step, and what came of it
 
 curves says what is drawn: the numbers of metrics.jsonl and events.jsonl, as they are."""
 
@@ -15,6 +16,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+import data
 import train
 
 
@@ -97,6 +99,27 @@ def report(run):
             text = html.escape((run / name).read_text())
             parts.append(f"<h2>{name}</h2><pre>{text}</pre>")
     train.write(run / "report.html", "".join(parts))
+
+
+def replay(c, t, step):
+    """--replay STEP: print what was in the batch of that step, and what came of it."""
+    if not 1 <= step <= t.steps:
+        train.refuse("--replay", f"a step from 1 to {t.steps}", step)
+    mixture = train.open_data(c, t)
+    batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
+    print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, "
+          f"{int(batch.weights_BS.sum()):,} scored")
+    for b, (name, window) in enumerate(train.rows_of(mixture, c, t, step)):
+        ids, documents = batch.tokens_BS[b], batch.segments_BS[b].max()
+        print(f"row {b:4d}  {name} window {window:,}  {int(batch.weights_BS[b].sum())} scored, "
+              f"{documents} documents, {len(np.unique(ids))} distinct  "
+              f"{mixture.tokenizer.decode(ids[:48])!r}")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        for row in train.read_rows(Path(t.run_dir, name)):
+            if row.get("step") == step:
+                short = {key: value for key, value in row.items() if key not in ("rows", "load_LE")}
+                print(f"{name}: {json.dumps(short)}")
+    return 0
 
 
 if __name__ == "__main__":

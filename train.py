@@ -46,7 +46,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as Spec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
 import data
@@ -1323,26 +1323,6 @@ def sample_from(c, t):
     print(sample_text(c, t, mixture, checkpoints.restore(c, t, mesh)))
 
 
-def replay(c, t, step):
-    """--replay STEP: print what was in the batch of that step, and what came of it."""
-    if not 1 <= step <= t.steps:
-        refuse("--replay", f"a step from 1 to {t.steps}", step)
-    mixture = open_data(c, t)
-    batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
-    print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, "
-          f"{int(batch.weights_BS.sum()):,} scored")
-    for b, (name, window) in enumerate(rows_of(mixture, c, t, step)):
-        ids, documents = batch.tokens_BS[b], batch.segments_BS[b].max()
-        print(f"row {b:4d}  {name} window {window:,}  {int(batch.weights_BS[b].sum())} scored, "
-              f"{documents} documents, {len(np.unique(ids))} distinct  "
-              f"{mixture.tokenizer.decode(ids[:48])!r}")
-    for name in ("metrics.jsonl", "events.jsonl"):
-        for row in read_rows(Path(t.run_dir, name)):
-            if row.get("step") == step:
-                short = {key: value for key, value in row.items() if key not in ("rows", "load_LE")}
-                print(f"{name}: {json.dumps(short)}")
-
-
 def read_flags(words):
     """(flags that are no config keys, the words that are left)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -1382,17 +1362,16 @@ def main(arguments):
         print(describe_keys())
         return 0
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # orbax logs stacks; ours is one line
+    from configs import plan, report
     try:
         flags, overrides = read_flags(arguments[1:])
         c, t = load_config(arguments[0], overrides)
         if flags.compile and not flags.plan:
             refuse("--compile", "together with --plan", "it alone", "it would train")
         if flags.plan:
-            from configs import plan
             return plan.show_plan(c, t, flags.compile)
         if flags.replay is not None:
-            replay(c, t, flags.replay)
-            return 0
+            return report.replay(c, t, flags.replay)
         init_distributed(flags, t)
         (sample_from if flags.sample else train)(c, t)
         return 0

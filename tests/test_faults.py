@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import pytest
 
-import data
 import train
 from tests.inject import ENVIRONMENT, SAVE, STEPS, checksums, command, events, go, outcome, saved_steps
 

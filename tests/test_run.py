@@ -1,6 +1,5 @@
 """Runs from config to report: the run directory, resuming, and every bad input."""
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 

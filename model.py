@@ -297,7 +297,8 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
     scanned, left, stats = c.num_layers // PERIOD * PERIOD, c.num_layers % PERIOD, []
     stacked = params["layers"], bias_LE
     if scanned:
-        folded = jax.tree.map(lambda w: w[:scanned].reshape(-1, PERIOD, *w.shape[1:]), stacked)
+        folded = jax.tree.map(
+            lambda w: w[:scanned].reshape(scanned // PERIOD, PERIOD, *w.shape[1:]), stacked)
         x_TD, some = lax.scan(lambda x, weights: layers(x, weights, range(PERIOD)), x_TD, folded)
         stats.append(jax.tree.map(lambda s: s.reshape(scanned, *s.shape[2:]), some))
     if left:

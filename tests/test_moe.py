@@ -53,7 +53,7 @@ def test_the_order_of_experts_does_not_matter(layer_weights, normal, routing, cl
 
     def run(p, bias_E):
         f = lambda x: jnp.sum(jnp.sin(moe.moe(x, p, bias_E, routing(2))[0]))
-        return jax.value_and_grad(f)(x_TD)
+        return jax.jit(jax.value_and_grad(f))(x_TD)
     close(run(mixed, bias_E[order]), run(p, bias_E))
 
 
@@ -65,7 +65,7 @@ def test_a_bad_token_does_not_spread(layer_weights, normal, routing, close):
     def others(x_TD):
         y_TD = moe.moe(x_TD, p, jnp.zeros(8), c)[0]
         return jnp.sum(y_TD[:-1]), y_TD
-    f = jax.value_and_grad(others, has_aux=True)
+    f = jax.jit(jax.value_and_grad(others, has_aux=True))
     bad_TD = x_TD.at[-1].set(jnp.nan)
     (_, want), dwant = f(x_TD)
     (_, got), dgot = f(bad_TD)
@@ -73,7 +73,7 @@ def test_a_bad_token_does_not_spread(layer_weights, normal, routing, close):
     assert not np.isfinite(np.asarray(got[-1])).any()
 
     expert_TK, *_ = moe.route(x_TD, p["router_DE"], jnp.zeros(8), c)
-    d = moe.dispatch(expert_TK, 8)
+    d = jax.jit(moe.dispatch, static_argnums=1)(expert_TK, 8)
     x_RD = np.asarray(moe.spread(bad_TD, d))
     assert (x_RD[np.asarray(d.token_R) == 40] == 0).all()
     assert np.isnan(x_RD).all(axis=1).sum() == 2
@@ -82,10 +82,11 @@ def test_a_bad_token_does_not_spread(layer_weights, normal, routing, close):
 def test_garbage_in_rows_of_padding_changes_nothing(rng, normal, close):
     """NaN in the padding of the experts' output, as memory that no kernel wrote would have."""
     expert_TK = jnp.asarray(rng.integers(0, 4, (30, 1)), jnp.int32)
-    d = moe.dispatch(expert_TK, 4, tile=8)
+    d = jax.jit(moe.dispatch, static_argnums=(1, 2))(expert_TK, 4, 8)
     weight_TK, y_RD, g_TD = normal(30, 1), normal(len(d.token_R), D), normal(30, D)
     bad_RD = jnp.where((d.token_R == 30)[:, None], jnp.nan, y_RD)
 
+    @jax.jit
     def run(y_RD):
         y_TD, vjp = jax.vjp(lambda y, weight: moe.combine(y, weight, d), y_RD, weight_TK)
         return y_TD, vjp(g_TD)
@@ -95,7 +96,8 @@ def test_garbage_in_rows_of_padding_changes_nothing(rng, normal, close):
 @pytest.mark.parametrize("T, E, K", [(1, 4, 2), (40, 8, 2), (129, 3, 2), (64, 16, 4)])
 def test_dispatch_gives_every_assignment_one_row_of_its_expert(T, E, K, rng):
     expert_TK = np.stack([rng.permutation(E)[:K] for _ in range(T)]).astype(np.int32)
-    d = jax.tree.map(np.asarray, moe.dispatch(jnp.asarray(expert_TK), E))
+    plan = jax.jit(moe.dispatch, static_argnums=1)
+    d = jax.tree.map(np.asarray, plan(jnp.asarray(expert_TK), E))
     assert sorted(d.assignment_R[d.assignment_R < T * K].tolist()) == list(range(T * K))
     rows = d.row_TK.reshape(-1)
     assert (d.assignment_R[rows] == np.arange(T * K)).all()
@@ -120,7 +122,8 @@ def test_dispatch_keeps_a_window_of_the_sorted_assignments(skip, capacity, rng):
     expert_TK = rng.integers(0, 5, (40, 2)).astype(np.int32)            # 4 stands for "not here"
     here = sorted((e, a) for a, e in enumerate(expert_TK.reshape(-1)) if e < 4)
     want = {a for _, a in here[skip:skip + capacity]}
-    d = jax.tree.map(np.asarray, moe.dispatch(jnp.asarray(expert_TK), 4, 8, capacity, skip))
+    plan = jax.jit(moe.dispatch, static_argnums=(1, 2, 3))
+    d = jax.tree.map(np.asarray, plan(jnp.asarray(expert_TK), 4, 8, capacity, skip))
     assert {a for a in d.assignment_R.tolist() if a < 80} == want
     last = len(d.token_R) - 1
     for a, row in enumerate(d.row_TK.reshape(-1).tolist()):

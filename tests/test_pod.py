@@ -179,9 +179,8 @@ def test_orthogonalize_on_a_mesh_equals_one_device_but_for_the_last_bit(shape, s
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(expert_parallel=2), dict()], ids=str)
 def test_muonh_on_eight_devices_moves_every_weight_as_on_one(config, mesh, load, run_steps):
-    """Newton-Schulz in bfloat16 makes more of a difference in the last bit of a gradient, and
-    Adam's first steps are signs, which turn where a gradient is near zero. So each weight may
-    differ by a share of what it moved, and no element is excused."""
+    """By a share of what it moved, at most: Newton-Schulz in bfloat16 leaves 0.012 of its
+    matrices' moves, all other weights differ by less than 0.0004 [measured]."""
     keys = dict(optimizer="muonh", recipe="v2", steps=3)
     c, t = load(config, devices=1, **keys)
     start = jax.jit(model.init, static_argnums=0)(c, jax.random.key(0))
@@ -193,8 +192,9 @@ def test_muonh_on_eight_devices_moves_every_weight_as_on_one(config, mesh, load,
     apart = {}
     for path, w, a, b in zip(paths, starts, *(list(leaves)[1] for leaves in rest)):
         apart[jax.tree_util.keystr(path)] = float(np.linalg.norm(a - b) / np.linalg.norm(a - w))
-    print(apart)
-    assert max(apart.values()) < 0.02, apart
+    adam = ("embed_VD", "gain_D", "head_gate_DN", "router_DE", "head_DV")
+    for path, error in apart.items():
+        assert error < (1e-3 if path.rstrip("']").endswith(adam) else 0.02), (path, error)
 
 
 def test_a_stack_is_sharded_by_expert_or_by_padded_layer():

@@ -296,7 +296,8 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
     scanned, left, stats = c.num_layers // PERIOD * PERIOD, c.num_layers % PERIOD, []
     stacked = params["layers"], bias_LE
     if scanned:
-        folded = jax.tree.map(lambda w: w[:scanned].reshape(-1, PERIOD, *w.shape[1:]), stacked)
+        folded = jax.tree.map(
+            lambda w: w[:scanned].reshape(scanned // PERIOD, PERIOD, *w.shape[1:]), stacked)
         x_TD, some = lax.scan(lambda x, weights: layers(x, weights, range(PERIOD)), x_TD, folded)
         stats.append(jax.tree.map(lambda s: s.reshape(scanned, *s.shape[2:]), some))
     if left:
@@ -424,5 +425,5 @@ def key_offset(k_BSMH, segment_BS):
 if __name__ == "__main__":
     import train
     config, _ = train.load_config("configs/smoke.py")
-    map_params(lambda path, w: print(f"{path:26s}{w.shape!s:22s}{w.group:8s}{w.init:8s}{w.spec}"), config)
+    map_params(lambda path, w: print(f"{path:26s}{w.shape!s:22s}", *w[1:]), config)
     print(count(config))

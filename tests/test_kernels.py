@@ -1,199 +1,264 @@
-"""Every fast path against its plain twin, and the plain twins against loops in numpy."""
-from functools import partial
+"""Every fast implementation against its plain twin, and the plain twins against numpy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import balance
 import kernels
-
-rng = np.random.default_rng(0)
-normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-
-
-def close(got, want, tolerance=2e-5, floor=1e-9):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(b)) + floor))
 
 
 def both(f, *args):
-    """Value of f, all gradients of sum(sin(f)). Not the sum: it may cancel, and then rounding looks large."""
+    """The value of f and the gradients of sum(sin(f)) with respect to all arguments.
+
+    Not of the sum: it may cancel, and then rounding looks large."""
     def total(*a):
         y = f(*a)
         return jnp.sum(jnp.sin(y)), y
-    gradients, value = jax.jit(jax.grad(total, argnums=tuple(range(len(args))), has_aux=True))(*args)
+    wrt = tuple(range(len(args)))
+    gradients, value = jax.jit(jax.grad(total, argnums=wrt, has_aux=True))(*args)
     return value, gradients
 
 
-def segments(kind, B, S):
-    return {"one": jnp.ones((B, S), jnp.int32),
-            "documents": jnp.cumsum(jnp.asarray(rng.random((B, S)) < 0.1), axis=1).astype(jnp.int32),
-            "padded": jnp.where(jnp.arange(S) < S // 2, 1, 0) * jnp.ones((B, 1), jnp.int32)}[kind]
+def segments(kind, B, S, rng):
+    if kind == "one":
+        return jnp.ones((B, S), jnp.int32)
+    if kind == "padded":
+        return jnp.where(jnp.arange(S) < S // 2, 1, 0) * jnp.ones((B, 1), jnp.int32)
+    return jnp.cumsum(jnp.asarray(rng.random((B, S)) < 0.1), axis=1).astype(jnp.int32)
 
+
+# --------------------------------------------------------------------------------------- attention
 
 @pytest.mark.parametrize("S, N, M, window, kind", [
-    (96, 4, 2, 96, "one"), (96, 4, 1, 40, "documents"), (130, 2, 2, 1, "one"), (130, 2, 1, 130, "padded"),
-    (7, 3, 1, 3, "documents"), (65, 2, 1, 64, "padded")])
-def test_chunked_attention_is_plain_attention(S, N, M, window, kind):
-    q, k, v, seg = normal(2, S, N, 8), normal(2, S, M, 8), normal(2, S, M, 8), segments(kind, 2, S)
-    close(both(lambda *a: kernels.attention(*a, seg, window, "chunked"), q, k, v),
-          both(lambda *a: kernels.attention(*a, seg, window, "plain"), q, k, v),
-          floor=0.1)        # values are about 1; with a window of one, dq and dk are 0 but for rounding
+    (96, 4, 2, 96, "one"),
+    (96, 4, 1, 40, "documents"),
+    (130, 2, 2, 1, "one"),
+    (130, 2, 1, 130, "padded"),
+    (7, 3, 1, 3, "documents"),
+    (65, 2, 1, 64, "padded")])
+def test_chunked_attention_equals_plain_attention(S, N, M, window, kind, rng, normal, close):
+    q, k, v = normal(2, S, N, 8), normal(2, S, M, 8), normal(2, S, M, 8)
+    segment_BS = segments(kind, 2, S, rng)
+
+    def run(impl):
+        return both(lambda *a: kernels.attention(*a, segment_BS, window, impl), q, k, v)
+    # values are about 1; with a window of one, dq and dk are 0 but for rounding
+    close(run("chunked"), run("plain"), floor=0.1)
 
 
-@pytest.mark.parametrize("impl", ["splash", "cudnn"])        # splash interpreted; cudnn's arguments, on XLA
 @pytest.mark.parametrize("window", [100, pytest.param(256, marks=pytest.mark.slow)])
-def test_borrowed_attention_is_plain_attention(impl, window):
+def test_splash_attention_equals_plain_attention(window, rng, normal, close):
+    """JAX's TPU kernel in interpret mode."""
     q, k, v = normal(1, 256, 4, 128), normal(1, 256, 2, 128), normal(1, 256, 2, 128)
-    seg = segments("documents", 1, 256)
-    close(both(lambda *a: kernels.attention(*a, seg, window, impl), q, k, v),
-          both(lambda *a: kernels.attention(*a, seg, window, "plain"), q, k, v))
+    segment_BS = segments("documents", 1, 256, rng)
+
+    def run(impl):
+        return both(lambda *a: kernels.attention(*a, segment_BS, window, impl), q, k, v)
+    close(run("splash"), run("plain"))
 
 
-def test_plain_attention_is_a_loop():
+def test_plain_attention_equals_a_loop_in_numpy(rng, normal, close):
     S, N, M, H, window = 17, 4, 2, 8, 5
-    q, k, v = np.asarray(normal(1, S, N, H)), np.asarray(normal(1, S, M, H)), np.asarray(normal(1, S, M, H))
-    seg = np.asarray(segments("documents", 1, S))
+    q, k, v = (np.asarray(normal(1, S, heads, H)) for heads in (N, M, M))
+    segment_BS = np.asarray(segments("documents", 1, S, rng))
     want = np.zeros((1, S, N, H))
     for n in range(N):
+        m = n // (N // M)
         for i in range(S):
-            js = [j for j in range(S) if 0 <= i - j < window and seg[0, i] == seg[0, j]]
-            score = np.array([q[0, i, n] @ k[0, j, n // (N // M)] for j in js]) / np.sqrt(H)
+            seen = [j for j in range(S)
+                    if 0 <= i - j < window and segment_BS[0, i] == segment_BS[0, j]]
+            score = np.array([q[0, i, n] @ k[0, j, m] for j in seen]) / np.sqrt(H)
             weight = np.exp(score - score.max())
-            want[0, i, n] = (weight / weight.sum()) @ np.stack([v[0, j, n // (N // M)] for j in js])
-    close(kernels.attention(q, k, v, seg, window, "plain"), want)
+            values = np.stack([v[0, j, m] for j in seen])
+            want[0, i, n] = (weight / weight.sum()) @ values
+    close(kernels.attention(q, k, v, segment_BS, window, "plain"), want)
 
 
-@pytest.mark.parametrize("impl, T, chunk", [("chunked", 64, 16), ("chunked", 50, 16), ("chunked", 10, 16),
-                                            ("chunked", 17, 1), ("vocabulary", 50, 11), ("vocabulary", 50, 16),
-                                            ("vocabulary", 9, 32), ("vocabulary", 9, 40)])
-def test_cross_entropy_in_pieces_is_plain_cross_entropy(impl, T, chunk):
-    """Pieces that divide their axis, that do not, and one piece; V = 33. Loss and normaliser (the z-loss's)."""
-    x, head, target = normal(T, 12), normal(12, 33), jnp.asarray(rng.integers(0, 33, T)).at[-1].set(32)
+# ----------------------------------------------------------------------------------- cross-entropy
+
+@pytest.mark.parametrize("T, chunk", [(50, 11), (50, 16), (9, 32), (9, 40)])
+def test_cross_entropy_by_vocabulary_equals_plain(T, chunk, rng, normal, close):
+    """Chunks that divide V = 33, that do not, and one chunk. Loss and normalizer (the z-loss's)."""
+    x, head = normal(T, 12), normal(12, 33)
+    target_T = jnp.asarray(rng.integers(0, 33, T)).at[-1].set(32)
+
+    def run(impl, part):
+        return both(lambda x, h: kernels.cross_entropy(x, h, target_T, impl, chunk=chunk)[part],
+                    x, head)
     for part in (0, 1):
-        close(both(lambda x, h: kernels.cross_entropy(x, h, target, impl, chunk=chunk)[part], x, head),
-              both(lambda x, h: kernels.cross_entropy(x, h, target, "plain")[part], x, head))
+        close(run("vocabulary", part), run("plain", part))
 
 
-def test_vocabulary_blocks_survive_large_logits():
-    x, head, target = jnp.full((4, 2), 300.0), jnp.asarray([[-1.0] * 7 + [1.0]] * 2), jnp.full(4, 7)
-    nll, lse = kernels.cross_entropy(x, head, target, "vocabulary", chunk=3)
-    assert np.asarray(nll).tolist() == [0.0] * 4 and np.asarray(lse).tolist() == [600.0] * 4
+def test_cross_entropy_by_vocabulary_survives_large_logits():
+    x, target_T = jnp.full((4, 2), 300.0), jnp.full(4, 7)
+    head = jnp.asarray([[-1.0] * 7 + [1.0]] * 2)
+    nll, lse = kernels.cross_entropy(x, head, target_T, "vocabulary", chunk=3)
+    assert np.asarray(nll).tolist() == [0.0] * 4
+    assert np.asarray(lse).tolist() == [600.0] * 4
 
 
-def test_plain_cross_entropy_is_log_softmax():
-    x, head, target = normal(9, 12), normal(12, 33), np.arange(9)
+def test_plain_cross_entropy_is_log_softmax_in_numpy(normal, close):
+    x, head, target_T = normal(9, 12), normal(12, 33), np.arange(9)
     logits = np.asarray(x, np.float64) @ np.asarray(head, np.float64)
     lse = np.log(np.exp(logits).sum(-1))
-    nll, got_lse = kernels.cross_entropy(x, head, jnp.asarray(target), "plain")
-    close((nll, got_lse), (lse - logits[np.arange(9), target], lse))
+    nll, got_lse = kernels.cross_entropy(x, head, jnp.asarray(target_T), "plain")
+    close((nll, got_lse), (lse - logits[np.arange(9), target_T], lse))
 
 
-TILES = [[0, 0, 1, 2, 3], [0, 1, 2, 3, 3, 3, 4], [0, 1, 1, 1, 1, 2, 3, 4, 4]]       # of 4 experts; 4 is nobody
+def test_the_default_cross_entropy_never_holds_more_logits_than_its_limit():
+    """Shapes only: 16,384 tokens of the 129B vocabulary would be 2.1 billion logits."""
+    T, D, V = 16_384, 64, 128_256
+
+    def largest(T):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((T, D), (D, V))]
+        target = jax.ShapeDtypeStruct((T,), jnp.int32)
+        jaxpr = jax.make_jaxpr(lambda *a: kernels.cross_entropy(*a)[0])(*shapes, target)
+        return max(v.aval.size for eqn in jax.tree.leaves(list(_equations(jaxpr.jaxpr)))
+                   for v in eqn.outvars)
+    assert largest(64) == 64 * V, "few tokens: all logits at once"
+    assert largest(T) < 0.1 * T * V
 
 
-def rows_of(tiles, r, D):
-    """Rows for these tiles, nobody's rows zero as dispatch leaves them, and the tiles as an array."""
-    x = normal(r * len(tiles), D)
-    return x * (jnp.repeat(jnp.asarray(tiles), r) < 4)[:, None], jnp.asarray(tiles, jnp.int32)
+def _equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside them."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from _equations(getattr(inner, "jaxpr", inner))
 
 
-@pytest.mark.parametrize("impl", ["tiles", "pallas_tpu", "ragged_dot"])
+def _is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+# ---------------------------------------------------------------------- grouped matmul and experts
+
+# of 4 experts; 4 is a tile without an owner
+TILES = [[0, 0, 1, 2, 3], [0, 1, 2, 3, 3, 3, 4], [0, 1, 1, 1, 1, 2, 3, 4, 4]]
+
+
+@pytest.fixture
+def rows_of(normal):
+    """rows_of(tiles, r, D): r rows a tile, zero where nobody owns it, as moe.dispatch leaves them;
+    and the tiles as an array."""
+    def rows(tiles, r, D):
+        owned = jnp.repeat(jnp.asarray(tiles), r) < 4
+        return normal(r * len(tiles), D) * owned[:, None], jnp.asarray(tiles, jnp.int32)
+    return rows
+
+
+def multiply(impl, tile_expert, platform="cpu"):
+    return lambda x, w: kernels.grouped_matmul(x, w, tile_expert, impl, platform)
+
+
+@pytest.mark.parametrize("impl", ["tiles", "pallas_tpu"])
 @pytest.mark.parametrize("tiles", TILES)
-def test_grouped_matmul_is_every_expert_then_choose(tiles, impl):
+def test_grouped_matmul_equals_every_expert_then_select(tiles, impl, rows_of, normal, close):
     (x, tile_expert), w = rows_of(tiles, 8, 6), normal(4, 6, 5)
-    close(both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, impl), x, w),
-          both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "plain"), x, w))
+    close(both(multiply(impl, tile_expert), x, w), both(multiply("plain", tile_expert), x, w))
 
 
-def test_the_tpu_kernels_add_up_over_several_blocks():
-    """Both widths span several blocks: the sums in the scratch memory start and end where they should."""
+def test_plain_grouped_matmul_multiplies_by_the_owner(rows_of, normal, close):
+    (x, tile_expert), w = rows_of(TILES[1], 8, 6), np.asarray(normal(4, 6, 5))
+    want = [row @ w[e] if e < 4 else 0 * w[0, 0]
+            for row, e in zip(np.asarray(x), np.repeat(TILES[1], 8))]
+    close(multiply("plain", tile_expert)(x, w), np.stack(want))
+
+
+def test_the_tpu_kernels_add_up_over_several_blocks(rows_of, normal, close):
+    """Widths of 1,920 and 768 are several blocks each in float32, forward and for the weight
+    gradient, so the sums in the scratch memory have to start and end where they should."""
     D, F = 3 * 640, 768
-    blocks = [kernels._axis_block(size, most, jnp.float32, "") for size, most in ((D, 1280), (F, 1280), (F, 640))]
-    assert blocks == [640, 384, 256]
     (x, tile_expert), w = rows_of([0, 0, 1, 2, 3, 4], 8, D), normal(4, D, F) * D**-0.5
-    close(both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "pallas_tpu"), x, w),
-          both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "plain"), x, w))
+    close(both(multiply("pallas_tpu", tile_expert), x, w),
+          both(multiply("plain", tile_expert), x, w))
 
 
-def test_the_tpu_kernels_write_every_element():
-    """Memory that nobody wrote is NaN here, as it is garbage on a device: no expert and no row may be left out."""
+def test_the_tpu_kernels_write_every_element(rows_of, normal, close):
+    """Memory that nobody wrote is NaN here, as it is garbage on a device: no expert and no row may
+    be left out."""
     from jax.experimental.pallas import tpu as pltpu
     (x, tile_expert), w = rows_of([0, 1, 2, 2, 2, 3, 4, 4], 8, 16), normal(4, 16, 24)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        got = both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "pallas_tpu", "tpu"), x, w)
-    close(got, both(lambda x, w: kernels.grouped_matmul(x, w, tile_expert, "plain"), x, w))
+        got = both(multiply("pallas_tpu", tile_expert, "tpu"), x, w)
+    close(got, both(multiply("plain", tile_expert), x, w))
 
 
-def test_widths_that_blocks_do_not_divide_are_refused():
+def test_widths_that_blocks_do_not_divide_are_refused(rows_of, normal):
     (x, tile_expert), w = rows_of([0, 1, 2, 3], 8, 2600), normal(4, 2600, 128)
     with pytest.raises(ValueError, match="expected a multiple of 128, found 2600"):
-        kernels.grouped_matmul(x, w, tile_expert, "pallas_tpu")
+        multiply("pallas_tpu", tile_expert)(x, w)
 
 
 @pytest.mark.parametrize("impl", ["loop", "tiles", "pallas_tpu"])
 @pytest.mark.parametrize("tiles", TILES)
-def test_experts_are_three_grouped_matmuls(tiles, impl):
+def test_expert_mlp_equals_three_plain_grouped_matmuls(tiles, impl, rows_of, normal, close):
     x, tile_expert = rows_of(tiles, 8, 12)
     gate, up, down = normal(4, 12, 10), normal(4, 12, 10), normal(4, 10, 12)
-    close(both(lambda *a: kernels.experts(*a, tile_expert, impl), x, gate, up, down),
-          both(lambda *a: kernels.experts(*a, tile_expert, "plain"), x, gate, up, down), 1e-4)
+
+    def run(impl):
+        return both(lambda *a: kernels.expert_mlp(*a, tile_expert, impl), x, gate, up, down)
+    close(run(impl), run("plain"), 1e-4)
 
 
-@pytest.mark.parametrize("shape, candidates", [((2, 64, 8), 5), ((1, 2048, 4), 15), ((3, 40, 6), 1)])
-def test_counting_several_candidates_at_once(shape, candidates):
+@pytest.mark.parametrize("impl, rows, tile", [
+    ("loop", 64, 64), ("loop", 4096, 128), ("loop", 2**20, 256), ("pallas_tpu", 64, 256),
+    ("pallas_tpu", 2**20, 256), ("tiles", 64, 128), ("tiles", 2**20, 512)])
+def test_a_tile_is_a_quarter_of_the_mean_load_within_the_kernel_s_limits(impl, rows, tile):
+    assert kernels.row_tile(impl, rows, 8) == tile
+
+
+# ----------------------------------------------------------------------------------------- counting
+
+@pytest.mark.parametrize("shape, candidates", [
+    ((2, 64, 8), 5), ((1, 2048, 4), 15), ((3, 40, 6), 1)])
+def test_the_counting_kernel_equals_numpy(shape, candidates, rng):
     L, T, E = shape
-    whole = lambda *shape: jnp.asarray(rng.integers(0, 2**32, shape, np.uint32))
+
+    def whole(*shape):
+        return jnp.asarray(rng.integers(0, 2**32, shape, np.uint32))
     key = whole(L, T, E).at[0, 0].set(0).at[0, 1].set(2**32 - 1)
-    tried = whole(candidates, L, E).at[0, 0].set(key[0, 2])                      # ">=": equal keys count
-    got = kernels.count_reaching(key, tried, "pallas_tpu")
-    assert (got == kernels.count_reaching(key, tried, "plain")).all()
-    assert (got == np.sum(np.asarray(key) >= np.asarray(tried)[:, :, None], axis=2)).all()
+    tried = whole(candidates, L, E).at[0, 0].set(key[0, 2])         # ">=": equal keys count
+    want = np.sum(np.asarray(key) >= np.asarray(tried)[:, :, None], axis=2)
+    for impl in ("pallas_tpu", "plain"):
+        assert (kernels.count_reaching(key, tried, impl) == want).all(), impl
 
 
-def test_balancing_with_the_tpu_kernel_is_balancing():
-    """What train.py does on a TPU, four bits a round with the kernel (interpreted here), gives the same bias."""
-    import balance
-    import model
-    margin, valid = normal(3, 200, 6), jnp.asarray(rng.random(200) < 0.8)
-    bias = normal(3, 6)
-    plain = balance.update("quantile", margin, valid, bias, 2)
-    kernel = partial(kernels.count_reaching, impl="pallas_tpu")
-    assert (balance.update("quantile", margin, valid, bias, 2, count=kernel, bits=4)[0] == plain[0]).all()
-    here = balance.update("quantile", margin, valid, bias, 2, None, 0.0, *model.counting("cpu"))
-    assert (here[0] == plain[0]).all()
-    assert model.counting("tpu")[1] == 4 and kernels.best("tpu").count == "pallas_tpu"
+def test_balancing_as_a_tpu_does_it_gives_the_same_bias(rng, normal, monkeypatch):
+    """On a TPU four bits are decided a round, by the kernel, which runs interpreted here."""
+    margin, bias, valid = normal(3, 200, 6), normal(3, 6), jnp.asarray(rng.random(200) < 0.8)
+    want, _ = balance.update("quantile", margin, valid, bias, 2)
+    used, count = [], kernels.count_reaching
+
+    def interpreted(key, candidates, impl=None, platform="cpu"):
+        used.append((kernels.BEST[platform].count, candidates.shape[0]))
+        return count(key, candidates, impl or kernels.BEST[platform].count)
+    monkeypatch.setattr(kernels, "count_reaching", interpreted)
+    got, _ = balance.update("quantile", margin, valid, bias, 2, platform="tpu")
+    assert set(used) == {("pallas_tpu", 15)}
+    assert (got == want).all()
 
 
-def test_an_unknown_implementation_is_an_error():
-    x = normal(1, 4, 2, 8)
+# ----------------------------------------------------------------------------------- bad arguments
+
+@pytest.mark.parametrize("call", [
+    lambda impl: kernels.attention(*[jnp.ones((1, 4, 2, 8))] * 3, jnp.ones((1, 4), int), 4, impl),
+    lambda impl: kernels.cross_entropy(jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.zeros(4, int), impl),
+    lambda impl: kernels.grouped_matmul(jnp.ones((4, 2)), jnp.ones((1, 2, 3)), jnp.zeros(1, int),
+                                        impl),
+    lambda impl: kernels.expert_mlp(jnp.ones((4, 2)), *[jnp.ones((1, 2, 2))] * 3,
+                                    jnp.zeros(1, int), impl),
+    lambda impl: kernels.count_reaching(*[jnp.zeros((1, 2, 2), jnp.uint32)] * 2, impl)],
+    ids=["attention", "cross_entropy", "grouped_matmul", "expert_mlp", "count_reaching"])
+def test_an_unknown_implementation_is_an_error(call):
     with pytest.raises(ValueError, match="impl='fast'"):
-        kernels.attention(x, x, x, jnp.ones((1, 4), int), 4, "fast")
-    with pytest.raises(ValueError, match="impl='fast'"):
-        kernels.cross_entropy(normal(4, 2), normal(2, 3), jnp.zeros(4, int), "fast")
-    with pytest.raises(ValueError, match="impl='fast'"):
-        kernels.grouped_matmul(normal(4, 2), normal(1, 2, 3), jnp.zeros(1, int), "fast")
-    with pytest.raises(ValueError, match="impl='fast'"):
-        kernels.experts(normal(4, 2), *[normal(1, 2, 2)] * 3, jnp.zeros(1, int), "fast")
-    with pytest.raises(ValueError, match="impl='fast'"):
-        kernels.count_reaching(jnp.zeros((1, 2, 2), jnp.uint32), jnp.zeros((1, 1, 2), jnp.uint32), "fast")
-    with pytest.raises(ValueError, match="platform='vax': expected one of 'cpu', 'tpu', 'gpu'"):
+        call("fast")
+
+
+def test_an_unknown_platform_is_an_error():
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="platform='vax': expected one of"):
         kernels.attention(x, x, x, jnp.ones((1, 4), int), 4, platform="vax")
-
-
-@pytest.mark.parametrize("chip", kernels.CHIPS)
-def test_the_roofline_counts_what_the_model_counts(chip):
-    """Model FLOPs of a layer's scores, its experts and the head, per token, are those of model.count."""
-    import model
-    c = model.ModelConfig(vocab_size=128_256, seq_len=4096, hidden_dim=5120, num_layers=1, num_heads=40,
-                          num_kv_heads=10, head_dim=128, shared_dim=5120, num_experts=64, experts_per_token=4,
-                          expert_dim=2560)
-    rows = {name: flops for name, flops, *_ in kernels.roofline(chip)}
-    D, S = c.hidden_dim, c.seq_len
-    rest = 6 * D * 5120 + 2 * D * 128 * (40 + 20) + 2 * 40 * 128 * D + 3 * S * 40 + 2 * D * 64      # not kernels
-    experts = rows["experts, gate and up"] + rows["experts, down"]
-    ours = rows["attention, full"] + experts + rows["loss over 128,256 words"]
-    assert ours / 16_384 + 3 * rest == model.count(c).mfu_flops
-    for _, model_flops, in_view, executed, size in kernels.roofline(chip):
-        assert in_view <= model_flops and size > 0 and executed > 0.8 * in_view

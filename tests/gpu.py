@@ -475,13 +475,14 @@ def cases_a(s):
 
     cases = {f"{name}, {dtype}": functools.partial(twin_case, f, impl, args, dtype, group)
              for name, f, args, impl, types, group in wanted for dtype in types}
-    def counts():
-        key_LTE = jax.random.bits(jax.random.key(1), (2, 512, 8), jnp.uint32)
-        tried = jax.random.bits(jax.random.key(2), (3, 2, 8), jnp.uint32)
-        got = np.asarray(kernels.count_reaching(key_LTE, tried, None, "gpu"))
-        want = (np.asarray(key_LTE)[None] >= np.asarray(tried)[:, :, None]).sum(axis=2)
-        return dict(verdict="right" if (got == want).all() else "WRONG")
-    return cases | {"count plain": counts}
+    def balancing():
+        import balance
+        margin, bias = jax.random.normal(jax.random.key(1), (2, 512, 8)), jnp.zeros((2, 8))
+        f = lambda device: balance.update("quantile", *(jax.device_put(a, device) for a in (
+            margin, jnp.ones(512, bool), bias)), 2)[0]
+        right = (np.asarray(f(jax.devices()[0])) == np.asarray(f(jax.devices("cpu")[0]))).all()
+        return dict(verdict="right" if right else "WRONG")
+    return cases | {"balancing": balancing}
 
 
 # ------------------------------------------------------------------------------------- b: a run beside the CPU's

@@ -69,7 +69,7 @@ def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
         params = jax.tree.map(jnp.add, params, updates)
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grads)
         v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, v, grads)
-        lr = r.adam_lr * float(train.lr_share(t, step))
+        lr = r.adam_lr * float(train.lr_multiplier(t, step))
 
         def move(w, m, v, kind):
             u = (m / (1 - 0.9**(step + 1))) / (jnp.sqrt(v / (1 - 0.95**(step + 1))) + 1e-8)

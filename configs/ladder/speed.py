@@ -28,8 +28,8 @@ def runner(base, overrides):
     state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
                     out_shardings=train.state_shardings(c, t, mesh))()
     step = train.make_train_step(c, t, mesh)
-    rows = data.batch_at(mixture, 0, t.batch_size, c.seq_len, t.seed, train.rows_here(t.batch_size, mesh))
-    batch = train.put(rows, mesh, t.accumulate)
+    rows = data.batch_at(mixture, 0, t.batch_size, c.seq_len, t.seed, train.local_rows(t.batch_size, mesh))
+    batch = train.to_global_batch(rows, mesh, t.accumulate)
 
     def run():
         nonlocal state

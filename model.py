@@ -84,7 +84,7 @@ class ModelConfig:
                  "at least 1, since experts_per_token or expert_dim is set")
             need(self.shared_dim > 0, "shared_dim", "a positive number: it is a dense model's MLP")
         need(self.balancer in balance.RULES, "balancer",
-             f"one of {', '.join(balance.RULES)} (a config's `from tests import rivals` adds more)")
+             f"one of {', '.join(balance.RULES)} (in a config, `from tests import rivals` adds more)")
         need(self.exchange == "ring" or self.capacity_factor > 0, "capacity_factor",
              "a positive number, since exchange='ragged' receives into buffers of a fixed size")
 

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 import types
+from collections import Counter
 from pathlib import Path
 
 # Tests compile far more than they compute. XLA's older CPU code generator takes 2.8 s of CPU time
@@ -30,6 +31,8 @@ jax.devices()       # start the backend now: train.make_mesh must find these eig
 import data
 import model
 import train
+from tests import inject
+from tests import ragged         # noqa: F401  (moe.py's ragged exchange on CPU devices)
 
 
 def pytest_configure(config):
@@ -237,3 +240,33 @@ def routing():
                                      balancer=balancer, exchange=exchange,
                                      capacity_factor=capacity_factor)
     return settings
+
+
+# --------------------------------------------------------------- runs in processes of their own
+
+@pytest.fixture(scope="session")
+def run_config(text, tmp_path_factory):
+    """The path of a config of 12 steps, for runs with faults in them: see inject.KEYS."""
+    path = tmp_path_factory.mktemp("faults") / "tiny.py"
+    path.write_text(CONFIG.format(
+        text=str(text / "nonsense.jsonl"), cache=str(text / "cache"),
+        compiled=str(text / "compiled"), run="unused") + inject.KEYS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain(run_config):
+    """The run directory of run_config, trained without a fault."""
+    run = run_config.parent / "plain"
+    done = inject.go(run_config, run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the table of tests/README.md, from what tests said with record_property(outcome, fault)."""
+    reports = [r for some in terminalreporter.stats.values() for r in some if getattr(r, "when", "") == "call"]
+    counts = Counter(said for report in reports for said in report.user_properties
+                     if said[0] in ("injected", "survived", "stopped"))
+    if counts:
+        terminalreporter.write_line("\n" + "\n".join(inject.table(counts)))

@@ -193,7 +193,7 @@ def next_bias(margins, batch, c):
 
 class Rates(NamedTuple):
     adam_lr: float
-    hyper_lr: float
+    matrix_lr: float
     beta2: float
     eps: float
 
@@ -209,10 +209,10 @@ def rates(c, t):
     else:
         adam = 0.06602 * tokens**-0.395 * c.hidden_dim**-0.150 * batch**0.5
         eps = 9.676e-18 * (tokens / batch) ** 0.5
-    matrix = min(13 / 3 * adam, 0.05) * t.rate_scale
-    adam = min(adam, 0.05) * t.rate_scale * t.adam_scale
+    matrix = min(13 / 3 * adam, 0.05) * t.lr_scale
+    adam = min(adam, 0.05) * t.lr_scale * t.adam_lr_scale
     beta2 = min(max(0.999 ** (sequences / 32), 0.95), 0.9999)
-    return Rates(t.adam_lr or adam, t.hyper_lr or matrix, t.beta2 or beta2, t.eps or eps)
+    return Rates(t.adam_lr or adam, t.matrix_lr or matrix, t.beta2 or beta2, t.eps or eps)
 
 
 def lr_multiplier(t, before):
@@ -270,7 +270,7 @@ class Optimizer:
             for w, u in zip(ws, u):
                 radius = length(w)
                 scale = radius / length(u).clamp(min=1e-10)
-                w.addcmul_(u, scale, value=-self.r.hyper_lr * multiplier)
+                w.addcmul_(u, scale, value=-self.r.matrix_lr * multiplier)
                 w.mul_(radius / length(w).clamp(min=1e-10))
 
 

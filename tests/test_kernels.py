@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import balance
 import kernels
 
 
@@ -211,37 +210,6 @@ def test_a_tile_is_a_quarter_of_the_mean_load_within_the_kernel_s_limits(impl, r
     assert kernels.row_tile(impl, rows, 8) == tile
 
 
-# ----------------------------------------------------------------------------------------- counting
-
-@pytest.mark.parametrize("shape, candidates", [
-    ((2, 64, 8), 5), ((1, 2048, 4), 15), ((3, 40, 6), 1)])
-def test_the_counting_kernel_equals_numpy(shape, candidates, rng):
-    L, T, E = shape
-
-    def whole(*shape):
-        return jnp.asarray(rng.integers(0, 2**32, shape, np.uint32))
-    key = whole(L, T, E).at[0, 0].set(0).at[0, 1].set(2**32 - 1)
-    tried = whole(candidates, L, E).at[0, 0].set(key[0, 2])         # ">=": equal keys count
-    want = np.sum(np.asarray(key) >= np.asarray(tried)[:, :, None], axis=2)
-    for impl in ("pallas_tpu", "plain"):
-        assert (kernels.count_reaching(key, tried, impl) == want).all(), impl
-
-
-def test_balancing_as_a_tpu_does_it_gives_the_same_bias(rng, normal, monkeypatch):
-    """On a TPU four bits are decided a round, by the kernel, which runs interpreted here."""
-    margin, bias, valid = normal(3, 200, 6), normal(3, 6), jnp.asarray(rng.random(200) < 0.8)
-    want, _ = balance.update("quantile", margin, valid, bias, 2)
-    used, count = [], kernels.count_reaching
-
-    def interpreted(key, candidates, impl=None, platform="cpu"):
-        used.append((kernels.BEST[platform].count, candidates.shape[0]))
-        return count(key, candidates, impl or kernels.BEST[platform].count)
-    monkeypatch.setattr(kernels, "count_reaching", interpreted)
-    got, _ = balance.update("quantile", margin, valid, bias, 2, platform="tpu")
-    assert set(used) == {("pallas_tpu", 15)}
-    assert (got == want).all()
-
-
 # ----------------------------------------------------------------------------------- bad arguments
 
 @pytest.mark.parametrize("call", [
@@ -250,9 +218,8 @@ def test_balancing_as_a_tpu_does_it_gives_the_same_bias(rng, normal, monkeypatch
     lambda impl: kernels.grouped_matmul(jnp.ones((4, 2)), jnp.ones((1, 2, 3)), jnp.zeros(1, int),
                                         impl),
     lambda impl: kernels.expert_mlp(jnp.ones((4, 2)), *[jnp.ones((1, 2, 2))] * 3,
-                                    jnp.zeros(1, int), impl),
-    lambda impl: kernels.count_reaching(*[jnp.zeros((1, 2, 2), jnp.uint32)] * 2, impl)],
-    ids=["attention", "cross_entropy", "grouped_matmul", "expert_mlp", "count_reaching"])
+                                    jnp.zeros(1, int), impl)],
+    ids=["attention", "cross_entropy", "grouped_matmul", "expert_mlp"])
 def test_an_unknown_implementation_is_an_error(call):
     with pytest.raises(ValueError, match="impl='fast'"):
         call("fast")

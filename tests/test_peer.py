@@ -30,7 +30,7 @@ def with_window_of_four(f):
 
 
 def without_cap(f):
-    return lambda c, t: f(c, t)._replace(hyper_lr=13 / 3 * f(c, t).adam_lr)
+    return lambda c, t: f(c, t)._replace(matrix_lr=13 / 3 * f(c, t).adam_lr)
 
 
 V1 = model.ModelConfig(**peer_torch.TINY | dict(num_layers=2))

@@ -53,7 +53,7 @@ def rates_of(tiny):
 
 def test_the_129b_run_s_rates_are_those_published(rates_of):
     r = rates_of(5120, 120_332, 2048, 4096, recipe="v1")
-    assert f"{r.adam_lr:.7f} {r.hyper_lr:.7f} {r.beta2:.2f} {r.eps:.4e}" == (
+    assert f"{r.adam_lr:.7f} {r.matrix_lr:.7f} {r.beta2:.2f} {r.eps:.4e}" == (
         "0.0013392 0.0058031 0.95 3.3565e-15")
 
 
@@ -61,25 +61,25 @@ def test_the_67b_run_s_rates_are_those_published(rates_of):
     """Marin's 10T run before its batch changed: MuonH .003733, Adam .000861 at 4,096 sequences of
     8,192."""
     r = rates_of(2560, 315_000, 4096, 8192, recipe="v2")
-    assert r.hyper_lr == pytest.approx(0.003733, rel=0.03)
+    assert r.matrix_lr == pytest.approx(0.003733, rel=0.03)
     assert r.adam_lr == pytest.approx(0.000861, rel=0.03)
     r = rates_of(512, 10**6, 1000, 1000, recipe="v2")
     formula = 18.31 * 1e12**-0.395 * 512**-0.15 * (1e6 / 4096) ** 0.5
-    assert r.hyper_lr == pytest.approx(formula, rel=1e-3)
+    assert r.matrix_lr == pytest.approx(formula, rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe", ["v1", "v2"])
 def test_no_rate_is_above_its_cap(recipe, rates_of):
     r = rates_of(64, 5, 64, 32, recipe=recipe)      # Adam's rate below the cap, the matrices' above
     assert r.adam_lr < 0.05 < 13 / 3 * r.adam_lr
-    assert r.hyper_lr == 0.05
+    assert r.matrix_lr == 0.05
     assert rates_of(4, 1, 64, 32, recipe=recipe)[:2] == (0.05, 0.05)
 
 
 def test_a_rate_in_the_config_replaces_the_heuristic_s(rates_of):
     plain, set_ = rates_of(64, 20, 8, 32), rates_of(64, 20, 8, 32, adam_lr=0.5, beta2=0.9)
     assert (set_.adam_lr, set_.beta2) == (0.5, 0.9)
-    assert (set_.hyper_lr, set_.eps) == (plain.hyper_lr, plain.eps)
+    assert (set_.matrix_lr, set_.eps) == (plain.matrix_lr, plain.eps)
 
 
 @pytest.mark.parametrize("keys, at, want", [
@@ -105,6 +105,12 @@ def test_a_run_of_one_step_moves_every_weight(config, load, run_steps):
                          state.params)
     assert float(train.lr_multiplier(t, 0)) == 1
     assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_warm_up_that_leaves_no_step_is_refused(config, load, steps):
+    with pytest.raises(train.ConfigError, match="warmup"):
+        load(config, steps=steps, warmup=1.0)
 
 
 # ----------------------------------------------------------------------------------- optimizers
@@ -142,7 +148,7 @@ def test_muonh_with_an_exact_polar_factor_equals_its_formula_in_numpy(tiny, monk
         return left @ right
     monkeypatch.setattr(train, "orthogonalize", exact)
     c = dataclasses.replace(tiny, num_layers=1)
-    t = training(optimizer="muonh", hyper_lr=0.1, momentum=0.9, warmup=0.0, clip=0.0)
+    t = training(optimizer="muonh", matrix_lr=0.1, momentum=0.9, warmup=0.0, clip=0.0)
     group = named(model.map_params(lambda _, w: w.group, c))
     params, rng = init(c), np.random.default_rng(0)
     optimizer = train.make_optimizer(c, t)
@@ -299,7 +305,7 @@ def test_the_same_run_twice_is_bit_equal(config, load, run_steps, assert_same_bi
 
 @pytest.mark.slow
 def test_one_batch_can_be_memorized(config, load, synthetic):
-    c, t = load(config, steps=150, hidden_dim=32, batch_size=2, devices=1, hyper_lr=0.05,
+    c, t = load(config, steps=150, hidden_dim=32, batch_size=2, devices=1, matrix_lr=0.05,
                 adam_lr=0.02)
     mesh = train.make_mesh(c, t)
     state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)))()

@@ -348,7 +348,7 @@ def mlp_with_the_experts(f):
 
 
 def without_cap(f):
-    return lambda c, t: f(c, t)._replace(hyper_lr=13 / 3 * f(c, t).adam_lr)
+    return lambda c, t: f(c, t)._replace(matrix_lr=13 / 3 * f(c, t).adam_lr)
 
 
 def adamh_groups(**owners):

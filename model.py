@@ -83,8 +83,7 @@ class ModelConfig:
             need(self.experts_per_token == self.expert_dim == 0, "num_experts",
                  "at least 1, since experts_per_token or expert_dim is set")
             need(self.shared_dim > 0, "shared_dim", "a positive number: it is a dense model's MLP")
-        need(self.balancer in balance.RULES, "balancer",
-             f"one of {', '.join(balance.RULES)} (in a config, `from tests import rivals` adds more)")
+        balance.rule_named(self.balancer)
         need(self.exchange == "ring" or self.capacity_factor > 0, "capacity_factor",
              "a positive number, since exchange='ragged' receives into buffers of a fixed size")
 
@@ -256,7 +255,7 @@ def token_losses(params, bias_LE, batch, c, sharded=False, platform="cpu"):
     x_TD, stats = forward(params, bias_LE, batch["tokens"], batch["segments"], c, sharded, platform)
     head = gather_params({"head_DV": params["head_DV"]}, param_specs(c), c, sharded)["head_DV"]
     target_T = batch["targets"].reshape(-1)
-    nll_T, lse_T = kernels.cross_entropy(x_TD, head, target_T, platform=platform)
+    nll_T, lse_T = kernels.cross_entropy(x_TD, head, target_T)
     return nll_T, lse_T, stats
 
 

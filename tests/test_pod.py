@@ -1,11 +1,5 @@
-"""Many devices: expert parallelism and whole steps against one device, the plan, and the programs
-for real pods."""
+"""Many devices: expert parallelism and whole steps against one device."""
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +8,10 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
 
-import kernels
 import model
 import moe
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
 T, E, K, D = 48, 8, 2, 12
 SKEW = {"even": jnp.zeros(E), "two take all": jnp.where(jnp.arange(E) < 2, 50.0, 0.0)}
 

@@ -98,13 +98,19 @@ def test_the_schedule_s_values(keys, at, want):
 
 
 def test_a_run_of_one_step_moves_every_weight(config, load, run_steps):
-    c, t = load(config, steps=1)
+    c, t = load(config, steps=1, num_layers=1, devices=2)
     before = init(c)
     _, state = run_steps(c, t, 1)
     moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != np.asarray(b)).any()), before,
                          state.params)
     assert float(train.lr_multiplier(t, 0)) == 1
     assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_warm_up_that_leaves_no_step_is_refused(config, load, steps):
+    with pytest.raises(train.ConfigError, match="warmup"):
+        load(config, steps=steps, warmup=1.0)
 
 
 # ----------------------------------------------------------------------------------- optimizers
@@ -190,7 +196,7 @@ def test_orthogonalize_is_newton_schulz_and_takes_singular_values_near_one(shape
 
 @pytest.mark.parametrize("optimizer", ["adamh", pytest.param("muonh", marks=pytest.mark.slow)])
 def test_every_weight_trains_and_no_matrix_changes_its_norm(config, optimizer, load, run_steps):
-    c, t = load(config, optimizer=optimizer)
+    c, t = load(config, optimizer=optimizer, num_layers=1, devices=2)
     start = named(init(c))
     _, state = run_steps(c, t, 5)
     group = named(model.map_params(lambda _, w: w.group, c))
@@ -313,7 +319,8 @@ def test_one_batch_can_be_memorized(config, load, synthetic):
 def test_the_bias_routes_one_step_late_and_none_leaves_it_at_zero(config, load, run_steps):
     losses, bias = {}, {}
     for balancer in ("quantile", "none"):
-        losses[balancer], state = run_steps(*load(config, devices=2, balancer=balancer), 3)
+        c, t = load(config, devices=2, num_layers=1, balancer=balancer)
+        losses[balancer], state = run_steps(c, t, 3)
         bias[balancer] = float(jnp.abs(state.bias_LE).max())
     assert bias["quantile"] > 0 and bias["none"] == 0
     assert losses["quantile"][0] == losses["none"][0], "the first step uses the initial bias"

@@ -13,7 +13,6 @@ L layers  V vocabulary"""
 import ctypes
 import importlib.util
 from functools import cache, partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,24 +28,12 @@ dot32 = partial(jnp.dot, preferred_element_type=jnp.float32)            # summed
 einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class Impl(NamedTuple):
-    attention: str
-    experts: str        # of expert_mlp
+# What a platform uses for ("attention", "experts"). On a GPU plain XLA: any card, type and size.
+BEST = {"cpu": ("chunked", "loop"), "gpu": ("chunked", "tiles"), "tpu": ("splash", "pallas_tpu")}
 
 
-BEST = {"cpu": Impl("chunked", "loop"),
-        "gpu": Impl("chunked", "tiles"),            # plain XLA: any card, type and size
-        "tpu": Impl("splash", "pallas_tpu")}
-
-
-class Needs(NamedTuple):
-    capability: str     # compute capability of the card
-    dtype: str
-    unit: int           # what must divide every size
-
-
-# Faster kernels for some cards: {("attention" or "experts", name): Needs}, tried in this order.
-# `from configs import hopper` in a config adds those for Hopper.
+# Faster kernels for some cards: {("attention" or "experts", name): fits(dtype, *sizes) -> bool}.
+# The first that fits is taken. `from configs import hopper` in a config adds those for Hopper.
 GPU_KERNELS = {}
 
 
@@ -55,13 +42,10 @@ def choose(what, platform, dtype, *sizes):
     """The implementation of "attention" or "experts" for a platform ("cpu", "gpu" or "tpu": of the
     devices compiled for, which jax.default_backend() need not be), a type and sizes. Prints its
     choice where it is not the platform's default."""
-    default = getattr(BEST[_known("platform", platform, BEST)], what)
-    if platform != "gpu" or jax.default_backend() != "gpu":
-        return default
-    card = jax.devices()[0].compute_capability
-    for (kind, name), needs in GPU_KERNELS.items():
-        if kind == what and needs[:2] == (card, dtype) and not any(n % needs.unit for n in sizes):
-            print(f"kernels   {what} by {name!r}: compute capability {card}, {dtype}, {sizes}")
+    default = BEST[_known("platform", platform, BEST)][("attention", "experts").index(what)]
+    for (kind, name), fits in GPU_KERNELS.items():
+        if platform == "gpu" and kind == what and fits(dtype, *sizes):
+            print(f"kernels   {what} by {name!r}: {dtype}, {sizes}")
             return name
     return default
 
@@ -280,7 +264,6 @@ def _by_vocabulary_forward(x_TD, head_DV, target_T, block):
         hit_TW = new_W & (target_T[:, None] == word_W)
         hit_T += jnp.sum(jnp.where(hit_TW, logits_TW, 0), axis=1)
         return (next_T, sum_T, hit_T), None
-
     zero_T = jnp.zeros(x_TD.shape[0])
     blocks = jnp.arange(-(-head_DV.shape[1] // block))
     (top_T, sum_T, hit_T), _ = lax.scan(step, (zero_T + MASKED, zero_T, zero_T), blocks)
@@ -291,7 +274,6 @@ def _by_vocabulary_forward(x_TD, head_DV, target_T, block):
 def _by_vocabulary_backward(block, residuals, gradients):
     x_TD, head_DV, target_T, lse_T = residuals
     dnll_T, dlse_T = gradients
-
     def step(carry, i):
         dx_TD, dhead_DV = carry
         start, word_W, head_DW = _words(i, x_TD, head_DV, block)
@@ -305,7 +287,6 @@ def _by_vocabulary_backward(block, residuals, gradients):
         dhead_DW += lax.dynamic_slice_in_dim(dhead_DV, start, block, axis=1)
         dhead_DV = lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DW, start, axis=1)
         return (dx_TD, dhead_DV), None
-
     zeros = jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros_like(head_DV)
     (dx_TD, dhead_DV), _ = lax.scan(step, zeros, jnp.arange(-(-head_DV.shape[1] // block)))
     return dx_TD.astype(x_TD.dtype), dhead_DV, None
@@ -391,26 +372,21 @@ def _tpu_matmul(x_RC, w_EDF, tile_expert, transpose_w, interpret):
     c = _tpu_block(C, 1280, dtype, "width of the input")
     o = _tpu_block(O, 1280, dtype, "width of the output")
     r, steps = R // tiles, C // c
-
     def kernel(tile_expert, x, w, y, total):
         @pl.when(pl.program_id(2) == 0)
         def _():
             total[...] = jnp.zeros_like(total)
-
         @pl.when(tile_expert[pl.program_id(1)] < E)
         def _():
             contract = (((1,), (1 if transpose_w else 0,)), ((), ()))
             total[...] += lax.dot_general(x[...], w[...], contract,
                                           preferred_element_type=jnp.float32)
-
         @pl.when(pl.program_id(2) == steps - 1)
         def _():
             y[...] = total[...].astype(y.dtype)
-
     def w_block(j, i, k, tile_expert):
         e = jnp.minimum(tile_expert[i], E - 1)
         return (e, j, k) if transpose_w else (e, k, j)
-
     return _tpu_call(
         kernel, jax.ShapeDtypeStruct((R, O), dtype), interpret, grid=(O // o, tiles, steps),
         in_specs=[pl.BlockSpec((r, c), lambda j, i, k, te: (i, k)),
@@ -425,27 +401,21 @@ def _tpu_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
     d = _tpu_block(D, 1280, x_RD.dtype, "D")
     f = _tpu_block(F, 640, x_RD.dtype, "F")
     r = R // tiles
-
     def kernel(tile_expert, x, g, dw, total):
         i = pl.program_id(2)
         e = tile_expert[i]
-
         @pl.when((i == 0) | (tile_expert[jnp.maximum(i - 1, 0)] != e))
         def _():
             total[...] = jnp.zeros_like(total)
-
         @pl.when(e < E)             # tiles without an owner come last and change nothing
         def _():
             contract = (((0,), (0,)), ((), ()))
             total[...] += lax.dot_general(x[...], g[...], contract,
                                           preferred_element_type=jnp.float32)
-
         next_e = tile_expert[jnp.minimum(i + 1, tiles - 1)]
-
         @pl.when((e < E) & ((i == tiles - 1) | (next_e != e)))
         def _():
             dw[...] = total[...].astype(dw.dtype)
-
     return _tpu_call(
         kernel, like_w, interpret, grid=(D // d, F // f, tiles),
         in_specs=[pl.BlockSpec((r, d), lambda j, k, i, te: (i, j)),
@@ -499,16 +469,15 @@ def _expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
     return _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)[0]
 
 
-def _for_each_tile(step, start, tile_expert, E, rows):
-    """step(carry, expert, read, write) for every tile that has an owner. read(a_RX) gives the
-    tile's rows of an array, write(a_RX, a_rX) replaces them."""
+def _for_each_tile(step, start, tile_expert, E, R):
+    """step(carry, expert, read, write) for every tile of R rows that has an owner. read(a_RX) gives
+    the tile's rows of an array, write(a_RX, a_rX) replaces them."""
+    rows = R // tile_expert.shape[0]
     def tile(i, carry):
         def read(a_RX):
             return lax.dynamic_slice_in_dim(a_RX, i * rows, rows)
-
         def write(a_RX, a_rX):
             return lax.dynamic_update_slice_in_dim(a_RX, a_rX.astype(a_RX.dtype), i * rows, 0)
-
         return step(carry, tile_expert[i], read, write)
     return lax.fori_loop(0, jnp.sum(tile_expert < E), tile, start)
 
@@ -516,16 +485,13 @@ def _for_each_tile(step, start, tile_expert, E, rows):
 def _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
     E, D, F = gate_EDF.shape
     both_EDF = jnp.concatenate([gate_EDF, up_EDF], axis=2)              # one product instead of two
-
     def step(carry, e, read, write):
         y_RD, h_RF = carry
         h_rF = dot32(read(x_RD), both_EDF[e])
         a_rF = (jax.nn.silu(h_rF[:, :F]) * h_rF[:, F:]).astype(x_RD.dtype)
         return write(y_RD, jnp.dot(a_rF, down_EFD[e])), write(h_RF, h_rF)
-
     zeros = jnp.zeros_like(x_RD), jnp.zeros((x_RD.shape[0], 2 * F), x_RD.dtype)
-    rows = x_RD.shape[0] // tile_expert.shape[0]
-    y_RD, h_RF = _for_each_tile(step, zeros, tile_expert, E, rows)
+    y_RD, h_RF = _for_each_tile(step, zeros, tile_expert, E, x_RD.shape[0])
     return y_RD, (x_RD, h_RF, both_EDF, down_EFD, tile_expert)
 
 
@@ -534,7 +500,6 @@ def _expert_loop_backward(residuals, dy_RD):
     E, F, D = down_EFD.shape
     def add(dw, e, part):                           # in place; .at[e].add would be a scatter
         return lax.dynamic_update_index_in_dim(dw, dw[e] + part, e, axis=0)
-
     def step(carry, e, read, write):
         dx_RD, dboth_EDF, ddown_EFD = carry
         x_rD, dy_rD, h_rF = read(x_RD), read(dy_RD), read(h_RF).astype(jnp.float32)
@@ -547,11 +512,9 @@ def _expert_loop_backward(residuals, dy_RD):
         ddown_EFD = add(ddown_EFD, e, dot32((silu_rF * up_rF).astype(x_RD.dtype).T, dy_rD))
         dboth_EDF = add(dboth_EDF, e, dot32(x_rD.T, dh_rF))
         return write(dx_RD, dot32(dh_rF, both_EDF[e].T)), dboth_EDF, ddown_EFD
-
     zeros = (jnp.zeros_like(x_RD), jnp.zeros(both_EDF.shape, jnp.float32),
              jnp.zeros(down_EFD.shape, jnp.float32))
-    rows = x_RD.shape[0] // tile_expert.shape[0]
-    dx_RD, dboth_EDF, ddown_EFD = _for_each_tile(step, zeros, tile_expert, E, rows)
+    dx_RD, dboth_EDF, ddown_EFD = _for_each_tile(step, zeros, tile_expert, E, x_RD.shape[0])
     dgate_EDF, dup_EDF = jnp.split(dboth_EDF.astype(both_EDF.dtype), 2, axis=2)
     return dx_RD, dgate_EDF, dup_EDF, ddown_EFD.astype(down_EFD.dtype), None
 
@@ -584,16 +547,13 @@ def gather_weight(w, axis, split, dtype):
 
 
 def _gather_backward(axis, split, dtype, _, g):
-    if single_device(axis):
-        return (g.astype(jnp.float32),)
-    d = g.shape[split] // lax.axis_size(axis)
+    d = g.shape[split] // (1 if single_device(axis) else lax.axis_size(axis))
     # split 0 is the head's; the gradient of the embedding, which is cut the other way, comes from
     # embed
     chunks = _num_chunks(g.shape[1], d, axis) if g.ndim == 2 and split == 0 else 1
     if chunks == 1:
         return (_reduce_scatter(g, axis, split),)
     g_nCdV = g.reshape(-1, chunks, d // chunks, g.shape[1])
-
     def chunk(i):
         g_DV = lax.dynamic_index_in_dim(g_nCdV, i, 1, keepdims=False).reshape(-1, g.shape[1])
         return _reduce_scatter(g_DV, axis, 0)
@@ -615,12 +575,10 @@ def embed(w_Vd, token_T, axis, dtype):
 def _embed_backward(axis, dtype, residuals, g_TD):
     (V, d), token_T = residuals
     chunks = _num_chunks(V, d, axis)
-
     def chunk(g_Tnd):
         g_TD = g_Tnd.reshape(len(g_Tnd), -1)
         g_VD = jnp.zeros((V, g_TD.shape[1]), jnp.float32).at[token_T].add(g_TD)
-        return g_VD if single_device(axis) else _reduce_scatter(g_VD, axis, 1)
-
+        return _reduce_scatter(g_VD, axis, 1)
     g_TnCd = g_TD.astype(jnp.float32).reshape(len(g_TD), -1, chunks, d // chunks)
     return jnp.moveaxis(lax.map(chunk, jnp.moveaxis(g_TnCd, 2, 0)), 0, 1).reshape(V, d), None
 
@@ -638,6 +596,8 @@ def _reduce_scatter(g, axis, split):
     whole, 10 GB a step and as much memory again [measured: LOG.md]. So a large vocabulary is
     padded, to 131,072, and the split axis is made the outer one."""
     g = g.astype(jnp.float32)
+    if single_device(axis):
+        return g
     words = g.shape[1 - split] if g.ndim == 2 else 0
     if words <= LARGE_VOCABULARY:
         return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)

@@ -332,7 +332,7 @@ def block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded=False, platfor
 
 
 def attend(a_TD, p, segment_BS, rotation, full, c, platform="cpu"):
-    """Grouped-query attention with QK-norm [arXiv 2302.05442], RoPE, exclusive self-attention and a
+    """Grouped-query attention with QK-norm [arXiv 2010.04245], RoPE, exclusive self-attention and a
     gate per head [marin #4697]."""
     B, S = segment_BS.shape
     q_BSNH = (a_TD @ p["query_DQ"]).reshape(B, S, c.num_heads, c.head_dim)

@@ -200,7 +200,7 @@ FIRST = {}          # the block sizes as configs/hopper.py has them
 def cases_c(s):
     import kernels
     rows = s["T"] * s["K"]
-    default = kernels.BEST["gpu"].experts
+    default = kernels.BEST["gpu"][1]
     product = lambda impl, tile=128, **more: functools.partial(product_case, s, impl, tile, **more)
     layer = lambda impl, tile=128, **more: functools.partial(layer_case, s, impl, tile, **more)
     wide = dict(rows=128, columns=256, depth=64, warps=8, stages=3)

@@ -53,12 +53,19 @@ def docstrings(tree):
 
 
 def token_lines(text):
-    """The line of every token that counts."""
+    """The line of every token that counts. An f-string is one token, as Python 3.11 has it; later
+    versions give its parts."""
     skipped = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT,
                tokenize.ENCODING, tokenize.ENDMARKER}
-    prose = docstrings(ast.parse(text))
-    return [token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
-            if token.type not in skipped and token.start[0] not in prose]
+    prose, lines, inside = docstrings(ast.parse(text)), [], 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        inside -= kind == "FSTRING_END"
+        ends = kind == "FSTRING_END"
+        if not inside and not ends and token.type not in skipped and token.start[0] not in prose:
+            lines.append(token.start[0])
+        inside += kind == "FSTRING_START"
+    return lines
 
 
 def size(text, spans=None):

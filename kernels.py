@@ -526,6 +526,8 @@ _expert_loop.defvjp(_expert_loop_forward, _expert_loop_backward)
 # Inside shard_map every device holds its share of a weight. It gathers the others' shares when it
 # needs the weight, and the gradient comes back summed and scattered (FSDP) [arXiv 2304.11277].
 
+# XLA's CPU backend lacks this operation of moe's ragged exchange; tests/ragged.py emulates it there
+RAGGED_ALL_TO_ALL = {"gpu": lax.ragged_all_to_all, "tpu": lax.ragged_all_to_all}
 LARGE_VOCABULARY = 32_768       # above it the gradients of embedding and head need special care
 
 

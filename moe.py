@@ -314,11 +314,8 @@ def ragged_plan(load_PE, capacity, tile, me):
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def send(x_RD, there, back, rows, axis, platform):
     """Send chunks of rows to other devices. rows: how many the buffers (here, there) have."""
-    if platform not in RAGGED_ALL_TO_ALL:
-        raise ValueError(f"exchange='ragged': expected a TPU or a GPU, found platform={platform!r}; "
-                         "'ring' runs everywhere and drops the same assignments")
     out_RD = jnp.zeros((rows[1], x_RD.shape[1]), x_RD.dtype)
-    return RAGGED_ALL_TO_ALL[platform](
+    return kernels.RAGGED_ALL_TO_ALL[platform](
         x_RD, out_RD, there.input_offsets, there.send_sizes, there.output_offsets,
         there.recv_sizes, axis_name=axis)
 
@@ -333,8 +330,6 @@ send.defvjp(lambda x, there, back, *static: (send(x, there, back, *static), (the
 
 
 EXCHANGES = {"ring": ring, "ragged": ragged}
-# XLA's CPU backend has no such operation; tests/ragged.py emulates it
-RAGGED_ALL_TO_ALL = {"tpu": lax.ragged_all_to_all, "gpu": lax.ragged_all_to_all}
 
 
 # ------------------------------------------------------------------------------------ python moe.py

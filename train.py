@@ -52,7 +52,6 @@ import balance
 import data
 import kernels
 import model
-import moe
 import scaling
 from model import ModelConfig
 
@@ -305,7 +304,7 @@ def make_mesh(c, t, devices=None):
     devices = local_devices(c, t) if devices is None else devices
     if reason := mesh_error(c, t, len(devices)):
         raise ConfigError(reason)
-    if c.exchange == "ragged" and devices[0].platform not in moe.RAGGED_ALL_TO_ALL:
+    if c.exchange == "ragged" and devices[0].platform not in kernels.RAGGED_ALL_TO_ALL:
         raise ConfigError("exchange: expected 'ring' on a CPU, found 'ragged', which XLA lacks there")
     shape = tuple(mesh_shape(t, len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})

@@ -4,7 +4,7 @@ R rows of a device's buffer  D hidden  P devices  C = P*e chunks that come to on
 import jax.numpy as jnp
 from jax import lax
 
-import moe
+import kernels
 
 
 def emulated_ragged_all_to_all(x_RD, out_RD, input_offsets, send_sizes, output_offsets, recv_sizes,
@@ -27,4 +27,4 @@ def emulated_ragged_all_to_all(x_RD, out_RD, input_offsets, send_sizes, output_o
     return jnp.where(jnp.any(hit_RC, axis=1)[:, None], rows_RD, out_RD)
 
 
-moe.RAGGED_ALL_TO_ALL["cpu"] = emulated_ragged_all_to_all
+kernels.RAGGED_ALL_TO_ALL["cpu"] = emulated_ragged_all_to_all

@@ -89,7 +89,6 @@ def kth_largest(x_LTE, valid_T, k, axis=None, platform="cpu"):
     # each round is a wait for all devices of a pod; on a CPU every comparison costs [measured]
     bits = 4 if platform == "tpu" else 1
     key_LTE = jnp.where(valid_T[None, :, None], _sortable(x_LTE), 0)    # padding is below all
-
     def decide(i, best_LE):
         shift = (32 - bits * (i + 1)).astype(jnp.uint32)
         step_C = jnp.arange(1, 2**bits, dtype=jnp.uint32) << shift
@@ -97,7 +96,6 @@ def kth_largest(x_LTE, valid_T, k, axis=None, platform="cpu"):
         count_CLE = jnp.sum(key_LTE >= candidate_CLE[:, :, None], axis=2, dtype=jnp.int32)
         enough_CLE = _sum_devices(count_CLE, axis) >= k
         return jnp.max(jnp.where(enough_CLE, candidate_CLE, best_LE), axis=0)
-
     start_LE = jnp.zeros((x_LTE.shape[0], x_LTE.shape[2]), jnp.uint32)
     return _unsortable(lax.fori_loop(0, 32 // bits, decide, start_LE))
 
@@ -224,7 +222,6 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
     L, _, E = margin_LTE.shape
     if K == E or known.next_bias is None:
         return bias_LE, jnp.zeros(L, bool)
-
     broken_LTE = ~jnp.isfinite(margin_LTE) & valid_T[:, None]
     broken_L = jnp.sum(broken_LTE, axis=(1, 2), dtype=jnp.int32)
     here = jnp.sum(valid_T, dtype=jnp.int32)
@@ -298,7 +295,6 @@ def demonstrate():
         dual = slack + alpha_T1.sum() - 8 * bias_E.sum()        # bias = -beta
         print(f"after {i} updates: dual - optimum {dual - optimum:8.4f}, loads {load_E}")
         bias_E = new_E
-
     T, E, K, bias_E = 4096, 64, 4, jnp.zeros(64)
     popular_E = rng.standard_normal(E)
     print(f"New batches of {T} tokens, {E} experts, K = {K}; floor {sampling_floor(T, E, K):.3f}")

@@ -63,13 +63,15 @@ ROW_TILES = {"loop": (64, 256), "tiles": (128, 512), "pallas_tpu": (256, 256)}  
 def row_tile(impl, rows, E):
     """Rows of a tile. moe.dispatch pads each of E experts, which share `rows` rows, to whole tiles.
 
-    Small tiles waste fewer rows, large ones make better matmuls. A quarter of the mean load is best
-    on a 2-core CPU [measured]. On an H100 "tiles" takes 5.9 ms with 512 rows, 8.8 with 256, 15.4
-    with 128: it copies a matrix for every tile [measured: tests/gpu.py]. On a TPU 256 pads the 129B
-    shape by 3 %, 512 would pad it by 6 %."""
+    Small tiles waste fewer rows (half a tile an expert, on average), large ones make better
+    matmuls. A quarter of the mean load is best on a 2-core CPU: 256 of 64, 128 and 256 for 1,024
+    rows an expert, 64 of 32 to 256 for 256 rows [measured]. On an H100 "tiles" takes 5.9 ms with
+    512 rows, 8.8 with 256, 15.4 with 128: it copies a matrix for every tile [measured:
+    tests/gpu.py]. On a TPU 256 pads the 129B shape by 3 %, 512 would pad it by 6 %."""
     least, most = ROW_TILES.get(impl, (64, 256))
     quarter = max(1, rows // (4 * E))
-    return max(least, min(most, 2 ** (quarter.bit_length() - 1)))
+    power = 2 ** (quarter.bit_length() - 1)
+    return max(least, min(most, power))
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -116,7 +118,8 @@ def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
     for start in range(0, S, chunk):
         end = min(start + chunk, S)
         first = max(0, start - window + 1) // chunk * chunk
-        queries, keys = slice(start, end), slice(first, end)
+        queries = slice(start, end)
+        keys = slice(first, end)
         outs.append(_attend(q_BSNH[:, queries], k_BSMH[:, keys], v_BSMH[:, keys],
                             segment_BS[:, queries], segment_BS[:, keys], start - first, window))
     return jnp.concatenate(outs, axis=1)
@@ -129,19 +132,22 @@ def _attention_chunked(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
 # [measured].
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window):
-    return _attend_forward(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window)[0]
+def _attend(*arguments):
+    return _attend_forward(*arguments)[0]
 
 
 def _attend_forward(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, window):
-    H, M = q_BCNH.shape[3], k_BJMH.shape[2]
+    H = q_BCNH.shape[3]
+    M = k_BJMH.shape[2]
     q_BMXH = _group_heads(q_BCNH, M) * H**-0.5
-    k_BMJH, v_BMJH = k_BJMH.swapaxes(1, 2), v_BJMH.swapaxes(1, 2)
+    k_BMJH = k_BJMH.swapaxes(1, 2)
+    v_BMJH = v_BJMH.swapaxes(1, 2)
     score_BMJX = einsum32("BMJH,BMXH->BMJX", k_BMJH, q_BMXH)
     visible_BJC = _visible(segment_BC, segment_BJ, offset, window).swapaxes(1, 2)
     # added, not selected: a sum needs no second pass in the backward direction
     mask_BJC = jnp.where(visible_BJC, 0.0, MASKED)
-    score_BMJX += jnp.tile(mask_BJC, (1, 1, q_BCNH.shape[2] // M))[:, None]
+    mask_BJX = jnp.tile(mask_BJC, (1, 1, q_BCNH.shape[2] // M))
+    score_BMJX += mask_BJX[:, None]
     weight_BMJX = jax.nn.softmax(score_BMJX, axis=-2).astype(v_BJMH.dtype)
     y_BMXH = jnp.einsum("BMJX,BMJH->BMXH", weight_BMJX, v_BMJH)
     residuals = q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH
@@ -150,15 +156,18 @@ def _attend_forward(q_BCNH, k_BJMH, v_BJMH, segment_BC, segment_BJ, offset, wind
 
 def _attend_backward(offset, window, residuals, dy_BCNH):
     q_BMXH, k_BMJH, v_BMJH, weight_BMJX, y_BMXH = residuals
-    C, H = dy_BCNH.shape[1], dy_BCNH.shape[3]
+    C = dy_BCNH.shape[1]
+    H = dy_BCNH.shape[3]
     dy_BMXH = _group_heads(dy_BCNH, k_BMJH.shape[1])
     dweight_BMJX = einsum32("BMJH,BMXH->BMJX", v_BMJH, dy_BMXH)
     sum_BMX = jnp.sum(dy_BMXH.astype(jnp.float32) * y_BMXH, axis=-1)
-    dscore_BMJX = (weight_BMJX * (dweight_BMJX - sum_BMX[:, :, None, :])).astype(k_BMJH.dtype)
+    dscore_BMJX = weight_BMJX * (dweight_BMJX - sum_BMX[:, :, None, :])
+    dscore_BMJX = dscore_BMJX.astype(k_BMJH.dtype)
     dq_BMXH = jnp.einsum("BMJX,BMJH->BMXH", dscore_BMJX, k_BMJH) * H**-0.5
     dk_BMJH = jnp.einsum("BMJX,BMXH->BMJH", dscore_BMJX, q_BMXH)
     dv_BMJH = jnp.einsum("BMJX,BMXH->BMJH", weight_BMJX, dy_BMXH)
-    dk_BJMH, dv_BJMH = dk_BMJH.swapaxes(1, 2), dv_BMJH.swapaxes(1, 2)
+    dk_BJMH = dk_BMJH.swapaxes(1, 2)
+    dv_BJMH = dv_BMJH.swapaxes(1, 2)
     return _ungroup_heads(dq_BMXH, C), dk_BJMH, dv_BJMH, None, None
 
 
@@ -192,10 +201,14 @@ def _attention_splash(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform):
                               block_q_dq=block, block_kv_dq=block)
     kernel = splash.make_splash_mqa_single_device(
         masks.MultiHeadMask([mask] * (N // M)), interpret=platform == "cpu", block_sizes=sizes)
-    q_BMGSH = (q_BSNH * H**-0.5).reshape(B, S, M, N // M, H).transpose(0, 2, 3, 1, 4)
-    k_BMSH, v_BMSH = k_BSMH.swapaxes(1, 2), v_BSMH.swapaxes(1, 2)
+    q_BSMGH = (q_BSNH * H**-0.5).reshape(B, S, M, N // M, H)
+    q_BMGSH = q_BSMGH.transpose(0, 2, 3, 1, 4)
+    k_BMSH = k_BSMH.swapaxes(1, 2)
+    v_BMSH = v_BSMH.swapaxes(1, 2)
+    # one kernel call for each key head serves its G query heads
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    y_BMGSH = jax.vmap(heads)(q_BMGSH, k_BMSH, v_BMSH, splash.SegmentIds(segment_BS, segment_BS))
+    segments = splash.SegmentIds(segment_BS, segment_BS)
+    y_BMGSH = jax.vmap(heads)(q_BMGSH, k_BMSH, v_BMSH, segments)
     return y_BMGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H).astype(q_BSNH.dtype)
 
 
@@ -238,8 +251,8 @@ def _token_losses(x_TD, head_DV, target_T):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_vocabulary(x_TD, head_DV, target_T, block):
-    return _by_vocabulary_forward(x_TD, head_DV, target_T, block)[0]
+def _by_vocabulary(*arguments):
+    return _by_vocabulary_forward(*arguments)[0]
 
 
 def _words(i, x_TD, head_DV, block):
@@ -260,7 +273,8 @@ def _by_vocabulary_forward(x_TD, head_DV, target_T, block):
         logits_TW = jnp.where(new_W, logits_TW, MASKED)
         next_T = jnp.maximum(top_T, jnp.max(logits_TW, axis=1))
         exp_TW = jnp.exp(logits_TW - next_T[:, None])
-        sum_T = sum_T * jnp.exp(top_T - next_T) + jnp.sum(exp_TW, axis=1)
+        sum_T = sum_T * jnp.exp(top_T - next_T)
+        sum_T += jnp.sum(exp_TW, axis=1)
         hit_TW = new_W & (target_T[:, None] == word_W)
         hit_T += jnp.sum(jnp.where(hit_TW, logits_TW, 0), axis=1)
         return (next_T, sum_T, hit_T), None
@@ -278,8 +292,9 @@ def _by_vocabulary_backward(block, residuals, gradients):
         dx_TD, dhead_DV = carry
         start, word_W, head_DW = _words(i, x_TD, head_DV, block)
         logits_TW = dot32(x_TD, head_DW)
-        d_TW = ((dnll_T + dlse_T)[:, None] * jnp.exp(logits_TW - lse_T[:, None])
-                - dnll_T[:, None] * (target_T[:, None] == word_W))
+        softmax_TW = jnp.exp(logits_TW - lse_T[:, None])
+        hit_TW = target_T[:, None] == word_W
+        d_TW = (dnll_T + dlse_T)[:, None] * softmax_TW - dnll_T[:, None] * hit_TW
         d_TW = jnp.where(word_W >= i * block, d_TW, 0).astype(x_TD.dtype)
         dx_TD += dot32(d_TW, head_DW.T)
         # every column gets one block's sum over all tokens, and zeros from a block that overlaps it
@@ -316,7 +331,8 @@ def grouped_matmul(x_RD, w_EDF, tile_expert, impl, platform="cpu"):
         every_REF = jnp.einsum("RD,EDF->REF", x_RD, w_EDF)
         row_expert = jnp.repeat(tile_expert, x_RD.shape[0] // tile_expert.shape[0])
         owner_RE = row_expert[:, None] == jnp.arange(w_EDF.shape[0])
-        return jnp.sum(jnp.where(owner_RE[:, :, None], every_REF, 0), axis=1)
+        chosen_REF = jnp.where(owner_RE[:, :, None], every_REF, 0)
+        return jnp.sum(chosen_REF, axis=1)
     return _grouped(x_RD, w_EDF, tile_expert, impl, platform == "cpu")
 
 
@@ -367,8 +383,10 @@ def _tpu_block(size, most, dtype, what):
 
 
 def _tpu_matmul(x_RC, w_EDF, tile_expert, transpose_w, interpret):
-    (R, C), (E, D, F), tiles = x_RC.shape, w_EDF.shape, tile_expert.shape[0]
-    O, dtype = (D if transpose_w else F), x_RC.dtype            # C columns in, O columns out
+    R, C = x_RC.shape
+    E, D, F = w_EDF.shape
+    O = D if transpose_w else F                     # C columns in, O columns out
+    tiles, dtype = tile_expert.shape[0], x_RC.dtype
     c = _tpu_block(C, 1280, dtype, "width of the input")
     o = _tpu_block(O, 1280, dtype, "width of the output")
     r, steps = R // tiles, C // c
@@ -397,7 +415,8 @@ def _tpu_matmul(x_RC, w_EDF, tile_expert, transpose_w, interpret):
 
 
 def _tpu_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
-    R, tiles, (E, D, F) = x_RD.shape[0], tile_expert.shape[0], like_w.shape
+    E, D, F = like_w.shape
+    R, tiles = x_RD.shape[0], tile_expert.shape[0]
     d = _tpu_block(D, 1280, x_RD.dtype, "D")
     f = _tpu_block(F, 640, x_RD.dtype, "F")
     r = R // tiles
@@ -465,8 +484,8 @@ def expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl=None, platfor
 
 
 @jax.custom_vjp
-def _expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert):
-    return _expert_loop_forward(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)[0]
+def _expert_loop(*arguments):
+    return _expert_loop_forward(*arguments)[0]
 
 
 def _for_each_tile(step, start, tile_expert, E, R):
@@ -507,9 +526,11 @@ def _expert_loop_backward(residuals, dy_RD):
         sigmoid_rF = jax.nn.sigmoid(gate_rF)
         silu_rF = gate_rF * sigmoid_rF
         da_rF = dot32(dy_rD, down_EFD[e].T)
-        dgate_rF = da_rF * up_rF * (sigmoid_rF + silu_rF * (1 - sigmoid_rF))
-        dh_rF = jnp.concatenate([dgate_rF, da_rF * silu_rF], axis=1).astype(x_RD.dtype)
-        ddown_EFD = add(ddown_EFD, e, dot32((silu_rF * up_rF).astype(x_RD.dtype).T, dy_rD))
+        dsilu_rF = sigmoid_rF + silu_rF * (1 - sigmoid_rF)
+        dh_rF = jnp.concatenate([da_rF * up_rF * dsilu_rF, da_rF * silu_rF], axis=1)
+        dh_rF = dh_rF.astype(x_RD.dtype)
+        a_rF = (silu_rF * up_rF).astype(x_RD.dtype)
+        ddown_EFD = add(ddown_EFD, e, dot32(a_rF.T, dy_rD))
         dboth_EDF = add(dboth_EDF, e, dot32(x_rD.T, dh_rF))
         return write(dx_RD, dot32(dh_rF, both_EDF[e].T)), dboth_EDF, ddown_EFD
     zeros = (jnp.zeros_like(x_RD), jnp.zeros(both_EDF.shape, jnp.float32),
@@ -557,8 +578,8 @@ def _gather_backward(axis, split, dtype, _, g):
         return (_reduce_scatter(g, axis, split),)
     g_nCdV = g.reshape(-1, chunks, d // chunks, g.shape[1])
     def chunk(i):
-        g_DV = lax.dynamic_index_in_dim(g_nCdV, i, 1, keepdims=False).reshape(-1, g.shape[1])
-        return _reduce_scatter(g_DV, axis, 0)
+        g_ndV = lax.dynamic_index_in_dim(g_nCdV, i, 1, keepdims=False)
+        return _reduce_scatter(g_ndV.reshape(-1, g.shape[1]), axis, 0)
     return (lax.map(chunk, jnp.arange(chunks)).reshape(d, -1),)
 
 

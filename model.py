@@ -117,7 +117,6 @@ def param_specs(c):
     Q, P = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     rows, cols = Spec(None, "data", None), Spec(None, None, "data")
     each = Spec(None, "expert", "data", None)
-
     def gated_norm_weights(site):
         return {
             f"{site}_norm_gain_D":  Weight((L, D),       Spec(), "adam", "ones"),
@@ -187,7 +186,6 @@ def count(c):
     convention, so that budgets compare). Executed FLOPs differ: windows save, rematerialization and
     padding cost."""
     sizes = {"expert": 0}
-
     def add(_, w):
         sizes[w.group] = sizes.get(w.group, 0) + math.prod(w.shape)
     map_params(add, c)
@@ -279,20 +277,17 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
                          c.compute_dtype)
     x_TD = gated_norm(x_TD, top, "embed")
     rotation = rope_angles(c)
-
     def layer(x_TD, weights, i):
         def run(x_TD, p, bias_E):
             p, full = gather_params(p, specs["layers"], c, sharded), sees_all(c, i)
             return block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded, platform)
         return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, *weights)
-
     def layers(x_TD, stacked, numbers):
         stats = []
         for place, i in enumerate(numbers):
             x_TD, some = layer(x_TD, jax.tree.map(lambda w: w[place], stacked), i)
             stats.append(some)
         return x_TD, jax.tree.map(lambda *some: jnp.stack(some), *stats)
-
     scanned, left, stats = c.num_layers // PERIOD * PERIOD, c.num_layers % PERIOD, []
     stacked = params["layers"], bias_LE
     if scanned:

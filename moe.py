@@ -89,6 +89,7 @@ def dispatch(expert_TK, E, tile=64, capacity=None, skip=0):
     # one sort of packed keys is stable, and cheaper than an argsort
     order_A = lax.sort(flat_A * A + jnp.arange(A, dtype=jnp.int32)) % A     # position -> assignment
     load_E = count_loads(expert_TK, E)
+    # of each expert: its first position, how many are passed over, how many get rows
     first_E = jnp.cumsum(load_E) - load_E               # position of each expert's first assignment
     skipped_E = jnp.clip(skip - first_E, 0, load_E)
     kept_E = jnp.clip(skip + capacity - first_E, 0, load_E) - skipped_E
@@ -272,8 +273,8 @@ def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     x_RD = send(spread(x_tD, d), there, back, (rows_here, rows_there), axis, platform)
     y_RD = experts(x_RD, p, tile_expert, platform, impl)
     y_AD = send(y_RD, back, there, (rows_there, rows_here), axis, platform)
-    dropped = jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)
-    return combine(y_AD, weight_tK, d), dropped
+    y_tD = combine(y_AD, weight_tK, d)
+    return y_tD, jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)
 
 
 class SendPlan(NamedTuple):
@@ -306,6 +307,7 @@ def ragged_plan(load_PE, capacity, tile, me):
 
     def mine(a_SE):
         return lax.dynamic_slice_in_dim(a_SE, e * me, e, axis=1).reshape(-1)
+    # what a sender says of its chunks is indexed by the sender, also where they go
     there = SendPlan(origin_SE[me], kept_SE[me], row_SE[me], mine(kept_SE))
     back = SendPlan(mine(row_SE), mine(kept_SE), mine(origin_SE), kept_SE[me])
     return there, back, tile_expert_P[me]

@@ -288,7 +288,6 @@ def variable_projection(log_u, log_v, y, groups, start=None):
         for rows, EAB in zip(groups, weights):
             residual[rows] = y[rows] - terms[rows] @ EAB
         return residual, weights
-
     tolerance = 1e-9 if start else 1e-15
     if not start:
         grid = np.geomspace(0.03, 1.5, 32)
@@ -305,10 +304,8 @@ def shared_curves(x, y, groups, start):
     for rows, middle in zip(groups, middles):
         log_x[rows] = math.log(10) * (x[rows] - middle)     # centered: terms of like size
     (p, q), _, weights = variable_projection(-log_x, log_x, y, groups, start)
-
     def curve_of(middle, E, A, B):
         return lambda z: E + A * 10**(p * (z - middle)) + B * 10**(-q * (z - middle))
-
     found = []
     for middle, (E, A, B) in zip(middles, weights):
         two_sided = min(A, B) > 1e-12 * max(A, B, E)
@@ -346,7 +343,6 @@ def isoflop_fit(runs, config, start=None, inside=True):
         found, start = shared_curves(x, y, list(groups.values()), start)
     else:
         found = [parabola(x[rows], y[rows]) for rows in groups.values()]
-
     optima, fitted = [], np.empty_like(y)
     for (C, rows), (curve, at) in zip(groups.items(), found):
         where = f"{name}: budget {C:.3g}"
@@ -559,7 +555,6 @@ def plain(value):
     def convert(x):                                     # of numpy, or a dataclass
         known = isinstance(x, (np.ndarray, np.generic))
         return x.tolist() if known else getattr(x, "__dict__", None)
-
     return json.loads(json.dumps(value, default=convert), parse_constant=lambda _: None)
 
 
@@ -755,12 +750,10 @@ def parser():
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)
     commands = top.add_subparsers(parser_class=Parser)
-
     def command(name, do, purpose):
         sub = commands.add_parser(name, help=purpose, description=purpose)
         sub.set_defaults(do=do)
         return sub.add_argument
-
     add = command("fit", fit_command, "fit a ladder and forecast")
     add_fitting(add)
     add("--predict", type=number, nargs="+", action="extend", default=[], metavar="C", help="FLOPs")

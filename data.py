@@ -28,7 +28,6 @@ import subprocess
 import sys
 import zipfile
 from itertools import chain, islice
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -166,7 +165,8 @@ def load_tokenizer(path):
         pieces = [base64.b64decode(piece, validate=True) for piece, _ in rows]
         name, pattern, eot, size = KNOWN_BY_RANK_COUNT.get(len(rows), (None, "", -1, 0))
         if side.exists():
-            name, pattern, eot, size = itemgetter(*TOKENIZER_FACTS)(json.loads(side.read_text()))
+            facts = json.loads(side.read_text())
+            name, pattern, eot, size = [facts[key] for key in TOKENIZER_FACTS]
         need(name, f"{path}: {len(rows):,} ranks is none of {[*KNOWN_BY_RANK_COUNT]}; say what it "
                    f"is in {side.name}, with {', '.join(TOKENIZER_FACTS)}")
         ranks, single = [int(rank) for _, rank in rows], {bytes([b]) for b in range(256)}
@@ -484,36 +484,44 @@ def request_of(sources, tokenizer):
     return {"format": FORMAT, "sources": facts, "tokenizer": spec}
 
 
-def make_tokenizer(sources, tokenizer, cache):
-    """"bpe:N" -> a BPE of the training text of all sources; any other -> load_tokenizer.
-    Beyond BPE_SAMPLE characters only every 2nd piece is used, or 4th and so on, until it fits."""
-    if not bpe_size(tokenizer):
-        return load_tokenizer(tokenizer)
-    kept, size, stride = [], 0, 1
-    found = chain.from_iterable(documents(source, cache) for source in sources)
-    texts = (text for domain, text in found if domain is None)
-    for i, piece in enumerate(chain.from_iterable(map(pieces_of, texts))):
+def shared_tokenizer(names, tokenizer, folder):
+    """What load_tokenizer reads: `tokenizer` itself, or for "bpe:N" a directory in `folder`: a BPE
+    that is trained once, on the training text of all sources together. Beyond BPE_SAMPLE characters
+    it takes only every 2nd piece, or every 4th and so on, until the sample fits."""
+    texts, size = [name for name in names if is_text(name)], bpe_size(tokenizer)
+    if not size:
+        return tokenizer
+    need(texts, f"tokenizer {tokenizer}: no text here to train it on; name what made the shards")
+    out = folder / f"bpe{size}-{digest(request_of(texts, tokenizer))}"
+    if out.exists():
+        return out
+    kept, total, stride = [], 0, 1
+    found = chain.from_iterable(documents(source, folder) for source in texts)
+    pieces = chain.from_iterable(pieces_of(text) for domain, text in found if domain is None)
+    for i, piece in enumerate(pieces):
         if i % stride == 0:
             kept.append(piece)
-            size += len(piece)
-        while size > BPE_SAMPLE:
+            total += len(piece)
+        while total > BPE_SAMPLE:
             kept, stride = kept[::2], stride * 2
-            size = sum(map(len, kept))
-    log(f"training {tokenizer} on {size / 1e6:.1f}M characters")
-    return train_bpe(kept, bpe_size(tokenizer))
+            total = sum(map(len, kept))
+    log(f"training {tokenizer} on {total / 1e6:.1f}M characters")
+    with atomic_directory(out) as scratch:
+        train_bpe(kept, size).save(scratch)
+    return out
 
 
 def prepare(sources, tokenizer, out):
     """Tokenize text sources into the directory `out` and return its Path.
     sources: tuple of str; tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared directory.
-    Returns at once if `out` was made from an equal request. Wheels are kept in out/../wheels.
+    Returns at once if `out` was made from an equal request. A BPE and wheels are kept in out/..
     Raises DataError for a source that is missing or broken, and for an `out` of another request."""
     out, request = Path(out), request_of(sources, tokenizer)
     if out.exists():
         need(read_manifest(out)["request"] == request,
              f"{out}: made from other sources or with another tokenizer; delete it or name another")
         return out
-    tok = make_tokenizer(sources, tokenizer, out.parent)
+    tok = load_tokenizer(shared_tokenizer(sources, tokenizer, out.parent))
     found = chain.from_iterable(documents(source, out.parent) for source in sources)
     splits = {}
     with (atomic_directory(out) as scratch,
@@ -680,19 +688,6 @@ class Mixture(NamedTuple):
     train_tokens: int
     bytes_per_token: float               # of the training text as mixed
     block_rows: int                      # rows within which the shares are kept; see block_order
-
-
-def shared_tokenizer(names, tokenizer, data_dir):
-    """What load_tokenizer reads for a mixture; "bpe:N" is trained once, on all texts together."""
-    if not bpe_size(tokenizer):
-        return tokenizer
-    texts = [name for name in names if is_text(name)]
-    need(texts, f"tokenizer {tokenizer}: no text here to train it on; name what made the shards")
-    folder = data_dir / f"bpe{bpe_size(tokenizer)}-{digest(request_of(texts, tokenizer))}"
-    if not folder.exists():
-        with atomic_directory(folder) as scratch:
-            make_tokenizer(texts, tokenizer, data_dir).save(scratch)
-    return folder
 
 
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):

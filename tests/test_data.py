@@ -550,7 +550,7 @@ def command(*args):
 def test_the_command_line_prepares_checks_and_prints(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     done = command("prepare", tmp_path / "a.txt", "--tokenizer=bpe:300", f"--out={tmp_path}/out")
-    assert done.returncode == 0 and "tokens of " in done.stderr, done.stderr
+    assert done.returncode == 0 and "training tokens of" in done.stderr, done.stderr
     assert "train: " in command("check", tmp_path / "out").stdout
     parts = [subprocess.run([sys.executable, ROOT / "data.py", "text", tmp_path / "a.txt", f"--split={s}"],
                             capture_output=True).stdout for s in ("train", "a")]

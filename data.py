@@ -382,7 +382,7 @@ def matches(pattern):
 
 
 def files(pattern, cache):
-    """Files as (domain, text). If some are named heldout*, these are held out and the others train."""
+    """Files as (domain, text). Those named heldout*, if any, are held out, all others train."""
     paths = matches(pattern)
     heldout = {path for path in paths if os.path.basename(path).startswith("heldout")}
     if not heldout:

@@ -151,7 +151,7 @@ def inject(name, when):
     elif name in at_eval:
         at_call(data, "heldout_batches", when, at_eval[name])
     elif name in at_write:
-        at_call(data._Shards, "write", when, at_write[name])
+        at_call(data.ShardWriter, "write", when, at_write[name])
     elif name.endswith("-save"):
         import orbax.checkpoint as ocp
         managers, init = [], ocp.CheckpointManager.__init__

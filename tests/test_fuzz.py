@@ -1,17 +1,17 @@
-"""Malformed input of every format this project reads, by hypothesis: a valid file is damaged, then read.
+"""Good and malformed input of every format that this project reads; the malformed comes from hypothesis.
 
-What may happen: the reader's own one-line error, or a result. A result must be right as far as anyone can tell:
-where a hash stands over the file it is the original, else its ids lie in the vocabulary, its numbers are in range,
-its texts are strings. Any other exception, a hang or unbounded memory is a bug. 40 cases a format in the quick
-tests, 10,000 in the slow ones (20 minutes of one core). Needs hypothesis (pip install hypothesis); without it all
-is skipped."""
+Several good files of each format must be read exactly as they were written. Then a good file is damaged and read.
+Two outcomes are allowed: the reader's own one-line error, or a result that is right as far as anyone can tell:
+the original if a hash covers the file, else ids in the vocabulary, numbers in range, texts that are strings. Any
+other exception, a hang or unbounded memory is a bug. The quick tests try 20 cases of each format, the slow ones
+10,000 (20 minutes of one core). Needs hypothesis; without it all is skipped."""
 import gzip
 import json
 import math
-import re
 import resource
 import signal
 import struct
+import typing
 import unittest.mock
 import zipfile
 from pathlib import Path
@@ -26,8 +26,26 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import data
 import scaling
 import train
-from test_train import CONFIG, load
 
+CONFIG = """
+mixture = (("t.txt", 1.0),)
+tokenizer = "bytes"
+vocab_size = 257
+seq_len = 32
+hidden_dim = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 1
+head_dim = 8
+shared_dim = 16
+num_experts = 4
+experts_per_token = 2
+expert_dim = 8
+gated_norm_rank = 4
+steps = {steps}
+batch_size = 8
+run_dir = {run!r}
+"""
 KNOWN = data.DataError, scaling.BadInput, train.ConfigError
 SECONDS, BYTES = 20, 3 << 30            # that one case may take: no hang, no unbounded memory
 
@@ -89,12 +107,14 @@ def altered(value, changes):
 # ------------------------------------------------------------------------------------------------------ formats
 
 class Format:
-    """A file to damage, how to read it, and what must hold of a result."""
+    """A file to damage, how to read it, and what must hold of a result.
 
-    def __init__(self, path, read, holds=lambda result, blob: True):
-        self.path, self.read, self.holds, self.good = Path(path), read, holds, Path(path).read_bytes()
-        result = read()
-        assert holds(result, self.good), "the undamaged file is read"
+    good: other good contents of the file; shows(result) must be `wanted` for each, or for (blob, wanted) pairs."""
+
+    def __init__(self, path, read, holds=lambda result, blob: True, good=(), shows=lambda result: result):
+        self.path, self.read, self.holds, self.blob = Path(path), read, holds, Path(path).read_bytes()
+        self.shows, self.good = shows, [(self.blob, shows(read())), *good]
+        assert holds(read(), self.blob), "the undamaged file is read"
 
     def case(self, blob):
         self.path.write_bytes(blob)
@@ -105,6 +125,27 @@ class Format:
             assert len(lines) == 1 and len(lines[0]) < 3000, f"not one line: {str(error)[:500]!r}"
         else:
             assert self.holds(result, blob), "a wrong result, silently"
+
+    def read_right(self, blob, wanted):
+        self.path.write_bytes(blob)
+        result = self.read()
+        assert self.shows(result) == wanted and self.holds(result, blob)
+
+
+def rewritten(blob):
+    """The same JSON object in other words: indented, in another order, with blanks around it."""
+    value = json.loads(blob)
+    return [json.dumps(value, indent=3).encode(), json.dumps(dict(reversed(value.items()))).encode(),
+            b"\n " + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"]
+
+
+def all_ids(source):
+    """Every id of a source, its held-out streams after the training stream."""
+    return [int(i) for s in (source.train, *source.heldout.values()) for i in s.read(0, s.tokens)]
+
+
+def in_order(texts):
+    return [text for _, text in texts]
 
 
 def in_vocabulary(source, _):
@@ -119,25 +160,36 @@ def strings(texts, _):
     return all(isinstance(text, str) and (domain is None or isinstance(domain, str)) for domain, text in texts)
 
 
-def foreign(folder, kind):
-    ids = np.random.default_rng(0).integers(0, 256, 3000).astype("<u2")
-    if kind == "megatron":
-        (folder / "m.bin").write_bytes(ids.tobytes())
-        lengths = np.array([1000, 2000], "<i4")
-        (folder / "m.idx").write_bytes(
-            struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 2, 3) + lengths.tobytes()
-            + np.array([0, 2000], "<i8").tobytes() + np.arange(3, dtype="<i8").tobytes())
-        source = f"megatron:{folder}/m"
-    else:
+def foreign(name, folder):
+    """A shard of another project, and three other shards that say the same things in other ids or lengths."""
+    kind, _, part = name.partition(" ")
+    rng = np.random.default_rng(0)
+    many = [rng.integers(0, 256, 3000), np.arange(3000) % 257, np.full(3000, 256), rng.integers(0, 99, 3000)]
+    some = [*many, np.arange(40), rng.integers(0, 257, 9999)]
+
+    def bin_of(ids):
         head = struct.pack("<3i", 20240520, 1, len(ids)).ljust(1024, b"\0") if kind == "llmc" else b""
-        (folder / "x.bin").write_bytes(head + ids.tobytes())
-        source = f"{kind}:{folder}/x.bin" + "?dtype=uint16" * (kind == "olmo")
+        return head + np.asarray(ids, "<u2").tobytes()
+
+    def idx_of(lengths):
+        return (struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(lengths), len(lengths) + 1)
+                + np.array(lengths, "<i4").tobytes() + bytes(8 * (2 * len(lengths) + 1)))
+
+    (folder / "x.bin").write_bytes(bin_of(many[0]))
+    path, source = folder / "x.bin", f"{kind}:{folder}/x.bin" + "?dtype=uint16" * (kind == "olmo")
+    good = [(bin_of(ids), list(map(int, ids))) for ids in (many if kind == "megatron" else some)]
+    if kind == "megatron":
+        (folder / "x.idx").write_bytes(idx_of([1000, 2000]))
+        source = f"megatron:{folder}/x"
+    if part == ".idx":
+        path, wanted = folder / "x.idx", good[0][1]
+        good = [(idx_of(lengths), wanted) for lengths in ([3000], [1] * 3000, [0, 2999, 1])]
     tok = data.load_tokenizer("bytes")
 
     def read():
         with unittest.mock.patch.object(data, "load_tokenizer", lambda _: tok):  # it is half of a case's time
-            return data.open_mixture(((source, 1.0),), "bytes", folder, 257, 16, quiet=True).sources[0]
-    return read
+            return data.open_mixture(((source, 1.0),), "bytes", folder, 257, 16).sources[0]
+    return Format(path, read, in_vocabulary, good, all_ids)
 
 
 def prepared(folder):
@@ -145,14 +197,14 @@ def prepared(folder):
     (folder / "d").mkdir()
     for i in range(25):
         (folder / "d" / f"{i:02}.txt").write_text(f"document {i}: " + "abcdefg " * (3 * i + 1))
-    corpus = data.prepare((f"{folder}/d/*.txt",), "bpe:270", folder / "corpus", quiet=True)
-    read = lambda: data.open_prepared(corpus, quiet=True)
-    all_ids = lambda source: {name: stream.read(0, stream.tokens).tolist() for name, stream in
-                              {None: source.train, **source.heldout}.items()}
-    good = all_ids(read())
+    corpus = data.prepare((f"{folder}/d/*.txt",), "bpe:270", folder / "corpus")
+    read = lambda: data.open_prepared(corpus)
+    def splits(source):
+        return {name: s.read(0, s.tokens).tolist() for name, s in {None: source.train, **source.heldout}.items()}
+    good = splits(read())
 
     def the_same(source, _):
-        found = all_ids(source)
+        found = splits(source)
         # a manifest has no hash over itself: a split may be renamed in it or lost, tokens cannot change
         return found.get(None) == good[None] and all(ids in good.values() for ids in found.values())
     return corpus, read, the_same
@@ -163,22 +215,30 @@ def vocabulary(tok, _):
     return tok.decode(ids) == "abc é" and len(tok.pieces) <= tok.eot < tok.vocab_size > max(ids)
 
 
-def a_wheel(folder):
+def a_wheel(folder, method=zipfile.ZIP_DEFLATED, count=22):
     """A wheel in the cache; pinned by no hash, so that damage has to be noticed by the zip itself."""
     place = folder / "wheels" / "thing==1.0"
-    place.mkdir(parents=True)
-    with zipfile.ZipFile(place / "thing-1.0-py3-none-any.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
-        for i in range(22):
-            wheel.writestr(f"thing/{i}.py", f"x = {i}\n" * 20)
+    place.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(place / "thing-1.0-py3-none-any.whl", "w", method) as wheel:
+        for i in range(count):
+            wheel.writestr(f"thing/{i:02}.py", f"x = {i}\n" * 20)
         wheel.writestr("../../escaped.py", "y = 1\n")
     return place / "thing-1.0-py3-none-any.whl", lambda: list(data.documents("pip:thing==1.0", folder))
+
+
+def some_wheels(folder):
+    """The bytes of good wheels, each with the texts that must be read from it."""
+    for number, (method, count) in enumerate([(zipfile.ZIP_STORED, 22), (zipfile.ZIP_BZIP2, 30), (zipfile.ZIP_LZMA, 25)]):
+        path, _ = a_wheel(folder / f"other{number}", method, count)
+        yield path.read_bytes(), ["y = 1\n", *(f"x = {i}\n" * 20 for i in range(count))]
 
 
 def right_config(result, _):
     c, t = result
     for cfg in (c, t):
         for key in cfg.__dataclass_fields__:
-            assert type(getattr(cfg, key)) is train.KEYS[key], key
+            value, choices = getattr(cfg, key), typing.get_args(train.KEYS[key])
+            assert value in choices if choices else type(value) is train.KEYS[key], key
     return c.vocab_size > 0 and t.steps > 0 and t.batch_size % t.accumulate == 0
 
 
@@ -190,42 +250,68 @@ def right_runs(runs, _):
     return all(run.flops > 0 and run.params > 0 and run.tokens > 0 and 0 < run.loss <= 100 for run in runs)
 
 
+def texts(kind, folder):
+    """A file of documents: 30 rows, or one text."""
+    rows = [f"text {i} of é" * 5 for i in range(30)]
+    odd = [f"{i} \\ \"quoted\" \u2028 \t 你好 🙂" for i in range(25)]
+    path, good = folder / f"t{kind}", []
+
+    def packed(body):
+        if kind.endswith(".gz"):
+            return gzip.compress(body.encode())
+        if kind.endswith(".zst"):
+            return pytest.importorskip("zstandard").compress(body.encode())
+        return body.encode()
+
+    if kind == ".parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        for lines, options in ((rows, {}), (odd, {"compression": "gzip"}), (odd, {"row_group_size": 7}), (rows, {})):
+            parquet.write_table(arrow.table({"n": range(len(lines)), "text": lines}), path, **options)
+            good.append((path.read_bytes(), lines))
+    elif "jsonl" in kind:
+        plain, strange = ([json.dumps({"text": line}) for line in lines] for lines in (rows, odd))
+        more = [json.dumps({"id": 1, "text": line, "meta": {"text": 0}}, ensure_ascii=False) for line in odd]
+        for lines, wanted, end in ((plain, rows, "\n"), (strange, odd, "\n\n"), (more, odd, "\r\n"), (plain, rows, " \n")):
+            good.append((packed(end.join(lines) + end), wanted))
+    else:
+        for body in ("\n".join(rows), "\n".join(odd) * 9, "no newline at all" * 50, "\r\n\r\n" + rows[0] * 20 + "\n"):
+            good.append((packed(body), [body]))
+    path.write_bytes(good[0][0])
+    read = lambda: list(data.documents(str(path), folder))
+    shows = in_order if "jsonl" in kind or kind == ".parquet" else lambda found: ["".join(in_order(found))]
+    return Format(path, read, strings, good, shows)
+
+
 def make(name, folder):
     """The Format of a name, in a folder of its own."""
-    if name in ("nanogpt", "llmc", "olmo"):
-        read = foreign(folder, name)
-        return Format(folder / "x.bin", read, in_vocabulary)
-    if name in ("megatron .bin", "megatron .idx"):
-        read = foreign(folder, "megatron")
-        return Format(folder / f"m{name[-4:]}", read, in_vocabulary)
+    if name.split()[0] in data.FOREIGN:
+        return foreign(name, folder)
     if name.startswith("prepared"):
         corpus, read, the_same = prepared(folder)
-        path = {"manifest.json": "manifest.json", "shard": "train-00000.bin", "tokenizer": "tokenizer.tiktoken",
-                "tokenizer.json": "tokenizer.tiktoken.json"}[name.partition(" ")[2]]
-        return Format(corpus / path, read, the_same)
+        path = corpus / {"manifest.json": "manifest.json", "shard": "train-00000.bin", "tokenizer":
+                         "tokenizer.tiktoken", "tokenizer.json": "tokenizer.tiktoken.json"}[name.partition(" ")[2]]
+        blob, ids, good = path.read_bytes(), all_ids(read()), []
+        if path.suffix == ".json":
+            good = [(other, ids) for other in rewritten(blob) if name == "prepared tokenizer.json" or b"null" not in other]
+        elif path.suffix == ".tiktoken":
+            good = [(other, ids) for other in (blob + b"\n\n", blob.rstrip(), blob.replace(b"\n", b"\r\n"))]
+        return Format(path, read, the_same, good, all_ids)
     if name.startswith("text"):
-        kind, lines = name.partition(" ")[2], [f"text {i} of é" * 5 for i in range(30)]
-        body = "\n".join(json.dumps({"text": line}) for line in lines) if "jsonl" in kind else "\n".join(lines)
-        path = folder / f"t{kind}"
-        if kind.endswith(".gz"):
-            path.write_bytes(gzip.compress(body.encode()))
-        elif kind.endswith(".zst"):
-            path.write_bytes(pytest.importorskip("zstandard").compress(body.encode()))
-        elif kind == ".parquet":
-            arrow = pytest.importorskip("pyarrow")
-            pytest.importorskip("pyarrow.parquet").write_table(arrow.table({"text": lines}), path)
-        else:
-            path.write_text(body)
-        return Format(path, lambda: list(data.documents(str(path), folder)), strings)
+        return texts(name.partition(" ")[2], folder)
     if name == "tiktoken":
         corpus, _, _ = prepared(folder)
-        return Format(corpus / "tokenizer.tiktoken", lambda: data.load_tokenizer(corpus), vocabulary)
+        path = corpus / "tokenizer.tiktoken"
+        blob, pieces = path.read_bytes(), data.load_tokenizer(corpus).pieces
+        good = [(other, pieces) for other in (blob + b"\n\n", blob.rstrip(), blob.replace(b"\n", b"\r\n"))]
+        return Format(path, lambda: data.load_tokenizer(corpus), vocabulary, good, lambda tok: tok.pieces)
     if name == "wheel":
-        return Format(*a_wheel(folder), strings)
+        good = list(some_wheels(folder))
+        return Format(*a_wheel(folder), strings, good, in_order)
     if name == "config":
         path = folder / "c.py"
-        path.write_text(CONFIG.format(text="t.txt", cache="cache", compiled="", run="run"))
-        return Format(path, lambda: train.load_config(path), right_config)
+        path.write_text(CONFIG.format(steps=6, run="run"))
+        good = [(CONFIG.format(steps=n, run=run).encode(), (n, run)) for n, run in ((1, "é"), (10**6, "a/b"))]
+        return Format(path, lambda: train.load_config(path), right_config, good, lambda ct: (ct[1].steps, ct[1].run_dir))
     if name == "metrics":
         path, c, t = folder / "metrics.jsonl", *tiny(folder)
         rows = [dict(step=i, loss=3.0, ema=3.0, gnorm=1.0, skipped=0, lr=0.1, adam_lr=0.1, tokens=i, flops=1,
@@ -238,7 +324,8 @@ def make(name, folder):
             log = train.Log(folder, c, t, mesh, 4, None)
             assert log.ema is None or math.isfinite(log.ema)
             return train.read_rows(path)
-        return Format(path, read, right_rows)
+        good = [(b"".join(json.dumps(row).encode() + b"\n" for row in rows[:n]), rows[:n]) for n in (1, 3, 4)]
+        return Format(path, read, right_rows, good)
     if name == "run config.json":
         c, t = tiny(folder)
         mixture = data.Mixture([], None, None, "0" * 64, {}, 0, 1.0, 2048)
@@ -251,53 +338,66 @@ def make(name, folder):
         def read():
             checked = train.check_run(c, t, mixture, checkpoints)
             return checked
-        return Format(path, read, lambda result, _: result == now)
-    if name == "checkpoint proof":
+        good = [(other, now) for other in rewritten(path.read_bytes())]
+        return Format(path, read, lambda result, _: result == now, good)
+    if name == "checkpoint record":
         c, t = tiny(folder)
-        path = Path(t.run_dir, "checkpoints/4/proof/metadata")
+        path = Path(t.run_dir, "checkpoints/4/record/metadata")
         path.parent.mkdir(parents=True)
-        (path.parent.parent / "commit_success.txt").touch()
-        proof = {"step": 4, "config": {"model": {}}, "arrays": {".step": 7}}
-        crc = train.zlib.crc32(json.dumps(proof, sort_keys=True).encode())
-        path.write_text(json.dumps({"proof": proof, "crc32": crc}))
+        record = {"step": 4, "config": {"model": {}}, "arrays": {".step": 7}}
+        path.write_text(json.dumps(record))
 
         def read():
             try:
-                return train.Checkpoints(t).proof(4)
+                return train.Checkpoints(t).record(4)
             except ValueError as error:
                 raise train.ConfigError(str(error)) from None
-        return Format(path, read, lambda result, _: result == proof)
+
+        def holds(result, _):           # an altered checksum shows when the arrays are compared
+            return result["step"] == 4 and {"config", "arrays"} <= result.keys() and all(
+                isinstance(result[key], dict) for key in ("config", "arrays"))
+        good = [(other, record) for other in rewritten(path.read_bytes())]
+        return Format(path, read, holds, good)
     if name == "run table .csv":
         path = folder / "runs.csv"
         path.write_text("flops,params,tokens,loss,seed,bytes_per_token\n" + "".join(
             f"{C},{N},{C / 6 / N},{3 + (math.log(N) - 12)**2 / 50:.5f},0,3.5\n"
             for C in (1e15, 1e16) for N in (1e5, 2e5, 4e5, 8e5)))
-        return Format(path, lambda: scaling.checked(scaling.read_csv(path), str(path)), right_runs)
+        blob, losses = path.read_bytes(), lambda runs: sorted(run.loss for run in runs)
+        wanted = losses(scaling.read_csv(path))
+        head, *lines = blob.splitlines()
+        good = [(other, wanted) for other in (b"\n".join([head, *lines[::-1]]), blob.replace(b"\n", b"\r\n"), blob + b"\n")]
+        return Format(path, lambda: scaling.checked(scaling.read_csv(path), str(path)), right_runs, good, losses)
     if name == "run result.json":
         (folder / "config.json").write_text(json.dumps({"train": {"tokenizer": "bytes"}}))
         (folder / "result.json").write_text(json.dumps(dict(
             flops=1e15, params=1e5, tokens=1e9, loss=3.0, bpb=1.0, bytes_per_token=3.5, seed=0, eval="e")))
-        return Format(folder / "result.json", lambda: [scaling.read_run_dir(folder)], right_runs)
+        path = folder / "result.json"
+        good = [(other, [3.0]) for other in rewritten(path.read_bytes())]
+        return Format(path, lambda: [scaling.read_run_dir(folder)], right_runs, good, lambda runs: [run.loss for run in runs])
     if name == "registration":
         path, arguments = folder / "r.json", ["register", "moe_v16", "--method", "parabola", "--x", "params",
                                               "--asymptote", "1.6", "--draws", "2", "--target", "1e23"]
         assert scaling.main([*arguments, "--eval", "Paloma macro", "--out", str(path)]) == 0
         good = json.loads(path.read_text())
-        return Format(path, lambda: scaling.score(path, loss=2.2), lambda _, blob: json.loads(blob) == good)
+        others = [(other, True) for other in rewritten(path.read_bytes())]
+        return Format(path, lambda: scaling.score(path, loss=2.2), lambda _, blob: json.loads(blob) == good, others,
+                      lambda result: True)
     raise KeyError(name)
 
 
 def tiny(folder):
     path = folder / "c.py"
-    path.write_text(CONFIG.format(text="t.txt", cache="cache", compiled="", run=str(folder / "run")))
-    return load(path)
+    path.write_text(CONFIG.format(steps=6, run=str(folder / "run")))
+    return train.load_config(path)
 
 
 BINARY = ["nanogpt", "llmc", "olmo", "megatron .bin", "megatron .idx", "prepared shard", "wheel"]
 TEXTUAL = ["prepared manifest.json", "prepared tokenizer", "prepared tokenizer.json", "tiktoken", "text .txt",
            "text .jsonl", "text .jsonl.gz", "text .txt.zst", "text .parquet", "config", "metrics",
-           "run config.json", "checkpoint proof", "run table .csv", "run result.json", "registration"]
-JSON = [n for n in TEXTUAL if "json" in n and "jsonl" not in n or n in ("registration", "checkpoint proof")]
+           "run config.json", "checkpoint record", "run table .csv", "run result.json", "registration"]
+FLAGS = {"sample", "plan", "compile", "replay", "processes", "process", "coordinator"}
+JSON = [n for n in TEXTUAL if "json" in n and "jsonl" not in n or n in ("registration", "checkpoint record")]
 
 
 @pytest.fixture(autouse=True)
@@ -334,13 +434,21 @@ def fuzz(format, cases, strategy, apply):
 @pytest.mark.parametrize("value", ["NaN", "1e999"])
 def test_a_metrics_row_that_is_no_number_is_left_out(key, value, tmp_path):
     format = make("metrics", tmp_path)      # found by the 10,000 cases: json.loads takes NaN for a number
-    rows = format.good.splitlines()
+    rows = format.blob.splitlines()
     rows[3] = json.dumps(json.loads(rows[3]) | {key: "X"}).replace('"X"', value).encode()
     format.case(b"\n".join(rows) + b"\n")
     assert [row["step"] for row in train.read_rows(format.path)] == [1, 2, 3]
 
 
-CASES = [pytest.param(40, id="quick"), pytest.param(10_000, id="slow", marks=pytest.mark.slow)]
+CASES = [pytest.param(20, id="quick"), pytest.param(10_000, id="slow", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", BINARY + TEXTUAL)
+def test_good_files_are_read_exactly_as_written(name, tmp_path):
+    format = make(name, tmp_path)
+    assert len(format.good) >= (1 if name == "prepared shard" else 3)       # a hash fixes what a shard can be
+    for blob, wanted in format.good:
+        format.read_right(blob, wanted)
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -348,9 +456,9 @@ CASES = [pytest.param(40, id="quick"), pytest.param(10_000, id="slow", marks=pyt
 def test_a_damaged_file_is_refused_in_one_line_or_read_right(name, cases, tmp_path, capsys):
     format, half = make(name, tmp_path), cases // 2 if name in JSON else 0
     edits, changes = st.lists(EDIT, min_size=1, max_size=4), st.lists(CHANGE, min_size=1, max_size=3)
-    count = fuzz(format, cases - half, edits, lambda edits: damaged(format.good, edits))
+    count = fuzz(format, cases - half, edits, lambda edits: damaged(format.blob, edits))
     if half:
-        value = json.loads(format.good)
+        value = json.loads(format.blob)
         count += fuzz(format, half, changes, lambda changes: altered(value, changes))
     assert count >= cases
     if cases > 1000:
@@ -387,8 +495,14 @@ def test_the_words_of_the_command_line(cases):
               suppress_health_check=list(HealthCheck))
     @given(st.lists(words, max_size=6))
     def run(words):
-        flags, rest = train.split_flags(words)
-        assert set(flags) <= set(train.FLAGS) and all(word in words for word in rest)
+        try:
+            flags, rest = train.read_flags(words)
+        except train.ConfigError as error:
+            assert str(error).startswith("command line: ")
+        else:
+            assert vars(flags).keys() == FLAGS and all(word in words for word in rest)
+            numbers = (flags.replay, flags.processes, flags.process)
+            assert all(value is None or type(value) is int for value in numbers)
     run()
 
 
@@ -398,12 +512,9 @@ def test_no_member_of_an_archive_leaves_its_folder_and_nothing_is_run(tmp_path):
     texts = [text for _, text in read()]
     assert any("y = 1" in text for text in texts), "it is read, as text"
     assert sorted(p for p in tmp_path.rglob("*")) == before and not (tmp_path.parent / "escaped.py").exists()
-    for file in ("data.py", "train.py", "scaling.py"):
-        source = (Path(data.__file__).parent / file).read_text()
-        assert not re.search(r"pickle|extractall|np\.load\(|(?<!literal_)(?<!\w)(eval|exec)\(", source), file
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path):
     a_wheel(tmp_path)
-    with pytest.raises(data.DataError, match="expected sha256 0000, found"):
+    with pytest.raises(data.DataError, match="sha256 [0-9a-f]{64} instead of 0000"):
         list(data.documents("pip:thing==1.0#sha256=0000", tmp_path))

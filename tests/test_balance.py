@@ -91,12 +91,12 @@ def test_one_expert_few_tokens_and_many_tokens():
     assert int(balance.even_load(jnp.int32(tokens), K, E)) == tokens * K // E
 
 
-def test_no_gradient_reaches_the_bias_and_no_weight_depends_on_it():
+def test_no_gradient_reaches_the_bias_and_no_weight_depends_on_it(routing):
     x = jnp.asarray(scores(20, 6, 1), jnp.float32)
     router = jnp.asarray(scores(6, 8, 2), jnp.float32)
 
     def total(bias):
-        weights = moe.route(x, router, bias, 2, balancer="quantile").gate_TK
+        _, weights, _ = moe.route(x, router, bias, routing(2))
         return weights.sum(), weights
 
     f = jax.jit(jax.grad(total, has_aux=True))
@@ -497,18 +497,19 @@ def test_evaluation_uses_the_bias(config):
     bias = jnp.tile(jnp.linspace(-1, 1, c.num_experts), (c.num_layers, 1))
     nats = [jax.device_get(score(params, b, batch))[0] for b in (bias, bias, 0 * bias)]
     assert nats[0] == nats[1] != nats[2]
-    # (that a run saves, restores and continues bit for bit is tested in test_train.py)
+    # (that a run saves, restores and continues bit for bit is tested in test_run.py)
 
 
 def test_a_kept_bias_is_an_event(config, tmp_path):
     c, t = load(config)
     mesh = train.make_mesh(c, t)
     log = train.Log(tmp_path, c, t, mesh, 0, rows_of=None)
-    row = {"loss": 1.0, "gnorm": 1.0, "lr_share": 1.0, "router_z": 0.0, "skipped": False,
+    row = {"loss": 1.0, "gnorm": 1.0, "lr_multiplier": 1.0, "router_z": 0.0, "skipped": False,
            "load_LE": np.ones((c.num_layers, c.num_experts)), "dropped_L": np.zeros(c.num_layers)}
     for step, kept in ((1, 0), (2, 2), (3, 0)):
-        log.step(step, row | {"bias_kept": kept}, step == 3, lambda line: None)
+        log.step(step, row | {"bias_kept": kept}, step == 3)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event.pop("time") > 0 for event in events] == [True]
     assert events == [{"event": "bias_kept", "step": 2, "layers": 2}]
 
 

@@ -60,7 +60,7 @@ def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
     optimizer, r = train.make_optimizer(c, t), train.rates(c, t)
     tokens = t.steps * t.batch_size * c.seq_len
     assert r.adam_lr == pytest.approx(3 * scaling.heuristic("v1", tokens, t.batch_size * c.seq_len, 32).adam_lr)
-    kinds = model.walk(lambda path, w: w.kind, c)
+    groups = model.map_params(lambda path, w: w.group, c)
     state, w = optimizer.init(params), params
     m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
     for step in range(3):
@@ -71,10 +71,10 @@ def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
         v = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g * g, v, grads)
         lr = r.adam_lr * float(train.lr_multiplier(t, step))
 
-        def move(w, m, v, kind):
+        def move(w, m, v, group):
             u = (m / (1 - 0.9**(step + 1))) / (jnp.sqrt(v / (1 - 0.95**(step + 1))) + 1e-8)
-            return w - lr * (u + (0.0 if kind == "adam" else 0.5) * w)
-        w = jax.tree.map(move, w, m, v, kinds)
+            return w - lr * (u + (0.0 if group == "adam" else 0.5) * w)
+        w = jax.tree.map(move, w, m, v, groups)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), params, w)
 
 

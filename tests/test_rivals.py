@@ -210,7 +210,7 @@ def test_a_threshold_answers_who_passes_and_leaves_the_other_slots_empty():
     assert all(passes[t, e] for t, row in enumerate(expert.tolist()) for e in row if e < E)
 
 
-def test_an_empty_slot_weighs_nothing_in_the_layer():
+def test_an_empty_slot_weighs_nothing_in_the_layer(routing):
     E, K, D, F = 5, 2, 12, 4
     x, bias = jnp.asarray(scores(100, D, 3), jnp.float32), jnp.full(E, -1.5)
     shapes = {"router_DE": (D, E), "gate_EDF": (E, D, F), "up_EDF": (E, D, F),
@@ -218,16 +218,16 @@ def test_an_empty_slot_weighs_nothing_in_the_layer():
     keys = jax.random.split(jax.random.key(0), 4)
     p = {name: jax.random.normal(key, shape) / 3
          for key, (name, shape) in zip(keys, shapes.items())}
-    r = moe.route(x, p["router_DE"], bias, K, 2.5, balancer="threshold")
-    full = np.asarray(r.expert_TK) < E
-    weight = np.asarray(r.gate_TK)
+    c = routing(K, 2.5, balancer="threshold")
+    expert, weight = map(np.asarray, moe.route(x, p["router_DE"], bias, c)[:2])
+    full = expert < E
     assert full.any() and not full.all() and (~full.any(1)).any()
     assert ((weight > 0) == full).all()
     np.testing.assert_allclose(weight.sum(1), np.where(full.any(1), 2.5, 0.0), rtol=1e-5)
 
     def run(layer):
         def loss(x):
-            return jnp.sum(jnp.sin(layer(x, p, bias, K, balancer="threshold")[0]))
+            return jnp.sum(jnp.sin(layer(x, p, bias, c)[0]))
         return jax.jit(jax.value_and_grad(loss))(x)
 
     for got, want in zip(run(moe.moe), run(moe.dense_moe)):
@@ -249,12 +249,12 @@ def test_the_microbatch_loss_depends_on_the_number_of_devices():
 
 
 @pytest.mark.parametrize("rule", ["quantile_k3", "bip", "threshold"])    # each chooses in its way
-def test_no_gradient_reaches_the_bias(rule):
+def test_no_gradient_reaches_the_bias(rule, routing):
     x = jnp.asarray(scores(20, 6, 1), jnp.float32)
     router = jnp.asarray(scores(6, 8, 2), jnp.float32)
 
     def weights(bias):
-        return moe.route(x, router, bias, 2, balancer=rule).gate_TK.sum()
+        return moe.route(x, router, bias, routing(2, balancer=rule))[1].sum()
 
     assert (jax.jit(jax.grad(weights))(jnp.zeros(8)) == 0).all()
 

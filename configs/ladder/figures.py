@@ -127,7 +127,7 @@ def pilot_table(folder=LADDER):
     for row in rows:
         row["beta2"] = row["command"].partition("--beta2=")[2].split(" ")[0] or "0.9999"
         row["pair"] = "/".join(re.findall(r"(?:adam|hyper) x([\d.]+)", row["what"]))
-        row["both"] = "" if row["pair"] else f"{float(row['lr_scale']):g}"
+        row["both"] = "" if row["pair"] else f"{float(row['rate_scale']):g}"
     table = []
     for label, rung, C, width, key, fixed in PILOT:
         fixed = {"batch_size": "16", "beta2": "0.9999", "width": str(width)} | fixed

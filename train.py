@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
@@ -130,31 +130,29 @@ class TrainConfig:
     temperature: float = 0.8            # of the sample; 0 takes the likeliest token
 
     def __post_init__(self):
-        check_ranges(self)
+        def need(holds, expected, *keys):
+            for key in keys:
+                if not holds(getattr(self, key)):
+                    raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
 
-
-def check_ranges(t):
-    """Raise ValueError, naming the key, if a value of a TrainConfig is out of its range."""
-    def need(holds, expected, *keys):
-        for key in keys:
-            if not holds(getattr(t, key)):
-                raise ValueError(f"{key}: expected {expected}, found {getattr(t, key)!r}")
-
-    numeric = [f.name for f in dataclasses.fields(t) if f.type in (int, float)]
-    need(lambda x: x > 0, "a positive number", "steps", "batch_size", "accumulate", "log_every",
-         "eval_every", "eval_tokens", "save_every", "keep", "expert_parallel", "max_skips",
-         "heartbeat_seconds", "lr_scale", "adam_lr_scale")
-    need(lambda x: x >= 0, "zero or a positive number", *numeric)
-    need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
-    need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
-    need(lambda x: t.schedule == "linear" or t.warmup + x <= 1, "at most 1 - warmup", "decay")
-    need(lambda x: int(x * t.steps) < t.steps, "a share that leaves a step after it", "warmup")
-    need(lambda x: t.batch_size % x == 0, f"a divisor of batch_size={t.batch_size}",
-         "accumulate")
-    need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
+        numeric = [f.name for f in dataclasses.fields(self) if f.type in (int, float)]
+        need(lambda x: x > 0, "a positive number", "steps", "batch_size", "accumulate", "log_every",
+             "eval_every", "eval_tokens", "save_every", "keep", "expert_parallel", "max_skips",
+             "heartbeat_seconds", "lr_scale", "adam_lr_scale")
+        need(lambda x: x >= 0, "zero or a positive number", *numeric)
+        need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
+        need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
+        need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
+             "decay")
+        need(lambda x: int(x * self.steps) < self.steps, "a share that leaves a step after it",
+             "warmup")
+        need(lambda x: self.batch_size % x == 0, f"a divisor of batch_size={self.batch_size}",
+             "accumulate")
+        need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
 
 
 def is_source(pair):
+    """Whether it is a name with a positive weight."""
     name, weight = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, 0)
     return isinstance(name, str) and isinstance(weight, int | float) and weight > 0
 
@@ -241,8 +239,7 @@ def describe_keys():
 
 # -------------------------------------------------------------------------------------------- mesh
 
-MESH = ("replica", "data", "expert")    # tokens are split over all three; model.param_specs says
-#                                         what splits weights
+MESH = ("replica", "data", "expert")    # all three split tokens; model.param_specs splits weights
 
 
 def mesh_shape(t, n):
@@ -253,27 +250,24 @@ def mesh_shape(t, n):
 
 def mesh_error(c, t, n):
     """Why n devices cannot share this model and this batch, in one line; None if they can."""
-    least = max(1, t.replicas) * t.expert_parallel
+    least, rows = max(1, t.replicas) * t.expert_parallel, t.batch_size // t.accumulate
     if n % least:
         return f"devices: expected a multiple of replicas x expert_parallel = {least}, found {n}"
-    rows = t.batch_size // t.accumulate
     if rows % n:
         return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
     size = mesh_shape(t, n)
 
-    def check(path, w):
+    def uneven(path, w):
         for axis, length in zip(w.spec, w.shape):
             if axis and length % size[axis]:
-                return (f"{path} {w.shape}: expected axes that divide over the mesh, found "
-                        f"{length} over {size[axis]} of {axis!r}; use other sizes, replicas or "
-                        "expert_parallel")
-    return next(iter(jax.tree.leaves(model.map_params(check, c))), None)
+                return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length}"
+                        f" over {size[axis]} of {axis!r}; use other sizes or another mesh")
+    return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
 def local_devices(c, t):
-    """The devices of this machine that the run uses: all accelerators, or as many CPU devices as
-    cores can share the batch. XLA's CPU backend runs most operations on one core, so one device for
-    each core keeps all of them busy."""
+    """The devices of this machine that the run uses: all accelerators, or as many CPU devices, one
+    a core at most, as can share the batch: XLA's CPU backend runs most operations on one core."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
 
@@ -281,36 +275,32 @@ def local_devices(c, t):
     if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
         cores = len(os.sched_getaffinity(0))
     kernels.keep_freed_memory()
-    try:
+    with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
         jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(cores))
-    except RuntimeError:
-        pass                    # a backend already runs (tests): take the devices that it has
     if t.compiled_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
     devices = jax.devices()
-    cpu = devices[0].platform == "cpu"
-    n = t.devices or (most_that_fit(len(devices)) if cpu else len(devices))
-    if n > len(devices):
-        raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), "
-                          f"found {n}")
+    most = len(devices)
+    n = t.devices or (most_that_fit(most) if devices[0].platform == "cpu" else most)
+    if n > most:
+        refuse("devices", f"at most {most} ({devices[0].device_kind})", n)
     return devices[:n]
 
 
 def make_mesh(c, t, devices=None):
-    """The devices as replica x data x expert: copies (one for each slice, say), FSDP shares,
-    experts.
+    """The devices as replica x data x expert: copies of the weights, FSDP shares, experts.
 
-    "expert" comes last, so that neighbors share experts. mesh_utils lays the axes along a TPU's
-    torus. Raises ConfigError if the devices cannot share the model or the batch."""
+    mesh_utils lays the axes along a TPU's torus; neighbors share experts, the last axis. Raises
+    ConfigError if the devices cannot share the model or the batch."""
     devices = local_devices(c, t) if devices is None else devices
     if reason := mesh_error(c, t, len(devices)):
         raise ConfigError(reason)
     if c.exchange == "ragged" and devices[0].platform not in moe.RAGGED_ALL_TO_ALL:
-        raise ConfigError("exchange: expected 'ring' on a CPU, found 'ragged', which XLA lacks there")
+        refuse("exchange", "'ring' on a CPU", "'ragged', which XLA lacks there")
     shape = tuple(mesh_shape(t, len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices > 1 and shape[0] % slices:
-        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {shape[0]}")
+    if shape[0] % slices:
+        refuse("replicas", f"a multiple of the {slices} slices", shape[0])
     if slices > 1:              # each slice has its own replicas: only their sums leave it
         inside = (shape[0] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
@@ -331,9 +321,8 @@ def rates(c, t):
 
 
 def lr_multiplier(t, step):
-    """The learning rate over its peak, for the step that follows `step` others: up in
-    int(warmup * steps) steps, then down to min_lr_ratio. The first step of a warm-up has rate 0.
-    [levanter, optim/config.py]"""
+    """The learning rate over its peak after `step` steps: up in int(warmup * steps) of them, from
+    0, then down to min_lr_ratio. [levanter, optim/config.py]"""
     warm = int(t.warmup * t.steps)
     down = t.steps - warm if t.schedule == "linear" else int(t.decay * t.steps)
     parts = (optax.linear_schedule(0.0, 1.0, warm), optax.constant_schedule(1.0),
@@ -347,20 +336,17 @@ class HyperballState(NamedTuple):
 
 
 def matrix_norm(w):
-    """Frobenius norm of every matrix of a stack: over the last two axes, so per layer and
-    expert."""
+    """Frobenius norm over the last two axes: of every matrix of a stack, per layer and expert."""
     return jnp.sqrt(jnp.sum(w * w, axis=(-2, -1), keepdims=True))
 
 
 def hyperball(direction, rate):
-    """Keep every matrix on the sphere of its initial norm and move along it: the H of AdamH and
-    MuonH.
+    """Move every matrix along the sphere of its initial norm: the H of AdamH and MuonH.
 
-    `direction` is any optax transformation; of its output u only the direction counts. The step is
-    `rate` times the matrix's own norm along -u, then the matrix is scaled back to that norm. So the
-    rate is a relative step, the same for every size of matrix; weight decay has nothing to do, and
-    no norm can run away. The floor of 1e-10 keeps a zero gradient from becoming NaN. [marin
-    #4697]"""
+    Of the output u of `direction`, an optax transformation, only the direction counts. A step is
+    `rate` times the matrix's own norm along -u; then the matrix is scaled back to that norm. So the
+    rate is relative, the same for every size of matrix, and weight decay has nothing to do. The
+    floor of 1e-10 keeps a zero gradient from becoming NaN. [marin #4697]"""
     def init(params):
         return HyperballState(jnp.zeros((), jnp.int32), direction.init(params))
 
@@ -372,23 +358,21 @@ def hyperball(direction, rate):
             moved = w - rate(state.count) * norm * u / jnp.maximum(matrix_norm(u), 1e-10)
             return moved * norm / jnp.maximum(matrix_norm(moved), 1e-10) - w
         return jax.tree.map(move, params, us), HyperballState(state.count + 1, inner)
-
     return optax.GradientTransformation(init, update)
 
 
-# One triple (a, b, c) for each iteration of X <- aX + (bA + cAA)X, A = XX': five steps take every
-# singular value from (0, 1] to near 1. [levanter's muon, "quintic"]
+# One (a, b, c) for each iteration of X <- aX + (bA + cAA)X, A = XX': five take every singular value
+# from (0, 1] to near 1. [levanter's muon, "quintic"]
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
 
 def orthogonalize(m, mesh=None, spec=None):
     """Roughly the orthogonal matrix nearest to each matrix of a stack, by Newton-Schulz in bfloat16
-    [Muon, kellerjordan.github.io/posts/muon].
+    [Muon, kellerjordan.github.io/posts/muon]. The 1e-8 keeps a zero matrix from becoming NaN.
 
-    On a mesh the matrices, which are split as `spec` says, are first redistributed so that each
-    device holds whole ones: their products then need no sums over devices, which would be gigabytes
-    a step. Two all-to-alls. The 1e-8 keeps a zero matrix from becoming NaN."""
+    On a mesh two all-to-alls lead from `spec` to whole matrices and back: products of split ones
+    would need sums over devices, gigabytes a step."""
     x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
     if mesh is not None:
         x, whole = shard_by_matrix(x, mesh)
@@ -415,9 +399,9 @@ def shard_by_matrix(x, mesh):
     return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
-# Which optimizer owns which group of model.param_specs. V1 clips experts, routed and shared, as a
-# group of their own. [marin #4697. Two of Marin's quirks are not kept: the substring that sent one
-# GatedNorm to Adam, and stacked gains in the matrix group]
+# Which rule owns which group of model.param_specs. V1 clips routed and shared experts as a group of
+# their own. [marin #4697, without two quirks of Marin's: a substring that sent one GatedNorm to
+# Adam, and stacked gains among the matrices]
 GROUPS = {
     "adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh",
               "expert": "adamh_expert", "shared": "adamh_expert"},
@@ -458,15 +442,15 @@ def make_optimizer(c, t, mesh=None):
 
 # -------------------------------------------------------------------------------------------- step
 
+WINDOW = 128                    # W [OLMo-core's SkipStepOptimizer]
+
+
 class State(NamedTuple):
     step: jax.Array             # int32, optimizer steps taken
     params: dict                # float32, the tree of model.param_specs
     opt: typing.Any             # optax state
     bias_LE: jax.Array          # float32, the balancing bias in use: the only one there is
     history_2W: jax.Array       # float32, loss and gradient norm of the last W steps; -1: not yet
-
-
-WINDOW = 128                    # W [OLMo-core's SkipStepOptimizer]
 
 
 def accept_step(t, state, loss, gnorm):
@@ -488,8 +472,8 @@ def accept_step(t, state, loss, gnorm):
 
 
 def make_state(c, t, key):
-    """The state before the first step. A dense model has one idle expert's bias: orbax refuses
-    empty arrays."""
+    """The state before the first step. A dense model has the bias of one idle expert, since orbax
+    refuses empty arrays."""
     params = model.init(c, key)
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
                  jnp.zeros((c.num_layers, max(1, c.num_experts)), jnp.float32),
@@ -501,17 +485,17 @@ def abstract_state(c, t, mesh):
     its weight, all else is copied."""
     shapes = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
     specs = model.map_params(lambda _, w: w.spec, c)
-    copies = jax.tree.map(lambda _: Spec(), shapes)
     opt = optax.tree_map_params(
         make_optimizer(c, t), lambda a, spec: a if masked(a) else spec, shapes.opt, specs,
         transform_non_params=lambda _: Spec(), is_leaf=masked)
-    placed = copies._replace(params=specs, opt=opt)
+    placed = State(step=Spec(), params=specs, opt=opt, bias_LE=Spec(), history_2W=Spec())
     return jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
         shapes, placed)
 
 
 def state_shardings(c, t, mesh):
+    """The State of NamedShardings of a state on the mesh."""
     return jax.tree.map(lambda a: a.sharding, abstract_state(c, t, mesh))
 
 
@@ -530,11 +514,10 @@ def make_train_step(c, t, mesh, platform=None):
     over the mesh. platform: that of the mesh's devices, unless another is compiled for.
 
     Forward, backward and balancing run inside one shard_map, where every collective is a line of
-    code: all_gather and reduce_scatter in kernels.gather_weight, the exchanges in moe, the psums
-    below, the psum of counts in balance. The optimizer runs outside, on whole arrays; its norms are
-    sums over split axes, for which XLA adds one small all-reduce each."""
-    specs = model.map_params(lambda _, w: w.spec, c)
-    optimizer = make_optimizer(c, t, mesh)
+    code: all_gather and reduce_scatter in kernels.gather_weight, exchanges in moe, psums here and
+    in balance. The optimizer runs outside, on whole arrays; XLA adds one small all-reduce for each
+    of its norms."""
+    specs, optimizer = model.map_params(lambda _, w: w.spec, c), make_optimizer(c, t, mesh)
     platform = platform or mesh.devices.flat[0].platform
 
     def sum_copies(g, spec):
@@ -553,8 +536,7 @@ def make_train_step(c, t, mesh, platform=None):
             (_, record), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
             return jax.tree.map(jnp.add, total, grads), record
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, (nll_A, stats) = lax.scan(microbatch, zeros, batch)
+        grads, (nll_A, stats) = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, params), batch)
         grads = jax.tree.map(sum_copies, grads, specs)
         metrics = {"loss": lax.psum(jnp.sum(nll_A), MESH) / totals["weight"]}
         if stats is not None:
@@ -573,8 +555,7 @@ def make_train_step(c, t, mesh, platform=None):
     def train_step(state, batch):
         grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        gnorm = optax.tree.norm(grads)
+        params, gnorm = optax.apply_updates(state.params, updates), optax.tree.norm(grads)
         good, history_2W = accept_step(t, state, metrics["loss"], gnorm)
         # XLA fuses this choice into the update itself, so it costs no pass over memory
         params, opt, bias_LE = jax.tree.map(
@@ -587,9 +568,10 @@ def make_train_step(c, t, mesh, platform=None):
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
+# ------------------------------------------------------------------------------------------ batches
+
 def local_rows(batch_size, mesh, accumulate=1):
-    """Which rows of the global batch this process feeds to its devices, microbatch by
-    microbatch."""
+    """Which rows of the global batch this process feeds to its devices, by microbatch."""
     shape = (accumulate, batch_size // accumulate)
     sharding = NamedSharding(mesh, Spec(None, MESH))
     places = sharding.addressable_devices_indices_map(shape).values()
@@ -688,6 +670,7 @@ def make_sampler(c, t, tokenizer):
 # ------------------------------------------------------------------------------------ checkpoint
 
 def leaves_by_name(tree):
+    """{path: leaf}, in the order of the tree's leaves."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
@@ -717,9 +700,6 @@ def checksums(leaves):
 
 def all_agree(fine):
     """Whether all processes say so: what each has read for itself is decided on together."""
-    if jax.process_count() == 1:
-        return fine
-    from jax.experimental import multihost_utils
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
 
 
@@ -753,29 +733,34 @@ class Checkpoints:
             raise ValueError(f"its record cannot be read ({one_line(error)})") from None
         raise ValueError("its record has been altered")
 
+    def read(self, step, wanted):
+        """(leaves, "") of one checkpoint; or (None, why it is not to be trusted), for all processes
+        alike. wanted: {name: ShapeDtypeStruct}."""
+        leaves, why = None, ""
+        try:
+            # The handler itself: the manager's restore has a barrier, at which the other processes
+            # would wait for one that could not read its part.
+            sums, args = self.record(step)["arrays"], self.ocp.args.StandardRestore(wanted)
+            state = self.folder / str(step) / "state"
+            leaves = self.ocp.StandardCheckpointHandler().restore(state, args=args)
+        except Exception as error:              # whatever orbax and tensorstore raise about damage
+            why = one_line(error)
+        if not all_agree(not why):
+            return None, why or "another process could not read its part"
+        leaves = [leaves[name] for name in wanted]
+        found = np.asarray(checksums(leaves)[0]).tolist()
+        bad = [name for name, mark in zip(wanted, found) if sums.get(name) != mark]
+        return leaves, f"altered since it was written: {', '.join(bad[:3])}" if bad else ""
+
     def restore(self, c, t, mesh):
         """The newest sound state, None if there is no checkpoint, or CorruptCheckpoint."""
         target = abstract_state(c, t, mesh)
-        wanted = leaves_by_name(target)
         for step in self.steps():
-            why = ""
-            try:
-                sums = self.record(step)["arrays"]
-                # The handler itself: the manager's restore has a barrier, at which the other
-                # processes would wait for one that could not read its part.
-                leaves = self.ocp.StandardCheckpointHandler().restore(
-                    self.folder / str(step) / "state", args=self.ocp.args.StandardRestore(wanted))
-            except Exception as error:          # whatever orbax and tensorstore raise about damage
-                why = one_line(error)
-            if all_agree(not why):
-                found = np.asarray(checksums([leaves[name] for name in wanted])[0]).tolist()
-                bad = [name for name, mark in zip(wanted, found) if sums.get(name) != mark]
-                if not bad:
-                    self.saved = step
-                    return jax.tree.unflatten(jax.tree.structure(target),
-                                              [leaves[name] for name in wanted])
-                why = f"altered since it was written: {', '.join(bad[:3])}"
-            self.broken[step] = why or "another process could not read its part"
+            leaves, why = self.read(step, leaves_by_name(target))
+            if not why:
+                self.saved = step
+                return jax.tree.unflatten(jax.tree.structure(target), leaves)
+            self.broken[step] = why
         if self.broken:
             why = "; ".join(f"step {step}: {why}" for step, why in self.broken.items())
             raise CorruptCheckpoint(
@@ -799,7 +784,6 @@ class Checkpoints:
 
     def save(self, state, config):
         """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
-
         Raises Diverged if the state is not finite."""
         step, leaves, args = int(state.step), leaves_by_name(state), self.ocp.args
         if step == self.saved:
@@ -809,29 +793,26 @@ class Checkpoints:
             raise Diverged(f"step {step}: the state is not finite, but every update was; not saved")
         arrays = dict(zip(leaves, np.asarray(sums).tolist()))
         record = args.JsonSave({"step": step, "config": config, "arrays": arrays})
+        items = args.Composite(state=args.StandardSave(leaves), record=record)
         wrong, self.saved = self.wait(), step
-        try:
-            self.manager.save(step, args=args.Composite(state=args.StandardSave(leaves),
-                                                        record=record))
-        except Exception as error:
-            wrong = self._recover(error)
-        return wrong
+        return self.attempt(lambda: self.manager.save(step, args=items)) or wrong
 
     def wait(self):
         """Wait until what save began is written. Returns what went wrong, or ""."""
-        try:
-            self.manager.wait_until_finished()
-        except Exception as error:              # a full disk, a bucket out of reach
-            return self._recover(error)
-        return ""
+        return self.attempt(lambda: self.manager.wait_until_finished())
 
-    def _recover(self, error):
-        """A manager whose write failed never writes again: clear up and take a new one."""
-        wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
+    def attempt(self, write):
+        """Run a write of orbax. Returns what went wrong (a full disk, a bucket out of reach), or
+        "". A manager whose write failed never writes again: clear up and take a new one."""
+        try:
+            write()
+            return ""
+        except Exception as error:
+            wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
         with contextlib.suppress(Exception):
             self.manager.close()
         for path in self.folder.glob("*.orbax-checkpoint-tmp*") if is_main_process() else ():
-            with contextlib.suppress(OSError):  # its threads may still write: see `clean`
+            with contextlib.suppress(OSError):  # its threads may still write: so clean=False
                 path.rmtree(missing_ok=True)
         self.open(clean=False)
         return wrong
@@ -850,6 +831,7 @@ def is_main_process():
 
 
 def one_line(error):
+    """An exception as one line of at most 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -869,6 +851,7 @@ def write(path, text, append=False):
 
 
 def json_lines(rows):
+    """The text of a .jsonl file."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -896,14 +879,13 @@ def run_lock(run):
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / "lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
+    except BlockingIOError:
+        raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
+                          f"choose another --run_dir") from None
     except OSError as error:
         refuse("run_dir", "a directory that can be written", f"{run} ({error.strerror})")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # ends with the process
-        except BlockingIOError:
-            raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
-                              f"choose another --run_dir") from None
         yield
 
 

@@ -49,7 +49,6 @@ import balance
 import data
 import kernels
 import model
-import moe
 import scaling
 
 
@@ -286,7 +285,7 @@ def make_mesh(c, t, devices=None):
     devices = local_devices(c, t) if devices is None else devices
     if reason := mesh_error(c, t, len(devices)):
         raise ConfigError(reason)
-    if c.exchange == "ragged" and devices[0].platform not in moe.RAGGED_ALL_TO_ALL:
+    if c.exchange == "ragged" and devices[0].platform not in kernels.RAGGED_ALL_TO_ALL:
         refuse("exchange", "'ring' on a CPU", "'ragged', which XLA lacks there")
     shape = tuple(mesh_shape(t, len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
@@ -466,7 +465,7 @@ def make_state(c, t, key):
 
 
 def abstract_state(c, t, mesh):
-    """Shapes, types, shardings of a state: a moment is split like its weight, all else is copied."""
+    """A state's shapes, types and shardings: moments are split like weights, the rest is copied."""
     shapes = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
     specs = model.map_params(lambda _, w: w.spec, c)
     opt = optax.tree_map_params(
@@ -610,7 +609,7 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
 
 
 def make_sampler(c, t, tokenizer):
-    """A function (params, bias_LE, prompt, n, seed) -> text, on one device. It has no cache: slow."""
+    """A function (params, bias_LE, prompt, n, seed) -> text, on one device. Slow: no cache."""
     c, one = serving(c), jax.devices()[0]
 
     @jax.jit
@@ -1066,7 +1065,8 @@ def train(c, t):
         start = int(state.step)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
-        metrics_log = Log(run, c, t, mesh, start, lambda step: rows_of(mixture, c, t, step))
+        metrics_log = Log(run, c, t, mesh, start, lambda step: data.rows_of(
+            mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
         def run_eval(state, step, limit=None):
@@ -1147,12 +1147,6 @@ def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
 def open_data(c, t):
     """The data.Mixture of a run, prepared if need be."""
     return data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
-
-
-def rows_of(mixture, c, t, step):
-    """What a step's batch is made of: [[source, window], ...]. MERGE: data.rows_of(step - 1)"""
-    sources, windows = data.windows_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
-    return [[mixture.sources[k].name, int(w)] for k, w in zip(sources, windows)]
 
 
 def sample_from(c, t):

@@ -192,7 +192,8 @@ def replay(c, t, step):
     batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
     print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, "
           f"{int(batch.weights_BS.sum()):,} scored")
-    for b, (name, window) in enumerate(train.rows_of(mixture, c, t, step)):
+    rows = data.rows_of(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
+    for b, (name, window) in enumerate(rows):
         ids, documents = batch.tokens_BS[b], batch.segments_BS[b].max()
         print(f"row {b:4d}  {name} window {window:,}  {int(batch.weights_BS[b].sum())} scored, "
               f"{documents} documents, {len(np.unique(ids))} distinct  "

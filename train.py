@@ -6,9 +6,8 @@ Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, rep
       python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
-Read: config, mesh, optimizer, step, evaluation, sampling, checkpoint, run directory, log, main.
-The state is (step, params, opt, bias_LE). A step is a pure function of state and batch, a batch is
-a pure function of (seed, step). So to resume is to restore a state and go on.
+Read: config, mesh, optimizer, step, batches, evaluation, checkpoint, run directory, log, main.
+A step is a function of state and batch, a batch of seed and step: to resume is to restore a state.
 B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
 
 import argparse
@@ -27,7 +26,6 @@ import logging
 import math
 import os
 import re
-import resource
 import runpy
 import signal
 import subprocess
@@ -36,7 +34,6 @@ import threading
 import time
 import types
 import typing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as Spec
 
 import balance
@@ -53,7 +50,6 @@ import data
 import kernels
 import model
 import scaling
-from model import ModelConfig
 
 
 # ---------------------------------------------------------------------------------------- config
@@ -79,7 +75,7 @@ def refuse(where, expected, found, advice=""):
     raise ConfigError(f"{where}: expected {expected}, found {found}" + (advice and f"; {advice}"))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How to train. 0 in adam_lr, matrix_lr, beta2 or eps: what the recipe's heuristic says."""
     mixture: tuple                      # ((source, weight), ...); data.py says what a source can be
@@ -129,31 +125,27 @@ class TrainConfig:
     temperature: float = 0.8            # of the sample; 0 takes the likeliest token
 
     def __post_init__(self):
-        check_ranges(self)
-
-
-def check_ranges(t):
-    """Raise ValueError, naming the key, if a value of a TrainConfig is out of its range."""
-    def need(holds, expected, *keys):
-        for key in keys:
-            if not holds(getattr(t, key)):
-                raise ValueError(f"{key}: expected {expected}, found {getattr(t, key)!r}")
-
-    numeric = [f.name for f in dataclasses.fields(t) if f.type in (int, float)]
-    need(lambda x: x > 0, "a positive number", "steps", "batch_size", "accumulate", "log_every",
-         "eval_every", "eval_tokens", "save_every", "keep", "expert_parallel", "max_skips",
-         "heartbeat_seconds", "lr_scale", "adam_lr_scale")
-    need(lambda x: x >= 0, "zero or a positive number", *numeric)
-    need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
-    need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
-    need(lambda x: t.schedule == "linear" or t.warmup + x <= 1, "at most 1 - warmup", "decay")
-    need(lambda x: int(x * t.steps) < t.steps, "a share that leaves a step after it", "warmup")
-    need(lambda x: t.batch_size % x == 0, f"a divisor of batch_size={t.batch_size}",
-         "accumulate")
-    need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
+        def need(holds, expected, *keys):
+            for key in keys:
+                if not holds(getattr(self, key)):
+                    raise ValueError(f"{key}: expected {expected}, found {getattr(self, key)!r}")
+        numeric = [f.name for f in dataclasses.fields(self) if f.type in (int, float)]
+        need(lambda x: x > 0, "a positive number", "steps", "batch_size", "accumulate", "log_every",
+             "eval_every", "eval_tokens", "save_every", "keep", "expert_parallel", "max_skips",
+             "heartbeat_seconds", "lr_scale", "adam_lr_scale")
+        need(lambda x: x >= 0, "zero or a positive number", *numeric)
+        need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
+        need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
+        need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
+             "decay")
+        need(lambda x: int(x * self.steps) < self.steps, "a share with a step after it", "warmup")
+        need(lambda x: self.batch_size % x == 0, f"a divisor of batch_size={self.batch_size}",
+             "accumulate")
+        need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
 
 
 def is_source(pair):
+    """Whether it is a name with a positive weight."""
     name, weight = pair if isinstance(pair, tuple) and len(pair) == 2 else (None, 0)
     return isinstance(name, str) and isinstance(weight, int | float) and weight > 0
 
@@ -164,7 +156,7 @@ RECIPES = {
     "v2": dict(optimizer="muonh", warmup=0.01, clip=0.0, min_lr_ratio=0.05, router_z=0.0,
                logit_z=0.0),
 }
-KEYS = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
+KEYS = typing.get_type_hints(model.ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
 def check(key, value, where):
@@ -199,7 +191,6 @@ def read_override(argument):
 
 def load_config(path, overrides=()):
     """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
-
     Names that begin with _ and imported modules are no keys. A config is code: run only yours."""
     if not Path(path).is_file():
         refuse(path, "a config file", "none", "configs/ holds the ready ones")
@@ -214,13 +205,13 @@ def load_config(path, overrides=()):
     values = RECIPES[values.get("recipe", "v1")] | values
     values["run_dir"] = values.get("run_dir") or f"out/{Path(path).stem}"
     configs = []
-    for cls in (ModelConfig, TrainConfig):
+    for cls in (model.ModelConfig, TrainConfig):
         for field in dataclasses.fields(cls):
             if field.default is dataclasses.MISSING and field.name not in values:
                 raise ConfigError(f"{path}: missing config key '{field.name}' of {cls.__name__}")
-        own = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        own = values.keys() & cls.__dataclass_fields__
         try:
-            configs.append(cls(**own))
+            configs.append(cls(**{key: values[key] for key in own}))
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from None
     return tuple(configs)
@@ -230,18 +221,16 @@ def describe_keys():
     """The text of --help, read from the comments beside the fields."""
     lines = [__doc__]
     pattern = r"^    (\w+): (\w+)(?:\[.*\])?(?: = (.*?))? +# (.*)$"
-    for cls in (ModelConfig, TrainConfig):
+    for cls in (model.ModelConfig, TrainConfig):
         lines += ["", f"{cls.__name__}: {cls.__doc__}"]
-        fields = re.findall(pattern, inspect.getsource(cls), re.MULTILINE)
-        for name, kind, default, text in fields:
+        for name, kind, default, text in re.findall(pattern, inspect.getsource(cls), re.MULTILINE):
             lines.append(f"  {f'--{name}={default or kind.upper()}':30s} {text}")
     return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------- mesh
 
-MESH = ("replica", "data", "expert")    # tokens are split over all three; model.param_specs says
-#                                         what splits weights
+MESH = ("replica", "data", "expert")    # all three split tokens; model.param_specs splits weights
 
 
 def mesh_shape(t, n):
@@ -252,27 +241,24 @@ def mesh_shape(t, n):
 
 def mesh_error(c, t, n):
     """Why n devices cannot share this model and this batch, in one line; None if they can."""
-    least = max(1, t.replicas) * t.expert_parallel
+    least, rows = max(1, t.replicas) * t.expert_parallel, t.batch_size // t.accumulate
     if n % least:
         return f"devices: expected a multiple of replicas x expert_parallel = {least}, found {n}"
-    rows = t.batch_size // t.accumulate
     if rows % n:
         return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
     size = mesh_shape(t, n)
 
-    def check(path, w):
+    def uneven(path, w):
         for axis, length in zip(w.spec, w.shape):
             if axis and length % size[axis]:
-                return (f"{path} {w.shape}: expected axes that divide over the mesh, found "
-                        f"{length} over {size[axis]} of {axis!r}; use other sizes, replicas or "
-                        "expert_parallel")
-    return next(iter(jax.tree.leaves(model.map_params(check, c))), None)
+                return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length}"
+                        f" over {size[axis]} of {axis!r}; use other sizes or another mesh")
+    return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
 def local_devices(c, t):
-    """The devices of this machine that the run uses: all accelerators, or as many CPU devices as
-    cores can share the batch. XLA's CPU backend runs most operations on one core, so one device for
-    each core keeps all of them busy."""
+    """The devices of this machine that the run uses: all accelerators; or as many CPU devices as
+    can share the batch, at most one a core, on which XLA runs most operations of a device."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
 
@@ -280,36 +266,31 @@ def local_devices(c, t):
     if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
         cores = len(os.sched_getaffinity(0))
     kernels.keep_freed_memory()
-    try:
+    with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
         jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(cores))
-    except RuntimeError:
-        pass                    # a backend already runs (tests): take the devices that it has
     if t.compiled_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
     devices = jax.devices()
-    cpu = devices[0].platform == "cpu"
-    n = t.devices or (most_that_fit(len(devices)) if cpu else len(devices))
-    if n > len(devices):
-        raise ConfigError(f"devices: expected at most {len(devices)} ({devices[0].device_kind}), "
-                          f"found {n}")
+    most = len(devices)
+    n = t.devices or (most_that_fit(most) if devices[0].platform == "cpu" else most)
+    if n > most:
+        refuse("devices", f"at most {most} ({devices[0].device_kind})", n)
     return devices[:n]
 
 
 def make_mesh(c, t, devices=None):
-    """The devices as replica x data x expert: copies (one for each slice, say), FSDP shares,
-    experts.
-
-    "expert" comes last, so that neighbors share experts. mesh_utils lays the axes along a TPU's
-    torus. Raises ConfigError if the devices cannot share the model or the batch."""
+    """The devices as replica x data x expert: copies of the weights, FSDP shares, experts.
+    mesh_utils lays the axes along a TPU's torus; neighbors share experts, the last axis. Raises
+    ConfigError if the devices cannot share the model or the batch."""
     devices = local_devices(c, t) if devices is None else devices
     if reason := mesh_error(c, t, len(devices)):
         raise ConfigError(reason)
     if c.exchange == "ragged" and devices[0].platform not in kernels.RAGGED_ALL_TO_ALL:
-        raise ConfigError("exchange: expected 'ring' on a CPU, found 'ragged', which XLA lacks there")
+        refuse("exchange", "'ring' on a CPU", "'ragged', which XLA lacks there")
     shape = tuple(mesh_shape(t, len(devices)).values())
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if slices > 1 and shape[0] % slices:
-        raise ConfigError(f"replicas: expected a multiple of the {slices} slices, found {shape[0]}")
+    if shape[0] % slices:
+        refuse("replicas", f"a multiple of the {slices} slices", shape[0])
     if slices > 1:              # each slice has its own replicas: only their sums leave it
         inside = (shape[0] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
@@ -330,9 +311,8 @@ def rates(c, t):
 
 
 def lr_multiplier(t, step):
-    """The learning rate over its peak, for the step that follows `step` others: up in
-    int(warmup * steps) steps, then down to min_lr_ratio. The first step of a warm-up has rate 0.
-    [levanter, optim/config.py]"""
+    """The learning rate over its peak after `step` steps: up in int(warmup * steps) of them, from
+    0, then down to min_lr_ratio. [levanter, optim/config.py]"""
     warm = int(t.warmup * t.steps)
     down = t.steps - warm if t.schedule == "linear" else int(t.decay * t.steps)
     parts = (optax.linear_schedule(0.0, 1.0, warm), optax.constant_schedule(1.0),
@@ -346,20 +326,16 @@ class HyperballState(NamedTuple):
 
 
 def matrix_norm(w):
-    """Frobenius norm of every matrix of a stack: over the last two axes, so per layer and
-    expert."""
+    """Frobenius norm over the last two axes: of every matrix of a stack, per layer and expert."""
     return jnp.sqrt(jnp.sum(w * w, axis=(-2, -1), keepdims=True))
 
 
 def hyperball(direction, rate):
-    """Keep every matrix on the sphere of its initial norm and move along it: the H of AdamH and
-    MuonH.
-
-    `direction` is any optax transformation; of its output u only the direction counts. The step is
-    `rate` times the matrix's own norm along -u, then the matrix is scaled back to that norm. So the
-    rate is a relative step, the same for every size of matrix; weight decay has nothing to do, and
-    no norm can run away. The floor of 1e-10 keeps a zero gradient from becoming NaN. [marin
-    #4697]"""
+    """Move every matrix along the sphere of its initial norm: the H of AdamH and MuonH.
+    Of the output u of `direction`, an optax transformation, only the direction counts. A step is
+    `rate` times the matrix's own norm along -u; then the matrix is scaled back to that norm. So the
+    rate is relative, the same for every size of matrix, and weight decay has nothing to do. The
+    floor of 1e-10 keeps a zero gradient from becoming NaN. [marin #4697]"""
     def init(params):
         return HyperballState(jnp.zeros((), jnp.int32), direction.init(params))
 
@@ -371,23 +347,20 @@ def hyperball(direction, rate):
             moved = w - rate(state.count) * norm * u / jnp.maximum(matrix_norm(u), 1e-10)
             return moved * norm / jnp.maximum(matrix_norm(moved), 1e-10) - w
         return jax.tree.map(move, params, us), HyperballState(state.count + 1, inner)
-
     return optax.GradientTransformation(init, update)
 
 
-# One triple (a, b, c) for each iteration of X <- aX + (bA + cAA)X, A = XX': five steps take every
-# singular value from (0, 1] to near 1. [levanter's muon, "quintic"]
+# One (a, b, c) for each iteration of X <- aX + (bA + cAA)X, A = XX': five take every singular value
+# from (0, 1] to near 1. [levanter's muon, "quintic"]
 NEWTON_SCHULZ = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012))
 
 
 def orthogonalize(m, mesh=None, spec=None):
     """Roughly the orthogonal matrix nearest to each matrix of a stack, by Newton-Schulz in bfloat16
-    [Muon, kellerjordan.github.io/posts/muon].
-
-    On a mesh the matrices, which are split as `spec` says, are first redistributed so that each
-    device holds whole ones: their products then need no sums over devices, which would be gigabytes
-    a step. Two all-to-alls. The 1e-8 keeps a zero matrix from becoming NaN."""
+    [Muon, kellerjordan.github.io/posts/muon]. The 1e-8 keeps a zero matrix from becoming NaN.
+    On a mesh two all-to-alls lead from `spec` to whole matrices and back: products of split ones
+    would need sums over devices, gigabytes a step."""
     x = (m / (matrix_norm(m) + 1e-8)).astype(jnp.bfloat16)
     if mesh is not None:
         x, whole = shard_by_matrix(x, mesh)
@@ -414,16 +387,14 @@ def shard_by_matrix(x, mesh):
     return jnp.pad(x, padding), Spec("data", "expert") if x.ndim == 4 else Spec("data")
 
 
-# Which optimizer owns which group of model.param_specs. V1 clips experts, routed and shared, as a
-# group of their own. [marin #4697. Two of Marin's quirks are not kept: the substring that sent one
-# GatedNorm to Adam, and stacked gains in the matrix group]
+# Which rule owns which group of model.param_specs. V1 clips routed and shared experts as a group of
+# their own. [marin #4697, without two quirks of Marin's: a substring that sent one GatedNorm to
+# Adam, and stacked gains among the matrices]
 GROUPS = {
-    "adamh": {"adam": "adam", "matrix": "adamh", "head": "adamh",
-              "expert": "adamh_expert", "shared": "adamh_expert"},
-    "muonh": {"adam": "adam", "matrix": "muonh", "head": "adamh",
-              "expert": "muonh", "shared": "muonh"},
-    "adamw": {"adam": "adam", "matrix": "adamw", "head": "adamw",
-              "expert": "adamw", "shared": "adamw"},
+    "adamh": dict(adam="adam", matrix="adamh", head="adamh", expert="adamh_expert",
+                  shared="adamh_expert"),
+    "muonh": dict(adam="adam", matrix="muonh", head="adamh", expert="muonh", shared="muonh"),
+    "adamw": dict(adam="adam", matrix="adamw", head="adamw", expert="adamw", shared="adamw"),
 }
 
 
@@ -457,6 +428,9 @@ def make_optimizer(c, t, mesh=None):
 
 # -------------------------------------------------------------------------------------------- step
 
+WINDOW = 128                    # W [OLMo-core's SkipStepOptimizer]
+
+
 class State(NamedTuple):
     step: jax.Array             # int32, optimizer steps taken
     params: dict                # float32, the tree of model.param_specs
@@ -465,15 +439,11 @@ class State(NamedTuple):
     history_2W: jax.Array       # float32, loss and gradient norm of the last W steps; -1: not yet
 
 
-WINDOW = 128                    # W [OLMo-core's SkipStepOptimizer]
-
-
 def accept_step(t, state, loss, gnorm):
-    """Whether a step's update may be taken, and the new history_2W.
-
-    An update that is not finite never may. With skip_sigma, neither may one whose loss or gradient
-    norm is more than so many standard deviations above its mean over the last W steps, once half of
-    them are known. Outliers enter the history, so a new level is accepted in time."""
+    """Whether a step's update may be taken, and the new history_2W. An update that is not
+    finite never may. With skip_sigma, neither may one whose loss or gradient norm is more than so
+    many standard deviations above its mean over the last W steps, once half of them are known.
+    Outliers enter the history, so a new level is accepted in time."""
     now_2, history = jnp.stack([loss, gnorm]), state.history_2W
     good = finite = jnp.all(jnp.isfinite(now_2))
     if t.skip_sigma:
@@ -487,8 +457,7 @@ def accept_step(t, state, loss, gnorm):
 
 
 def make_state(c, t, key):
-    """The state before the first step. A dense model has one idle expert's bias: orbax refuses
-    empty arrays."""
+    """The state before step 1. orbax refuses empty arrays: a dense model has one expert's bias."""
     params = model.init(c, key)
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
                  jnp.zeros((c.num_layers, max(1, c.num_experts)), jnp.float32),
@@ -496,27 +465,25 @@ def make_state(c, t, key):
 
 
 def abstract_state(c, t, mesh):
-    """Shapes, types and shardings of a state that need not exist: an optimizer moment is split like
-    its weight, all else is copied."""
+    """A state's shapes, types and shardings: moments are split like weights, the rest is copied."""
     shapes = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
     specs = model.map_params(lambda _, w: w.spec, c)
-    copies = jax.tree.map(lambda _: Spec(), shapes)
     opt = optax.tree_map_params(
         make_optimizer(c, t), lambda a, spec: a if masked(a) else spec, shapes.opt, specs,
         transform_non_params=lambda _: Spec(), is_leaf=masked)
-    placed = copies._replace(params=specs, opt=opt)
+    placed = State(step=Spec(), params=specs, opt=opt, bias_LE=Spec(), history_2W=Spec())
     return jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
         shapes, placed)
 
 
 def state_shardings(c, t, mesh):
+    """The State of NamedShardings of a state on the mesh."""
     return jax.tree.map(lambda a: a.sharding, abstract_state(c, t, mesh))
 
 
 def merge_microbatches(stats):
-    """RouterStats of A microbatches, stacked, as those of one batch: tokens end to end, counts
-    summed."""
+    """RouterStats of A stacked microbatches as one batch's: tokens in a row, counts summed."""
     def tokens(x_ALT):
         A, L, T, *rest = x_ALT.shape
         return jnp.moveaxis(x_ALT, 0, 1).reshape(L, A * T, *rest)
@@ -527,18 +494,15 @@ def merge_microbatches(stats):
 def make_train_step(c, t, mesh, platform=None):
     """The jitted (state, batch) -> (state, metrics). batch: dict of [A,B/A,S] arrays, B/A split
     over the mesh. platform: that of the mesh's devices, unless another is compiled for.
-
     Forward, backward and balancing run inside one shard_map, where every collective is a line of
-    code: all_gather and reduce_scatter in kernels.gather_weight, the exchanges in moe, the psums
-    below, the psum of counts in balance. The optimizer runs outside, on whole arrays; its norms are
-    sums over split axes, for which XLA adds one small all-reduce each."""
-    specs = model.map_params(lambda _, w: w.spec, c)
-    optimizer = make_optimizer(c, t, mesh)
+    code: all_gather and reduce_scatter in kernels.gather_weight, exchanges in moe, psums here and
+    in balance. The optimizer runs outside, on whole arrays; XLA adds one small all-reduce for each
+    of its norms."""
+    specs, optimizer = model.map_params(lambda _, w: w.spec, c), make_optimizer(c, t, mesh)
     platform = platform or mesh.devices.flat[0].platform
 
     def sum_copies(g, spec):
-        """Sum a gradient over the mesh axes that copy its weight. Over those that split it, the
-        transposes of gathers and exchanges have summed."""
+        """Sum a gradient over the axes that copy its weight; others the transposes have summed."""
         return lax.psum(g, tuple(axis for axis in MESH if axis not in spec))
 
     def gradients(params, bias_LE, batch):
@@ -552,8 +516,7 @@ def make_train_step(c, t, mesh, platform=None):
             (_, record), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
             return jax.tree.map(jnp.add, total, grads), record
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, (nll_A, stats) = lax.scan(microbatch, zeros, batch)
+        grads, (nll_A, stats) = lax.scan(microbatch, jax.tree.map(jnp.zeros_like, params), batch)
         grads = jax.tree.map(sum_copies, grads, specs)
         metrics = {"loss": lax.psum(jnp.sum(nll_A), MESH) / totals["weight"]}
         if stats is not None:
@@ -572,13 +535,11 @@ def make_train_step(c, t, mesh, platform=None):
     def train_step(state, batch):
         grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        gnorm = optax.tree.norm(grads)
+        params, gnorm = optax.apply_updates(state.params, updates), optax.tree.norm(grads)
         good, history_2W = accept_step(t, state, metrics["loss"], gnorm)
         # XLA fuses this choice into the update itself, so it costs no pass over memory
-        params, opt, bias_LE = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt, bias_LE),
-            (state.params, state.opt, state.bias_LE))
+        new, old = (params, opt, bias_LE), (state.params, state.opt, state.bias_LE)
+        params, opt, bias_LE = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         metrics |= {"gnorm": gnorm, "lr_multiplier": lr_multiplier(t, state.step), "skipped": ~good}
         return State(state.step + 1, params, opt, bias_LE, history_2W), metrics
 
@@ -586,11 +547,11 @@ def make_train_step(c, t, mesh, platform=None):
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
+# ------------------------------------------------------------------------------------------ batches
+
 def local_rows(batch_size, mesh, accumulate=1):
-    """Which rows of the global batch this process feeds to its devices, microbatch by
-    microbatch."""
-    shape = (accumulate, batch_size // accumulate)
-    sharding = NamedSharding(mesh, Spec(None, MESH))
+    """Which rows of the global batch this process feeds to its devices, by microbatch."""
+    shape, sharding = (accumulate, batch_size // accumulate), NamedSharding(mesh, Spec(None, MESH))
     places = sharding.addressable_devices_indices_map(shape).values()
     mine = sorted({row for _, rows in places for row in range(shape[1])[rows]})
     return np.arange(batch_size).reshape(shape)[:, mine].reshape(-1)
@@ -600,27 +561,23 @@ def to_global_batch(batch, mesh, accumulate=1):
     """This process's rows of a data.Batch as a dict of global arrays [A,B/A,S] on their devices."""
     arrays = {"tokens": batch.tokens_BS, "targets": batch.targets_BS, "segments": batch.segments_BS,
               "weights": batch.weights_BS.astype(np.float32)}
-    sharding = NamedSharding(mesh, Spec(None, MESH))
-
-    def place(x_BS):
-        x_ABS = x_BS.reshape(accumulate, -1, x_BS.shape[-1])
-        return jax.make_array_from_process_local_data(sharding, x_ABS)
-    return {name: place(x_BS) for name, x_BS in arrays.items()}
+    place = functools.partial(jax.make_array_from_process_local_data,
+                              NamedSharding(mesh, Spec(None, MESH)))
+    return {k: place(x.reshape(accumulate, -1, x.shape[-1])) for k, x in arrays.items()}
 
 
 # -------------------------------------------------------------------------------------- evaluation
 
 def serving(c):
-    """The config of evaluation and sampling: nothing is dropped, and no token's experts depend on
-    other tokens, whatever training does. A held-out loss must not depend on who shares a batch."""
+    """The config of evaluation and sampling: no token's loss may depend on who shares its batch."""
     causal = balance.NON_CAUSAL.get(c.balancer, c.balancer)
     return dataclasses.replace(c, capacity_factor=0.0, exchange="ring", balancer=causal)
 
 
 def make_eval_step(c, mesh, bytes_V):
-    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes. The bias
-    is only read."""
+    """The jitted (params, bias_LE, batch) -> summed nats, scored tokens and their bytes."""
     c, platform = serving(c), mesh.devices.flat[0].platform
+    specs = model.map_params(lambda _, w: w.spec, c)
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)    # unused ids have 0 bytes
 
     def score(params, bias_LE, batch):
@@ -630,7 +587,6 @@ def make_eval_step(c, mesh, bytes_V):
         nats = jnp.sum(weights.reshape(-1) * nll_T)
         return lax.psum((nats, jnp.sum(weights), jnp.sum(sizes * weights)), MESH)
 
-    specs = model.map_params(lambda _, w: w.spec, c)
     return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                                  out_specs=Spec(), check_vma=False))
 
@@ -652,11 +608,8 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
     return domains | {"macro": macro}
 
 
-# ---------------------------------------------------------------------------------------- sampling
-
 def make_sampler(c, t, tokenizer):
-    """A function (params, bias_LE, prompt, n, seed) -> text, on one device. There is no cache:
-    every token runs the last seq_len tokens again. It is slow, and meant for a look."""
+    """A function (params, bias_LE, prompt, n, seed) -> text, on one device. Slow: no cache."""
     c, one = serving(c), jax.devices()[0]
 
     @jax.jit
@@ -687,15 +640,15 @@ def make_sampler(c, t, tokenizer):
 # ------------------------------------------------------------------------------------ checkpoint
 
 def leaves_by_name(tree):
+    """{path: leaf}, in the order of the tree's leaves."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
 def checksum(x):
-    """32 bits of an array's bits and their places: exact, and the same on every mesh.
-
-    Each element is mixed with its place by a one-to-one function (the last step of murmur3), and
-    all are summed modulo 2**32: a change of one element is seen always, any other almost always."""
+    """32 bits of an array's bits and their places, exact and the same on every mesh. Each element
+    is mixed with its place by a one-to-one function (the last step of murmur3), and all are summed
+    modulo 2**32: a change of one element is seen always, any other almost always."""
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):        # a flat view would gather a split array
@@ -716,18 +669,14 @@ def checksums(leaves):
 
 def all_agree(fine):
     """Whether all processes say so: what each has read for itself is decided on together."""
-    if jax.process_count() == 1:
-        return fine
-    from jax.experimental import multihost_utils
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
 
 
 class Checkpoints:
     """Whole states, written by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
-
-    orbax restores a flipped bit silently, so each checkpoint has a record: its step, the run's
-    config and a checksum of every array. A state that does not match its record is not used, but
-    kept: it is named in `broken`, {step: why}, and moved aside once another one is used."""
+    orbax restores a flipped bit silently, so each has a record: its step, the run's config and a
+    checksum of every array. A state that does not match its record is named in `broken`,
+    {step: why}, and moved aside once another one is used."""
 
     def __init__(self, t):
         import orbax.checkpoint as ocp
@@ -752,29 +701,33 @@ class Checkpoints:
             raise ValueError(f"its record cannot be read ({one_line(error)})") from None
         raise ValueError("its record has been altered")
 
+    def read(self, step, wanted):
+        """(leaves, "") of one checkpoint; or (None, why it is not to be trusted), for all processes
+        alike. wanted: {name: ShapeDtypeStruct}."""
+        why, args = "", self.ocp.args.StandardRestore(wanted)
+        try:
+            # The handler itself: the manager's restore has a barrier, at which the other processes
+            # would wait for one that could not read its part.
+            handler, sums = self.ocp.StandardCheckpointHandler(), self.record(step)["arrays"]
+            leaves = handler.restore(self.folder / str(step) / "state", args=args)
+        except Exception as error:              # whatever orbax and tensorstore raise about damage
+            why = one_line(error)
+        if not all_agree(not why):
+            return None, why or "another process could not read its part"
+        leaves = [leaves[name] for name in wanted]
+        found = np.asarray(checksums(leaves)[0]).tolist()
+        bad = [name for name, mark in zip(wanted, found) if sums.get(name) != mark]
+        return leaves, f"altered since it was written: {', '.join(bad[:3])}" if bad else ""
+
     def restore(self, c, t, mesh):
         """The newest sound state, None if there is no checkpoint, or CorruptCheckpoint."""
         target = abstract_state(c, t, mesh)
-        wanted = leaves_by_name(target)
         for step in self.steps():
-            why = ""
-            try:
-                sums = self.record(step)["arrays"]
-                # The handler itself: the manager's restore has a barrier, at which the other
-                # processes would wait for one that could not read its part.
-                leaves = self.ocp.StandardCheckpointHandler().restore(
-                    self.folder / str(step) / "state", args=self.ocp.args.StandardRestore(wanted))
-            except Exception as error:          # whatever orbax and tensorstore raise about damage
-                why = one_line(error)
-            if all_agree(not why):
-                found = np.asarray(checksums([leaves[name] for name in wanted])[0]).tolist()
-                bad = [name for name, mark in zip(wanted, found) if sums.get(name) != mark]
-                if not bad:
-                    self.saved = step
-                    return jax.tree.unflatten(jax.tree.structure(target),
-                                              [leaves[name] for name in wanted])
-                why = f"altered since it was written: {', '.join(bad[:3])}"
-            self.broken[step] = why or "another process could not read its part"
+            leaves, why = self.read(step, leaves_by_name(target))
+            if not why:
+                self.saved = step
+                return jax.tree.unflatten(jax.tree.structure(target), leaves)
+            self.broken[step] = why
         if self.broken:
             why = "; ".join(f"step {step}: {why}" for step, why in self.broken.items())
             raise CorruptCheckpoint(
@@ -788,8 +741,7 @@ class Checkpoints:
             cleanup_tmp_directories=clean, enable_async_checkpointing=True)
         try:
             for step in set(self.broken) & set(self.steps()) if is_main_process() else ():
-                aside = f"broken-{step}-{time.time_ns()}"
-                (self.folder / str(step)).rename(self.folder / aside)
+                (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
             all_agree(True)                     # the others wait for that
             self.manager = self.ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
@@ -798,7 +750,6 @@ class Checkpoints:
 
     def save(self, state, config):
         """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
-
         Raises Diverged if the state is not finite."""
         step, leaves, args = int(state.step), leaves_by_name(state), self.ocp.args
         if step == self.saved:
@@ -808,29 +759,26 @@ class Checkpoints:
             raise Diverged(f"step {step}: the state is not finite, but every update was; not saved")
         arrays = dict(zip(leaves, np.asarray(sums).tolist()))
         record = args.JsonSave({"step": step, "config": config, "arrays": arrays})
+        items = args.Composite(state=args.StandardSave(leaves), record=record)
         wrong, self.saved = self.wait(), step
-        try:
-            self.manager.save(step, args=args.Composite(state=args.StandardSave(leaves),
-                                                        record=record))
-        except Exception as error:
-            wrong = self._recover(error)
-        return wrong
+        return self.attempt(lambda: self.manager.save(step, args=items)) or wrong
 
     def wait(self):
         """Wait until what save began is written. Returns what went wrong, or ""."""
-        try:
-            self.manager.wait_until_finished()
-        except Exception as error:              # a full disk, a bucket out of reach
-            return self._recover(error)
-        return ""
+        return self.attempt(lambda: self.manager.wait_until_finished())
 
-    def _recover(self, error):
-        """A manager whose write failed never writes again: clear up and take a new one."""
-        wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
+    def attempt(self, write):
+        """Run a write of orbax. Returns what went wrong (a full disk, a bucket out of reach), or
+        "". A manager whose write failed never writes again: clear up and take a new one."""
+        try:
+            write()
+            return ""
+        except Exception as error:
+            wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
         with contextlib.suppress(Exception):
             self.manager.close()
         for path in self.folder.glob("*.orbax-checkpoint-tmp*") if is_main_process() else ():
-            with contextlib.suppress(OSError):  # its threads may still write: see `clean`
+            with contextlib.suppress(OSError):  # its threads may still write: so clean=False
                 path.rmtree(missing_ok=True)
         self.open(clean=False)
         return wrong
@@ -849,6 +797,7 @@ def is_main_process():
 
 
 def one_line(error):
+    """An exception as one line of at most 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -856,18 +805,18 @@ def write(path, text, append=False):
     """Append to a file, or replace it in one motion, so that a reader never sees half of it."""
     if not is_main_process():
         return
-    target = Path(path) if append else Path(path).with_suffix(".tmp")
     try:
+        target = Path(path) if append else Path(path).with_suffix(".tmp")
         with open(target, "a" if append else "w") as file:
             file.write(text)
-        if not append:
-            target.replace(path)
+        target.replace(path)
     except OSError as error:
         raise TemporaryError(f"{path}: cannot be written ({error.strerror}); what was saved before "
                              f"is sound, and the same command goes on") from None
 
 
 def json_lines(rows):
+    """The text of a .jsonl file."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -882,46 +831,40 @@ def read_rows(path):
 
 def log_event(run, event, **facts):
     """Append to the run's events.jsonl."""
-    row = dict(event=event, **facts, time=time.time())
+    row = {"event": event, **facts, "time": time.time()}
     write(run / "events.jsonl", json_lines([row]), append=True)
 
 
 @contextlib.contextmanager
 def run_lock(run):
-    """Hold the lock of a run directory. Raises ConfigError if another process trains there."""
-    if not is_main_process():
-        yield
-        return
+    """Make a run directory and hold its lock. ConfigError if another process trains there."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / "lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
+    except BlockingIOError:
+        raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
+                          f"choose another --run_dir") from None
     except OSError as error:
         refuse("run_dir", "a directory that can be written", f"{run} ({error.strerror})")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # ends with the process
-        except BlockingIOError:
-            raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
-                              f"choose another --run_dir") from None
         yield
 
 
 @functools.cache
 def git_commit():
     """The commit of this code, with "-dirty" if a Python file has changed since."""
-    def git(*words):
-        return subprocess.check_output(["git", *words], cwd=Path(__file__).parent, text=True,
-                                       stderr=subprocess.DEVNULL, timeout=10).strip()
+    git = functools.partial(subprocess.check_output, cwd=Path(__file__).parent, text=True,
+                            stderr=subprocess.DEVNULL, timeout=10)
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-        return git("describe", "--always") + ("-dirty" if changed else "")
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"])
+        return git(["git", "describe", "--always"]).strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
 IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
-RUNTIME = ("exchange", "remat")     # of the model: how it is computed, not what. The 129B run went
-#                                     from ring to ragged on its way [cited: marin #4697]
+RUNTIME = ("exchange", "remat")     # of the model: the 129B run took up "ragged" late [marin #4697]
 
 
 def identity(config):
@@ -931,9 +874,7 @@ def identity(config):
 
 
 def check_run(c, t, mixture, checkpoints):
-    """The content of config.json, after making sure that the run in run_dir, if any, is this one.
-
-    Reads only. Raises ConfigError naming the key that differs."""
+    """The content of config.json. Writes nothing; ConfigError if run_dir holds another run."""
     file, steps = Path(t.run_dir, "config.json"), checkpoints.steps()
     versions = {package.__name__: package.__version__ for package in (jax, np, optax)}
     now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
@@ -970,35 +911,31 @@ def write_config(run, now):
 
 # ------------------------------------------------------------------------------------------- log
 
-NUMBERS = ("step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps")
-
-
 def is_metrics(row):
     """Whether a row of metrics.jsonl has the numbers that a resumed run and the report need."""
+    numbers = ("step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps")
     try:
         maybe = [row[key] for key in ("loss", "ema", "gnorm") if row[key] is not None]
-        return all(map(math.isfinite, maybe + [row[key] for key in NUMBERS]))
+        return all(map(math.isfinite, maybe + [row[key] for key in numbers]))
     except (KeyError, TypeError, OverflowError):
         return False
 
 
 class Log:
-    """Metrics of every step, fetched from the devices once per line, so that no step waits."""
+    """Metrics of every step, fetched from the devices once a line, so that no step waits."""
 
     def __init__(self, run, c, t, mesh, start, rows_of):
-        self.run, self.c, self.t, self.rows_of = run, c, t, rows_of
-        kept = [row for row in read_rows(run / "metrics.jsonl")
-                if is_metrics(row) and row["step"] <= start]
+        self.run, self.c, self.t, self.mesh, self.rows_of = run, c, t, mesh, rows_of
+        kept = [r for r in read_rows(run / "metrics.jsonl") if is_metrics(r) and r["step"] <= start]
         write(run / "metrics.jsonl", json_lines(kept))      # later steps come again
         self.ema = kept[-1]["ema"] if kept else None
         self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
-        self.device = mesh.local_devices[0]
-        self.peak = (t.peak_flops or PEAK_FLOPS.get(self.device.device_kind, 0.0)) * mesh.size
         self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
         self.pending, self.since = [], time.perf_counter()
 
     def step(self, step, metrics, due, *_):
         """Keep a step's metrics; when a line is due, write it. Raises Diverged, see `follow`."""
+        from configs import report
         self.pending.append(metrics)
         if not due:
             return
@@ -1015,9 +952,9 @@ class Log:
                 "flops": step * self.tokens * self.count.flops_per_token,
                 "seconds": seconds, "steps": len(rows), "time": time.time()}
         if self.c.num_experts:
-            line |= self.routing(rows)
+            line |= report.routing(rows, self.tokens * self.c.experts_per_token)
         write(self.run / "metrics.jsonl", json_lines([line]), append=True)
-        log(self.text(line))
+        log(report.line(self.c, self.t, self.mesh, line, self.skipped))
         self.since = time.perf_counter()
 
     def follow(self, step, row):
@@ -1039,63 +976,6 @@ class Log:
                 f"{self.skipped_in_row} times in a row; none of these updates was taken. Look at "
                 f"the batch with --replay {step}, or lower the rates")
 
-    def routing(self, rows):
-        load = np.stack([row["load_LE"] for row in rows])               # [steps, L, E]
-        violation = np.asarray(balance.max_violation(load))
-        sent = self.tokens * self.c.experts_per_token * self.c.num_layers * len(rows)
-        return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
-                "drop": float(np.sum([row["dropped_L"] for row in rows])) / sent,
-                "would_drop": {f"{factor:g}": float(np.mean(balance.drop_fraction(load, factor)))
-                               for factor in (1.0, 1.15, 1.33)},
-                "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
-                "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
-
-    def text(self, row):
-        """What is printed of a row of metrics.jsonl."""
-        step, steps, speed = row["step"], self.t.steps, row["tokens_per_second"]
-        loss, ema, gnorm = (math.nan if row[key] is None else row[key]
-                            for key in ("loss", "ema", "gnorm"))
-        mfu = f"{100 * self.count.mfu_flops * speed / self.peak:.1f}%" if self.peak else "-"
-        eta = int(row["seconds"] * (steps - step))
-        parts = [f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",
-                 f"loss {loss:.3f} ema {ema:.3f}", f"lr {row['lr']:.1e}", f"gnorm {gnorm:.2f}",
-                 f"{speed / 1e3:.1f} ktok/s", f"{row['seconds'] * 1e3:.0f} ms", f"mfu {mfu}"]
-        if self.c.num_experts:
-            parts.append(f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}%")
-        parts += [memory_in_use(self.device), f"skip {self.skipped}",
-                  f"eta {eta // 60}m{eta % 60:02d}s"]
-        return " | ".join(parts)
-
-
-def memory_in_use(device):
-    if stats := device.memory_stats():
-        used, limit = stats["peak_bytes_in_use"], stats["bytes_limit"]
-        return f"hbm {used / 2**30:.1f}/{limit / 2**30:.0f}G"
-    return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
-
-
-class Chip(NamedTuple):
-    kinds: tuple            # what jax calls the device
-    flops: float            # dense bfloat16 FLOPs a second
-    memory: float           # bytes of high-bandwidth memory
-    bandwidth: float        # bytes a second of that memory
-    link: float             # bytes a second, one direction of one ICI link; a torus axis has two
-    outside: float          # bytes a second to other slices, over the data center's network
-    compiler: dict          # what libtpu must know besides the shape
-
-
-# [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
-CHIPS = {
-    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.228e12, 45e9, 6.25e9,
-               {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, {}),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, {}),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 1.640e12, 90e9, 12.5e9, {}),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 0.0, 0.0, {}),
-    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 0.0, 0.0, {}),
-}
-PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
-
 
 # ------------------------------------------------------------------------------------------ main
 
@@ -1115,71 +995,66 @@ def print_error(line):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list to which a first SIGTERM or ctrl-C is appended; a second one kills.
-
-    One of many processes leaves SIGTERM to jax, which makes all stop at the same step."""
+    """Yields a function of the step that returns the signal on which to save and stop, or None.
+    The first SIGTERM or ctrl-C asks to stop, the second one kills. One of many processes leaves
+    SIGTERM to jax, which makes all stop at the same step."""
+    if jax.process_count() > 1:
+        stop_at = multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if stop_at(step) else None
+        return
     caught = []
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    old = {number: signal.signal(number, catch) for number in watched}
+    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield caught
+        yield lambda step: caught[0] if caught else None
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def stopping(i, caught):
-    """The signal on which to save and stop at step i, or None; the same on all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(i) else None
-    return caught[0] if caught else None
 
 
 @contextlib.contextmanager
 def watchdog(minutes, run):
     """Yields a function to call whenever something got done. If it is not called for `minutes`, the
     process prints all stacks and exits with 75: a wedged chip looks like a step without end."""
-    last, over = [time.monotonic()], threading.Event()
+    beat, over = threading.Event(), threading.Event()
 
     def watch():
-        while not over.wait(min(6 * minutes, 10)):
-            still = time.monotonic() - last[-1]
-            if still > 60 * minutes:
-                faulthandler.dump_traceback()
-                print_error(f"nothing got done for {still:.0f} s (stuck_minutes={minutes:g}); the "
-                            f"stacks are above. What was saved is sound; the same command goes on")
-                with contextlib.suppress(TemporaryError):
-                    log_event(run, "stuck", seconds=round(still))
-                os._exit(75)
-
-    def heartbeat():
-        last[:] = [time.monotonic()]
+        while beat.wait(60 * minutes):
+            if over.is_set():
+                return
+            beat.clear()
+        faulthandler.dump_traceback()
+        print_error(f"nothing got done for {60 * minutes:.0f} s (stuck_minutes={minutes:g}); the "
+                    f"stacks are above. What was saved is sound; the same command goes on")
+        with contextlib.suppress(TemporaryError):
+            log_event(run, "stuck", seconds=round(60 * minutes))
+        os._exit(75)
 
     if minutes:
         threading.Thread(target=watch, daemon=True).start()
     try:
-        yield heartbeat
+        yield beat.set
     finally:
         over.set()
+        beat.set()
 
 
 def train(c, t):
     """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
     from configs import report
     began, run, mesh, mixture = time.time(), Path(t.run_dir), make_mesh(c, t), open_data(c, t)
-    with (run_lock(run), contextlib.closing(Checkpoints(t)) as checkpoints,
+    lock = run_lock(run) if is_main_process() else contextlib.nullcontext()
+    with (lock, contextlib.closing(Checkpoints(t)) as checkpoints,
           watchdog(t.stuck_minutes, run) as heartbeat):
         config = check_run(c, t, mixture, checkpoints)
         state = checkpoints.restore(c, t, mesh)
         write(run / "events.jsonl", json_lines(read_rows(run / "events.jsonl")))    # no torn line
         write_config(run, config)
-        print_header(c, t, mesh, mixture)
+        report.print_header(c, t, mesh, mixture)
         for step, why in checkpoints.broken.items():
             log_event(run, "broken_checkpoint", step=step, why=why)
             log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
@@ -1190,7 +1065,8 @@ def train(c, t):
         start = int(state.step)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
-        metrics_log = Log(run, c, t, mesh, start, lambda step: rows_of(mixture, c, t, step))
+        metrics_log = Log(run, c, t, mesh, start, lambda step: data.rows_of(
+            mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
 
         def run_eval(state, step, limit=None):
@@ -1219,9 +1095,10 @@ def train(c, t):
         domains = run_eval(state, t.steps)
         if not is_main_process():
             return None
-        result = write_result(c, t, run, mixture, domains)
+        result = report.write_result(c, t, run, mixture, domains)
         if t.sample_tokens and jax.process_count() == 1:    # one device has to hold all weights
-            text = sample_text(c, t, mixture, state)
+            sample = make_sampler(c, t, mixture.tokenizer)
+            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
             write(run / "sample.txt", text)
             log(f"sample\n{text}\n")
         log_event(run, "done", step=t.steps)
@@ -1232,28 +1109,27 @@ def train(c, t):
 
 
 def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
-    """Take the steps that are left. Returns the last state, and the signal that ended the run early
-    or None."""
+    """Take the steps that are left -> (the last state, the signal that stopped it or None)."""
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
     here, cpu = local_rows(t.batch_size, mesh, t.accumulate), mesh.devices.flat[0].platform == "cpu"
     progress = tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty())
-    with stop_signals() as caught, progress:
+    with stop_signals() as stop_signal, progress:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, to_global_batch(rows, mesh, t.accumulate))
-            step, stop = i + 1, stopping(i, caught)
+            step, stop = i + 1, stop_signal(i)
             if cpu and i == start:                      # the step has just been compiled
                 jax.block_until_ready(metrics)
                 kernels.fill_holes()
-            due = step == t.steps or step % t.save_every == 0
+            due = bool(stop) or step == t.steps or step % t.save_every == 0
             if t.keep_every:
                 due |= step % t.keep_every == 0
             if t.save_minutes and step % t.log_every == 0:
                 due |= not all_agree(time.monotonic() - saved < 60 * t.save_minutes)
-            metrics_log.step(step, metrics, stop or due or step % t.log_every == 0)     # may raise
+            metrics_log.step(step, metrics, due or step % t.log_every == 0)     # may raise
             progress.update()
-            if stop or due:
+            if due:
                 save(state)
                 saved = time.monotonic()
             heartbeat()
@@ -1269,48 +1145,8 @@ def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
 
 
 def open_data(c, t):
+    """The data.Mixture of a run, prepared if need be."""
     return data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
-
-
-def print_header(c, t, mesh, mixture):
-    """The first screen: model, data, optimizer, machine."""
-    n, r, tokens = model.count(c), rates(c, t), t.steps * t.batch_size * c.seq_len
-    log(f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; "
-        f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = "
-        f"{n.flops_per_token * tokens:.2e} FLOP")
-    log(f"data      {mixture.train_tokens:,} training tokens of {mixture.bytes_per_token:.2f} "
-        f"bytes ({tokens / mixture.train_tokens:.2f} epochs), held out: "
-        f"{', '.join(mixture.heldout)}; sha256 {mixture.sha256[:12]}")
-    log(f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.matrix_lr:.4g}, Adam "
-        f"{r.adam_lr:.4g}, beta2 {r.beta2:.4g}, eps {r.eps:.3g}")
-    log(f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes "
-        f"{jax.process_count()}, jax {jax.__version__}, commit {git_commit()}")
-
-
-def write_result(c, t, run, mixture, domains):
-    """Write result.json: what scaling.py reads, and what a table may quote."""
-    n, rows = model.count(c), read_rows(run / "metrics.jsonl")
-    tokens = t.steps * t.batch_size * c.seq_len
-    speeds = [row["tokens_per_second"] for row in rows]
-    result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens,
-              "params": n.params, "total_params": n.total, "tokens": tokens, **domains["macro"],
-              "domains": domains, "bytes_per_token": mixture.bytes_per_token, "seed": t.seed,
-              "commit": git_commit(), "tokens_per_second": float(np.median(speeds)),
-              "seconds": sum(row["seconds"] * row["steps"] for row in rows),
-              "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
-    if c.num_experts:
-        last = np.mean([row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps])
-        floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
-        result |= {"maxvio": float(last), "maxvio_floor": floor}
-        log(f"balance   MaxVio {last:.3f} over the last tenth of the run; {floor:.3f} for "
-            f"independent tokens")
-    write(run / "result.json", json.dumps(result, indent=1))
-    return result
-
-
-def sample_text(c, t, mixture, state):
-    sample = make_sampler(c, t, mixture.tokenizer)
-    return sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
 
 
 def sample_from(c, t):
@@ -1319,7 +1155,8 @@ def sample_from(c, t):
     if not checkpoints.steps():
         refuse(t.run_dir, "a run with a checkpoint", "none", "train it first")
     check_run(c, t, mixture, checkpoints)
-    print(sample_text(c, t, mixture, checkpoints.restore(c, t, mesh)))
+    state, sample = checkpoints.restore(c, t, mesh), make_sampler(c, t, mixture.tokenizer)
+    print(sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
 
 
 def read_flags(words):
@@ -1327,9 +1164,8 @@ def read_flags(words):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("sample", "plan", "compile"):
         parser.add_argument(f"--{name}", action="store_true")
-    for name in ("replay", "processes", "process"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--coordinator")
+    for name, kind in dict(replay=int, processes=int, process=int, coordinator=str).items():
+        parser.add_argument(f"--{name}", type=kind)
     try:
         return parser.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -1340,7 +1176,7 @@ def init_distributed(flags, t):
     """Join the other processes of this run. On a TPU they find each other, elsewhere by flags."""
     told, seconds = [flags.coordinator, flags.processes, flags.process], t.heartbeat_seconds
     tpu = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    if any(value is not None for value in told):
+    if told != [None] * 3:
         if None in told or not 0 <= flags.process < flags.processes:
             refuse("--coordinator, --processes, --process", "all three, I below N", told)
         jax.config.update("jax_num_cpu_devices", max(1, t.devices // flags.processes))
@@ -1352,7 +1188,7 @@ def init_distributed(flags, t):
 
 # README.md says what to do about each; tests/test_faults.py brings each about
 EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint: 4,
-              TemporaryError: 75, OSError: 75}
+              TemporaryError: 75, OSError: 75, scaling.BadInput: 2}
 
 
 def main(arguments):
@@ -1388,12 +1224,10 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]              # what configs/plan.py imports
+    sys.modules["train"] = sys.modules["__main__"]              # what configs/ imports
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # ctrl-C, outside of stop_signals
-    code = main(sys.argv[1:])
-    if code:
-        # Leave at once: a normal exit waits for lost peers and for threads of a failed write, which
-        # print more lines after the one that says why.
+    if code := main(sys.argv[1:]):
+        # a normal exit would wait for lost peers and failed writes, which print lines of their own
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(code)

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,9 +26,32 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as
 import model
 import train
 from tests import hlo
-from train import CHIPS, MESH
+from train import MESH
 
 GIB = 2**30
+
+
+class Chip(NamedTuple):
+    kinds: tuple            # what jax calls the device
+    flops: float            # dense bfloat16 FLOPs a second
+    memory: float           # bytes of high-bandwidth memory
+    bandwidth: float        # bytes a second of that memory
+    link: float             # bytes a second, one direction of one ICI link; a torus axis has two
+    outside: float          # bytes a second to other slices, over the data center's network
+    compiler: dict          # what libtpu must know besides the shape
+
+
+# [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
+CHIPS = {
+    "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.228e12, 45e9, 6.25e9,
+               {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, {}),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, {}),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 1.640e12, 90e9, 12.5e9, {}),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 0.0, 0.0, {}),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 0.0, 0.0, {}),
+}
+PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
 
 
 def parse_topology(t):

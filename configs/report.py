@@ -1,23 +1,107 @@
-"""A run looked at: its own files drawn and put into one page, and the batch of one of its steps.
+"""What a run says of itself: lines on the screen, result.json, a page of pictures, one batch.
 
-Run:  python configs/report.py RUN_DIR          write the page anew; train.py does it at the end of a run
-      python train.py CONFIG --replay STEP    print what was in the batch of a step, and what came of it
+Run:  python configs/report.py RUN_DIR        write the page anew, as train.py does at a run's end
+      python train.py CONFIG --replay STEP    print what was in the batch of a step, and its outcome
 
 curves says what is drawn: the numbers of metrics.jsonl and events.jsonl, as they are."""
 
 import base64
 import html
 import json
+import math
+import resource
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import jax
 import numpy as np
 
+import balance
 import data
+import model
+import scaling
 import train
+from configs import plan
+
+
+def print_header(c, t, mesh, mixture):
+    """The first screen of a run: model, data, optimizer, machine."""
+    n, r, tokens = model.count(c), train.rates(c, t), t.steps * t.batch_size * c.seq_len
+    for line in (
+            f"model     {n.total / 1e6:,.2f} M parameters, {n.active / 1e6:,.2f} M active; "
+            f"{n.flops_per_token / 1e6:,.1f} MFLOP a token x {tokens:,} tokens = "
+            f"{n.flops_per_token * tokens:.2e} FLOP",
+            f"data      {mixture.train_tokens:,} training tokens of "
+            f"{mixture.bytes_per_token:.2f} bytes ({tokens / mixture.train_tokens:.2f} epochs), "
+            f"held out: {', '.join(mixture.heldout)}; sha256 {mixture.sha256[:12]}",
+            f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.matrix_lr:.4g}, "
+            f"Adam {r.adam_lr:.4g}, beta2 {r.beta2:.4g}, eps {r.eps:.3g}",
+            f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes "
+            f"{jax.process_count()}, jax {jax.__version__}, commit {train.git_commit()}"):
+        train.log(line)
+
+
+def routing(rows, assigned):
+    """What a line says of the experts. assigned: assignments of one layer in one step."""
+    load = np.stack([row["load_LE"] for row in rows])                   # [steps, L, E]
+    violation = np.asarray(balance.max_violation(load))
+    sent = assigned * load.shape[1] * len(rows)
+    return {"maxvio": float(violation.mean()), "maxvio_L": violation[-1].round(4).tolist(),
+            "drop": float(np.sum([row["dropped_L"] for row in rows])) / sent,
+            "would_drop": {f"{factor:g}": float(np.mean(balance.drop_fraction(load, factor)))
+                           for factor in (1.0, 1.15, 1.33)},
+            "dead": int((load[-1] == 0).sum()), "router_z": float(rows[-1]["router_z"]),
+            "load_LE": (load[-1] / load[-1].mean(-1, keepdims=True)).round(3).tolist()}
+
+
+def memory_in_use(device):
+    """The most memory that was in use: of the device, or of the process if it is a CPU."""
+    if stats := device.memory_stats():
+        used, limit = stats["peak_bytes_in_use"], stats["bytes_limit"]
+        return f"hbm {used / 2**30:.1f}/{limit / 2**30:.0f}G"
+    return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
+
+
+def line(c, t, mesh, row, skipped):
+    """What is printed of a row of metrics.jsonl. skipped: updates skipped so far."""
+    step, steps, speed = row["step"], t.steps, row["tokens_per_second"]
+    device = mesh.local_devices[0]
+    loss, ema, gnorm = (math.nan if row[key] is None else row[key]
+                        for key in ("loss", "ema", "gnorm"))
+    peak = (t.peak_flops or plan.PEAK_FLOPS.get(device.device_kind, 0.0)) * mesh.size
+    mfu = f"{100 * model.count(c).mfu_flops * speed / peak:.1f}%" if peak else "-"
+    eta = int(row["seconds"] * (steps - step))
+    parts = [f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",
+             f"loss {loss:.3f} ema {ema:.3f}", f"lr {row['lr']:.1e}", f"gnorm {gnorm:.2f}",
+             f"{speed / 1e3:.1f} ktok/s", f"{row['seconds'] * 1e3:.0f} ms", f"mfu {mfu}"]
+    if c.num_experts:
+        parts.append(f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}%")
+    parts += [memory_in_use(device), f"skip {skipped}", f"eta {eta // 60}m{eta % 60:02d}s"]
+    return " | ".join(parts)
+
+
+def write_result(c, t, run, mixture, domains):
+    """Write result.json: what scaling.py reads, and what a table may quote."""
+    n, rows = model.count(c), train.read_rows(run / "metrics.jsonl")
+    tokens = t.steps * t.batch_size * c.seq_len
+    speeds = [row["tokens_per_second"] for row in rows]
+    result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens,
+              "params": n.params, "total_params": n.total, "tokens": tokens, **domains["macro"],
+              "domains": domains, "bytes_per_token": mixture.bytes_per_token, "seed": t.seed,
+              "commit": train.git_commit(), "tokens_per_second": float(np.median(speeds)),
+              "seconds": sum(row["seconds"] * row["steps"] for row in rows),
+              "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
+    if c.num_experts:
+        last = np.mean([row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps])
+        floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
+        result |= {"maxvio": float(last), "maxvio_floor": floor}
+        train.log(f"balance   MaxVio {last:.3f} over the last tenth of the run; {floor:.3f} for "
+                  f"independent tokens")
+    train.write(run / "result.json", json.dumps(result, indent=1))
+    return result
 
 
 def curves(rows, events, floor=None):
@@ -37,7 +121,8 @@ def curves(rows, events, floor=None):
     training = {"training, one batch": column("loss"), "training, moving average": column("ema")}
     drawn = {"loss, nats per token": training | held_out("loss"),
              "held-out text, bits per byte": held_out("bpb"),
-             "learning rates": {"matrices (relative step)": column("lr"), "Adam": column("adam_lr")},
+             "learning rates": {"matrices (relative step)": column("lr"),
+                                "Adam": column("adam_lr")},
              "gradient norm (log scale)": {"one batch": column("gnorm")},
              "tokens per second": {f"median {speed:,.0f}": column("tokens_per_second")}}
     if floor:
@@ -63,10 +148,10 @@ def draw_curves(plt, panels, path):
 
 def draw_experts(plt, rows, path):
     """The load of every expert of every layer over time."""
-    load = np.array([row["load_LE"] for row in rows])               # [rows, L, E]; 1 is the mean load
+    load = np.array([row["load_LE"] for row in rows])       # [rows, L, E]; 1 is the mean load
     _, layers, experts = load.shape
-    figure, axes = plt.subplots(layers, 1, figsize=(10, 1 + 0.9 * layers), sharex=True, squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(layers, 1, figsize=(10, 1 + 0.9 * layers), sharex=True,
+                                squeeze=False, layout="constrained")
     for layer, axis in enumerate(axes.flat):
         extent = rows[0]["step"], rows[-1]["step"], experts - 0.5, -0.5
         image = axis.imshow(load[:, layer].T, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r",
@@ -80,9 +165,7 @@ def draw_experts(plt, rows, path):
 
 def report(run):
     """Write run/plots/*.png and run/report.html from the files in a run directory."""
-    import matplotlib                               # MERGE: plt = scaling.pyplot()
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = scaling.pyplot()
     rows, events = train.read_rows(run / "metrics.jsonl"), train.read_rows(run / "events.jsonl")
     result = json.loads((run / "result.json").read_text())
     (run / "plots").mkdir(exist_ok=True)

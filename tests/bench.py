@@ -33,6 +33,7 @@ import balance
 import kernels
 import moe
 import train
+from configs import plan
 from tests import lp
 from tests import rivals
 
@@ -374,7 +375,7 @@ def roofline(chip):
 
 
 def print_roofline(chip):
-    peak, bandwidth = train.CHIPS[chip].flops, BANDWIDTH[chip]
+    peak, bandwidth = plan.CHIPS[chip].flops, BANDWIDTH[chip]
     print(f"{chip}: {peak / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s, "
           f"{peak / bandwidth:.0f} FLOP a byte; 16,384 tokens of the 129B model, bfloat16,\n"
           "forward and backward of one layer, and of the head. TFLOP; arithmetic, not measured.")
@@ -395,7 +396,7 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kernels", "moe", "balance", "roofline"))
-    parser.add_argument("--chip", choices=[chip for chip in BANDWIDTH if chip in train.CHIPS])
+    parser.add_argument("--chip", choices=[chip for chip in BANDWIDTH if chip in plan.CHIPS])
     given = parser.parse_args(arguments)
     if (given.what == "roofline") != (given.chip is not None):
         parser.error("--chip belongs to roofline, and roofline needs it")

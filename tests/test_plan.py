@@ -73,7 +73,7 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_to_change(capsys):
 
 
 def test_axis_rates_follow_the_torus():
-    v4, v6e = train.CHIPS["v4"], train.CHIPS["v6e"]
+    v4, v6e = plan.CHIPS["v4"], plan.CHIPS["v6e"]
     rate = plan.link_rates(v4, 1, (8, 8, 16), {"replica": 1, "data": 128, "expert": 8})
     assert rate["expert"] == 2 * v4.link and rate["data"] == 4 * v4.link
     rate = plan.link_rates(v6e, 1, (16, 16), {"replica": 1, "data": 32, "expert": 8})

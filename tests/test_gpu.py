@@ -29,8 +29,11 @@ def lowered(f, *args):
     return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["smoke", "laptop", "gpu_h200"])
+@pytest.mark.parametrize("name, dtype", [
+    ("smoke", "float32"), ("gpu_h200", "bfloat16"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("smoke", "bfloat16"), ("laptop", "float32"), ("laptop", "bfloat16"),
+        ("gpu_h200", "float32")))])
 def test_the_train_step_lowers_for_every_gpu(name, dtype):
     """At the sizes of the config. No kernel of any one generation of cards may be in it."""
     c, t = train.load_config(str(ROOT / "configs" / f"{name}.py"))

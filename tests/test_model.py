@@ -32,7 +32,7 @@ RUNGS = {
     "every expert for every token": dict(experts_per_token=8),
     "four layers": dict(num_layers=4),
     "five layers": dict(num_layers=5)}
-QUICK = ("v1", "v2", "dense", "no shared expert", "bfloat16")
+QUICK = ("v1", "v2", "dense", "bfloat16")
 
 
 @functools.lru_cache
@@ -164,7 +164,9 @@ def test_a_position_depends_on_its_own_document_s_past_and_nothing_else(rung, ti
 
 
 @pytest.mark.parametrize("layers, last_layer_full, reach", [
-    (1, False, 3), (2, False, 5), (4, False, 24), (1, True, 24), (2, True, 24)])
+    (1, False, 3), (4, False, 24), (1, True, 24),
+    pytest.param(2, False, 5, marks=pytest.mark.slow),
+    pytest.param(2, True, 24, marks=pytest.mark.slow)])
 def test_a_window_layer_sees_its_window_and_a_full_layer_everything(layers, last_layer_full, reach,
                                                                     tiny):
     """A window of 3 holds the token itself. In V1, fewer than four layers are all window layers."""

@@ -48,12 +48,12 @@ def on_devices(P, layer, bias_E, c):
 
 
 @pytest.mark.parametrize("P, exchange, factor, skew", [
-    (1, "ring", 0.0, "even"),
-    (2, "ring", 2.0, "even"),
+    pytest.param(1, "ring", 0.0, "even", marks=pytest.mark.slow),
+    pytest.param(2, "ring", 2.0, "even", marks=pytest.mark.slow),
     (4, "ring", 4.0, "two take all"),
     (8, "ring", 8.0, "even"),
-    (2, "ring", 0.0, "two take all"),
-    (8, "ring", 0.0, "two take all"),
+    pytest.param(2, "ring", 0.0, "two take all", marks=pytest.mark.slow),
+    pytest.param(8, "ring", 0.0, "two take all", marks=pytest.mark.slow),
     (8, "ring", 0.0, "even"),
     (1, "ragged", 1.0, "even"),
     (2, "ragged", 2.0, "two take all"),
@@ -74,7 +74,8 @@ def test_sharing_experts_changes_nothing_when_nothing_overflows(P, exchange, fac
 
 
 @pytest.mark.parametrize("P, factor, skew", [
-    (2, 1.0, "two take all"), (4, 1.0, "even"), (8, 1.25, "even")])
+    (2, 1.0, "two take all"), (8, 1.25, "even"),
+    pytest.param(4, 1.0, "even", marks=pytest.mark.slow)])
 def test_overflow_drops_the_last_in_expert_order_and_both_exchanges_agree(P, factor, skew, layer,
                                                                           routing, close):
     """Against the definition in numpy: of a shard's assignments, by expert and then by token, the

@@ -89,6 +89,7 @@ def test_a_rate_in_the_config_replaces_the_heuristic_s(rates_of):
      (0, 9, 10, 50, 80, 90, 99), (0, 0.9, 1, 1, 1, 0.55, 0.145)),
     (dict(steps=39, warmup=0.1), (0, 2, 3), (0, 2 / 3, 1)),             # 3.9 steps are 3
     (dict(steps=100, warmup=0.0), (0,), (1,)),
+    (dict(steps=1, warmup=0.1), (0,), (1,)),                            # all of a run of one step
     (dict(steps=100, warmup=0.0, schedule="wsd", decay=0.0), (0, 99), (1, 1))])
 def test_the_schedule_s_values(keys, at, want):
     """The first step of a warm-up has rate 0, the last step a rate above the floor."""
@@ -97,6 +98,7 @@ def test_the_schedule_s_values(keys, at, want):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_moves_every_weight(config, load, run_steps):
     c, t = load(config, steps=1, num_layers=1, devices=2)
     before = init(c)
@@ -211,9 +213,11 @@ def test_every_weight_trains_and_no_matrix_changes_its_norm(config, optimizer, l
 
 
 @pytest.mark.parametrize("sizes, owners", [
-    ({}, {"adam": ("embed_VD", "router_DE", "gain_D", "head_gate_DN"),
-          "experts": ("_EDF", "_EFD", "shared_gate_DZ", "shared_up_DZ", "shared_down_ZD")}),
-    (DENSE, {"adam": ("embed_VD", "gain_D", "head_gate_DN")})], ids=["moe", "dense"])
+    pytest.param({}, {"adam": ("embed_VD", "router_DE", "gain_D", "head_gate_DN"),
+          "experts": ("_EDF", "_EFD", "shared_gate_DZ", "shared_up_DZ", "shared_down_ZD")},
+                 id="moe"),
+    pytest.param(DENSE, {"adam": ("embed_VD", "gain_D", "head_gate_DN")}, id="dense",
+                 marks=pytest.mark.slow)])
 def test_each_group_is_clipped_by_its_own_norm(sizes, owners, tiny, assert_same_bits):
     """The groups are Adam's weights, the experts (routed and shared), and all other matrices. A
     group's gradient is scaled to norm `clip`, and no other group's gradient changes that."""
@@ -264,7 +268,8 @@ def test_moments_are_sharded_like_their_weights(config, load):
 
 def test_one_device_equals_eight(config, load, run_steps):
     """Losses within 2e-6. They are not bit-equal, because sums are taken in another order."""
-    (want, one), (got, eight) = (run_steps(*load(config, devices=n), 6) for n in (1, 8))
+    (want, one), (got, eight) = (
+        run_steps(*load(config, devices=n, num_layers=1), 6) for n in (1, 8))
     assert np.abs(got - want).max() < 2e-6
     np.testing.assert_allclose(one.bias_LE, eight.bias_LE, atol=1e-4)
 
@@ -330,10 +335,10 @@ def test_the_bias_routes_one_step_late_and_none_leaves_it_at_zero(config, load, 
 
 def test_evaluation_reads_the_state_and_scores_every_held_out_byte(config, load, run_steps,
                                                                    assert_same_bits):
-    c, t = load(config, devices=2)
+    c, t = load(config, devices=2, num_layers=1)
     mesh = train.make_mesh(c, t)
     mixture = data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size,
-                                seq_len=c.seq_len, quiet=True)
+                                seq_len=c.seq_len)
     _, state = run_steps(c, t, 2)
     before = jax.tree.map(np.array, state)
     score = train.make_eval_step(c, mesh, jnp.asarray(mixture.tokenizer.bytes_V, jnp.float32))

@@ -289,7 +289,11 @@ MUTANTS = {
         model.moe, "moe", lambda f: lambda x, p, bias_E, *a, **k: f(x, p, 0 * bias_E, *a, **k))}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+QUICK_MUTANTS = ("combine_sum", "XSA off", "head gate without its 2", "GatedNorm without gate")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK_MUTANTS else
+                                  pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS])
 def test_the_twin_notices_a_mutant_of_the_model(name, errors, monkeypatch):
     given, mutant = TWO, MUTANTS[name]
     if isinstance(mutant, dict):
@@ -364,7 +368,9 @@ OPTIMIZER_MUTANTS = {       # name: the case of STEPS, where to patch, and what 
     "one clip for all": ("v1", train, "GROUPS", adamh_groups(expert="adamh", shared="adamh"))}
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_MUTANTS)
+@pytest.mark.parametrize("name", [name if name == "one clip for all" else
+                                  pytest.param(name, marks=pytest.mark.slow)
+                                  for name in OPTIMIZER_MUTANTS])
 def test_the_twin_notices_a_mutant_of_the_optimizer(name, monkeypatch):
     case, where, what, change = OPTIMIZER_MUTANTS[name]
     monkeypatch.setattr(where, what, change(getattr(where, what)))

@@ -70,10 +70,12 @@ def reading(place, expected, remedy="mend it or fetch it again"):
 
 
 def log(line):
+    """Print one line of progress to stderr."""
     print(f"data: {line}", file=sys.stderr, flush=True)
 
 
 def sha256(buffer):
+    """The digest of a buffer, in hex."""
     return hashlib.sha256(buffer).hexdigest()
 
 
@@ -335,6 +337,7 @@ def books(kind, cache):
 
 
 def distinct_texts(blobs):
+    """The texts of some documents, each once."""
     for blob in dict.fromkeys(blobs):
         with contextlib.suppress(UnicodeDecodeError):
             yield blob.decode()
@@ -482,6 +485,7 @@ def prepare(sources, tokenizer, out):
 
 
 def read_manifest(folder):
+    """The manifest of a prepared directory; DataError if it is damaged."""
     path, again = Path(folder) / "manifest.json", f"delete {folder} and prepare it again"
     need(path.is_file(), f"{folder}: no manifest.json, so not prepared; texts are '{folder}/*.txt'")
     with reading(path, f"what `prepare` writes, format {FORMAT}", again):
@@ -757,6 +761,7 @@ def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
 # ---- The command line
 
 def main(args):
+    """Run a command: exit status 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser("data.py", argparse.SUPPRESS, __doc__, SOURCES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("prepare", "check", "text"))

@@ -711,6 +711,7 @@ def fit_of(a, targets):
 
 
 def fit_command(a):
+    """Fit, print, and write what the options ask for."""
     r = fit_of(a, a.predict)
     with contextlib.redirect_stdout(sys.stderr if a.json == "-" else sys.stdout):
         report(r)
@@ -726,15 +727,18 @@ def fit_command(a):
 
 
 def score_command(a):
+    """Score an outcome given as a number or as a run directory."""
     head = read_json(a.record).get("choices", {}).get("head", False)
     score(a.record, a.loss, a.run and read_run_dir(a.run, head))
 
 
 def count(text):
+    """A whole number of 1 or more, from text."""
     return int(number(text, low=0.99, high=1e9))
 
 
 def asymptote(text):
+    """E from text: None if it is to be fitted."""
     return None if text == "free" else number(text, "--asymptote", "E", -1e-12, 100)
 
 

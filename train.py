@@ -154,8 +154,7 @@ def is_source(pair):
 RECIPES = {
     "v1": {},
     "v2": dict(optimizer="muonh", warmup=0.01, clip=0.0, min_lr_ratio=0.05, router_z=0.0,
-               logit_z=0.0),
-}
+               logit_z=0.0)}
 KEYS = typing.get_type_hints(model.ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
@@ -247,7 +246,6 @@ def mesh_error(c, t, n):
     if rows % n:
         return f"batch_size / accumulate: expected a multiple of the {n} devices, found {rows}"
     size = mesh_shape(t, n)
-
     def uneven(path, w):
         for axis, length in zip(w.spec, w.shape):
             if axis and length % size[axis]:
@@ -261,7 +259,6 @@ def local_devices(c, t):
     can share the batch, at most one a core, on which XLA runs most operations of a device."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
-
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
         cores = len(os.sched_getaffinity(0))
@@ -338,10 +335,8 @@ def hyperball(direction, rate):
     floor of 1e-10 keeps a zero gradient from becoming NaN. [marin #4697]"""
     def init(params):
         return HyperballState(jnp.zeros((), jnp.int32), direction.init(params))
-
     def update(grads, state, params):
         us, inner = direction.update(grads, state.direction, params)
-
         def move(w, u):
             norm = matrix_norm(w)
             moved = w - rate(state.count) * norm * u / jnp.maximum(matrix_norm(u), 1e-10)
@@ -394,8 +389,7 @@ GROUPS = {
     "adamh": dict(adam="adam", matrix="adamh", head="adamh", expert="adamh_expert",
                   shared="adamh_expert"),
     "muonh": dict(adam="adam", matrix="muonh", head="adamh", expert="muonh", shared="muonh"),
-    "adamw": dict(adam="adam", matrix="adamw", head="adamw", expert="adamw", shared="adamw"),
-}
+    "adamw": dict(adam="adam", matrix="adamw", head="adamw", expert="adamw", shared="adamw")}
 
 
 def masked(leaf):
@@ -406,15 +400,12 @@ def masked(leaf):
 def make_optimizer(c, t, mesh=None):
     """The optax transformation of all weights: clip, direction and step, group by group."""
     specs, r = model.map_params(lambda _, w: w.spec, c), rates(c, t)
-
     @jax.named_scope("orthogonalize")
     def orthogonal(ms, _):
         one = lambda m, spec: m if masked(m) else orthogonalize(m, mesh, spec)
         return jax.tree.map(one, ms, specs, is_leaf=masked)
-
     def ball(direction):
         return hyperball(direction, lambda step: r.matrix_lr * lr_multiplier(t, step))
-
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
     muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
     down = optax.scale_by_learning_rate(lambda step: r.adam_lr * lr_multiplier(t, step))
@@ -508,10 +499,8 @@ def make_train_step(c, t, mesh, platform=None):
     def gradients(params, bias_LE, batch):
         totals = lax.psum({"weight": jnp.sum(batch["weights"]),
                            "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
-
         def objective(params, rows):
             return model.loss(params, bias_LE, rows, totals, c, True, platform)
-
         def microbatch(total, rows):
             (_, record), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
             return jax.tree.map(jnp.add, total, grads), record
@@ -528,10 +517,8 @@ def make_train_step(c, t, mesh, platform=None):
             metrics |= {"load_LE": load_LE, "dropped_L": dropped_L, "bias_kept": jnp.sum(kept_L),
                         "router_z": z / (c.num_layers * totals["tokens"])}
         return grads, bias_LE, metrics
-
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                             out_specs=(specs, Spec(), Spec()), check_vma=False)
-
     def train_step(state, batch):
         grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
@@ -542,7 +529,6 @@ def make_train_step(c, t, mesh, platform=None):
         params, opt, bias_LE = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
         metrics |= {"gnorm": gnorm, "lr_multiplier": lr_multiplier(t, state.step), "skipped": ~good}
         return State(state.step + 1, params, opt, bias_LE, history_2W), metrics
-
     shardings = state_shardings(c, t, mesh), NamedSharding(mesh, Spec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
@@ -579,14 +565,12 @@ def make_eval_step(c, mesh, bytes_V):
     c, platform = serving(c), mesh.devices.flat[0].platform
     specs = model.map_params(lambda _, w: w.spec, c)
     bytes_V = jnp.zeros(c.vocab_size).at[:len(bytes_V)].set(bytes_V)    # unused ids have 0 bytes
-
     def score(params, bias_LE, batch):
         rows = {k: v[0] for k, v in batch.items()}
         nll_T, _, _ = model.token_losses(params, bias_LE, rows, c, True, platform)
         weights, sizes = rows["weights"], bytes_V[rows["targets"]]
         nats = jnp.sum(weights.reshape(-1) * nll_T)
         return lax.psum((nats, jnp.sum(weights), jnp.sum(sizes * weights)), MESH)
-
     return jax.jit(jax.shard_map(score, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                                  out_specs=Spec(), check_vma=False))
 
@@ -611,7 +595,6 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
 def make_sampler(c, t, tokenizer):
     """A function (params, bias_LE, prompt, n, seed) -> text, on one device. Slow: no cache."""
     c, one = serving(c), jax.devices()[0]
-
     @jax.jit
     def next_token(params, bias_LE, window_S, length, key):
         segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
@@ -621,7 +604,6 @@ def make_sampler(c, t, tokenizer):
         if t.temperature == 0:
             return jnp.argmax(logits_V)
         return jax.random.categorical(key, logits_V / t.temperature)
-
     def sample(params, bias_LE, prompt, n, seed=0):
         params, bias_LE = jax.device_put((params, bias_LE), one)
         tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
@@ -1003,11 +985,9 @@ def stop_signals():
         yield lambda step: signal.SIGTERM if stop_at(step) else None
         return
     caught = []
-
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-
     old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: caught[0] if caught else None
@@ -1021,7 +1001,6 @@ def watchdog(minutes, run):
     """Yields a function to call whenever something got done. If it is not called for `minutes`, the
     process prints all stacks and exits with 75: a wedged chip looks like a step without end."""
     beat, over = threading.Event(), threading.Event()
-
     def watch():
         while beat.wait(60 * minutes):
             if over.is_set():
@@ -1033,7 +1012,6 @@ def watchdog(minutes, run):
         with contextlib.suppress(TemporaryError):
             log_event(run, "stuck", seconds=round(60 * minutes))
         os._exit(75)
-
     if minutes:
         threading.Thread(target=watch, daemon=True).start()
     try:
@@ -1068,7 +1046,6 @@ def train(c, t):
         metrics_log = Log(run, c, t, mesh, start, lambda step: data.rows_of(
             mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
-
         def run_eval(state, step, limit=None):
             domains = evaluate(state, eval_step, mixture, c, t, mesh, limit)
             log_event(run, "eval", step=step, domains=domains)
@@ -1076,12 +1053,10 @@ def train(c, t):
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
             heartbeat()
             return domains
-
         def save(state):
             if failed := checkpoints.save(state, config):
                 log_event(run, "save_failed", why=failed)
                 log(f"warning   a checkpoint could not be written ({failed}); going on")
-
         state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat)
         if failed := checkpoints.wait():
             log_event(run, "save_failed", why=failed)

@@ -953,10 +953,9 @@ class Log:
         log_event(self.run, "skip", step=step, why=why, loss=str(loss), gnorm=str(gnorm),
                   rows=self.rows_of(step))
         if self.skipped_in_row >= self.t.max_skips:
-            raise Diverged(
-                f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, "
-                f"{self.skipped_in_row} times in a row; none of these updates was taken. Look at "
-                f"the batch with --replay {step}, or lower the rates")
+            raise Diverged(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, "
+                           f"{self.skipped_in_row} times in a row; none of these updates was taken. "
+                           f"Look at the batch with --replay {step}, or lower the rates")
 
 
 # ------------------------------------------------------------------------------------------ main

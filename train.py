@@ -954,7 +954,7 @@ class Log:
                   rows=self.rows_of(step))
         if self.skipped_in_row >= self.t.max_skips:
             raise Diverged(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, "
-                           f"{self.skipped_in_row} times in a row; none of these updates was taken. "
+                           f"{self.skipped_in_row} times in a row; none was taken. "
                            f"Look at the batch with --replay {step}, or lower the rates")
 
 

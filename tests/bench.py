@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def kernel_cases():
         return lambda x, w: kernels.grouped_matmul(x, w, tile_expert, impl)
 
     def experts(impl):
-        return lambda *args: kernels.experts(*args, tile_expert, impl)
+        return lambda *args: kernels.expert_mlp(*args, tile_expert, impl)
 
     heads = normal(B, S, N, H), normal(B, S, M, H), normal(B, S, M, H)
     cases = {
@@ -152,14 +153,14 @@ def routed(multiply):
     """The experts of moe.moe, routing given, computed by multiply(rows, weights, tile_expert)."""
     def layer(x_TD, gate_TK, gate, up, down, expert_TK, cotangent_TD):
         E = gate.shape[0]
-        d = moe.dispatch(expert_TK, E, kernels.row_tile("cpu", expert_TK.size, E))
+        d = moe.dispatch(expert_TK, E, kernels.row_tile("loop", expert_TK.size, E))
         y_RD = multiply(moe.spread(x_TD, d), (gate, up, down), d.tile_expert)
         return jnp.vdot(moe.combine(y_RD, gate_TK, d), cotangent_TD)
     return layer
 
 
 def by_kernel(impl):
-    return lambda x_RD, weights, tile_expert: kernels.experts(x_RD, *weights, tile_expert, impl)
+    return lambda x_RD, weights, tile_expert: kernels.expert_mlp(x_RD, *weights, tile_expert, impl)
 
 
 def by_ragged_dot(x_RD, weights, tile_expert):
@@ -212,25 +213,27 @@ def bench_moe():
     x_TD, cotangent_TD = jax.random.normal(keys[4], (T, D)), jax.random.normal(keys[5], (T, D))
     zero_E = jnp.zeros(E)
     _, even_E = balance.step(x_TD @ p["router_DE"], zero_E, K)
-    r = moe.route(x_TD, p["router_DE"], even_E, K)
+    c = types.SimpleNamespace(experts_per_token=K, combine_sum=0.0, balancer="quantile",
+                              capacity_factor=0.0)
+    expert_TK, weight_TK, _ = moe.route(x_TD, p["router_DE"], even_E, c)
     weights = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
-    given = x_TD, r.gate_TK, *weights
+    given = x_TD, weight_TK, *weights
 
     def one_expert(rows_RD, gate, up, down):        # as many products, and nothing else
         return jnp.sum(((rows_RD @ gate) * (rows_RD @ up)) @ down)
 
     def ours(multiply):
-        return with_gradients(routed(multiply), *given, fixed=(r.expert_TK, cotangent_TD))
+        return with_gradients(routed(multiply), *given, fixed=(expert_TK, cotangent_TD))
 
     of_one = [w[0] for w in weights]
     forms = {
         "loop (the default)": ours(by_kernel("loop")),
         "tiles": ours(by_kernel("tiles")),
-        "dense einsum": with_gradients(dense_einsum, *given, fixed=(r.expert_TK, cotangent_TD)),
+        "dense einsum": with_gradients(dense_einsum, *given, fixed=(expert_TK, cotangent_TD)),
         "lax.ragged_dot": ours(by_ragged_dot),
         "bare matmuls": with_gradients(one_expert, jnp.tile(x_TD, (K, 1)), *of_one),
     }
-    by_torch = torch_grouped_mm(x_TD, r.gate_TK, weights, r.expert_TK, cotangent_TD)
+    by_torch = torch_grouped_mm(x_TD, weight_TK, weights, expert_TK, cotangent_TD)
     forms |= {"torch._grouped_mm": by_torch} if by_torch else {}
 
     kind = jax.devices()[0].device_kind
@@ -240,24 +243,24 @@ def bench_moe():
     for name, seconds in times.items():
         share = times["loop (the default)"] / seconds
         print(f"  {name:20s} {seconds * 1e3:8.1f} ms   the default takes {share:5.2f} of it")
-    bench_routings(x_TD, p, K, cotangent_TD, even_E)
+    bench_routings(x_TD, p, c, cotangent_TD, even_E)
 
 
-def bench_routings(x_TD, p, K, cotangent_TD, even_E):
+def bench_routings(x_TD, p, c, cotangent_TD, even_E):
     """The whole layer beside its definition, for even and uneven loads."""
-    E = even_E.shape[0]
+    E, K = even_E.shape[0], c.experts_per_token
     biases = {"no balancing": jnp.zeros(E), "quantile balancing": even_E,
               f"{K} experts take all": jnp.where(jnp.arange(E) < K, 100.0, 0.0)}
 
     def run(layer):
         return jax.jit(jax.value_and_grad(
-            lambda x, p, bias: jnp.vdot(layer(x, p, bias, K)[0], cotangent_TD), argnums=(0, 1)))
+            lambda x, p, bias: jnp.vdot(layer(x, p, bias, c)[0], cotangent_TD), argnums=(0, 1)))
 
     fast, dense = run(moe.moe), run(moe.dense_moe)
     print("The whole layer against dense_moe, forward and backward:")
     times = stopwatch({name: partial(fast, x_TD, p, bias) for name, bias in biases.items()})
     for name, bias in biases.items():
-        expert_TK = moe.route(x_TD, p["router_DE"], bias, K).expert_TK
+        expert_TK = moe.route(x_TD, p["router_DE"], bias, c)[0]
         load_E = jnp.bincount(expert_TK.reshape(-1), length=E)
         error = max(relative_errors(fast(x_TD, p, bias), dense(x_TD, p, bias)))
         print(f"  {name:20s} {times[name] * 1e3:8.1f} ms   loads {load_E.min()} to {load_E.max()}, "
@@ -351,7 +354,7 @@ def roofline(chip):
         rows.append((name, 12 * T * S * N * H, 12 * pairs * N * H, 9 * scores, read))
 
     R, local = T * K, E // 4                            # EP4: a chip has T*K rows for 16 experts
-    tile = kernels.row_tile("tpu" if tpu else "gpu", R, local)
+    tile = kernels.row_tile("pallas_tpu" if tpu else "tiles", R, local)
     padded = R + local * tile // 2
     out = 1280 if tpu else 256                          # columns of an output block
 

@@ -558,13 +558,13 @@ def text_batches(c, rows):
     try:
         mixture, tokenizer = (word.partition("=")[2] for word in prepared())
         sources = ast.literal_eval(mixture)
-        opened = data.open_mixture(sources, tokenizer, DATA, c.vocab_size, c.seq_len, quiet=True)
+        opened = data.open_mixture(sources, tokenizer, DATA, c.vocab_size, c.seq_len)
         return lambda step: data.batch_at(opened, step, rows, c.seq_len, 0), "text, bpe of 2,048"
     except FileNotFoundError:
         rng = np.random.default_rng(0)
         def batch(step):
             ids = rng.integers(0, c.vocab_size, (rows, c.seq_len + 1), dtype=np.int32)
-            return data._batch(np.where(rng.random(ids.shape) < 1e-3, 0, ids), 0)
+            return data.make_batch(np.where(rng.random(ids.shape) < 1e-3, 0, ids), 0)
         return batch, "random tokens"
 
 

@@ -325,7 +325,7 @@ def tally(found, key):
 def report(found, planned):
     """Print the table of collectives and those that are unexpected. Returns (whether all is well, that in words).
 
-    planned: bytes a step by train.traffic. Well is also a tenth of the bytes in all-reduces that the compiler put
+    planned: bytes a step by plan.traffic. Well is also a tenth of the bytes in all-reduces that the compiler put
     for reduce-scatters. With anything unreadable, nothing is well."""
     read = [x for x in found if x.axis != UNREADABLE]
     print(f"traffic   {'axis':24s} {'operation':20s} where {'runs a step':>12s} {'GB received a chip':>19s}")

@@ -229,7 +229,7 @@ def describe_keys():
 
 # -------------------------------------------------------------------------------------------- mesh
 
-MESH = ("replica", "data", "expert")    # all three split tokens; model.param_specs splits weights
+MESH = ("replica", "data", "expert")    # they split tokens; model.param_specs: which split weights
 
 
 def mesh_shape(t, n):
@@ -256,7 +256,7 @@ def mesh_error(c, t, n):
 
 def local_devices(c, t):
     """The devices of this machine that the run uses: all accelerators; or as many CPU devices as
-    can share the batch, at most one a core, on which XLA runs most operations of a device."""
+    can share the batch, at most one a core: XLA runs most operations of a CPU on one core."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
     cores = os.cpu_count() or 1
@@ -277,8 +277,8 @@ def local_devices(c, t):
 
 def make_mesh(c, t, devices=None):
     """The devices as replica x data x expert: copies of the weights, FSDP shares, experts.
-    mesh_utils lays the axes along a TPU's torus; neighbors share experts, the last axis. Raises
-    ConfigError if the devices cannot share the model or the batch."""
+    mesh_utils lays the axes along a TPU's torus; "expert" comes last, so that neighbors share
+    experts. Raises ConfigError if the devices cannot share the model or the batch."""
     devices = local_devices(c, t) if devices is None else devices
     if reason := mesh_error(c, t, len(devices)):
         raise ConfigError(reason)

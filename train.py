@@ -18,7 +18,6 @@ import difflib
 import faulthandler
 import fcntl
 import functools
-import glob
 import importlib.util
 import inspect
 import json
@@ -495,7 +494,6 @@ def make_train_step(c, t, mesh, platform=None):
     def sum_copies(g, spec):
         """Sum a gradient over the axes that copy its weight; others the transposes have summed."""
         return lax.psum(g, tuple(axis for axis in MESH if axis not in spec))
-
     def gradients(params, bias_LE, batch):
         totals = lax.psum({"weight": jnp.sum(batch["weights"]),
                            "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
@@ -1149,7 +1147,7 @@ def read_flags(words):
 def init_distributed(flags, t):
     """Join the other processes of this run. On a TPU they find each other, elsewhere by flags."""
     told, seconds = [flags.coordinator, flags.processes, flags.process], t.heartbeat_seconds
-    tpu = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    tpu = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
     if told != [None] * 3:
         if None in told or not 0 <= flags.process < flags.processes:
             refuse("--coordinator, --processes, --process", "all three, I below N", told)
@@ -1200,6 +1198,8 @@ def main(arguments):
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]              # what configs/ imports
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # ctrl-C, outside of stop_signals
+    # after a failed read or write, threads of orbax report to a closed event loop, with stacks
+    sys.unraisablehook = lambda e, show=sys.unraisablehook: "is closed" in str(e) or show(e)
     if code := main(sys.argv[1:]):
         # a normal exit would wait for lost peers and failed writes, which print lines of their own
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"    # eight CPU devices, whatever else the machine has
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 
 import jax

@@ -424,8 +424,10 @@ def fuzz(format, cases, strategy, apply):
         nonlocal count
         count += 1
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        format.case(apply(edits))
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            format.case(apply(edits))
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
     run()
     return count
 

@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 import balance
 import kernels
 import moe
-import train
 from configs import plan
 from tests import lp
 from tests import rivals

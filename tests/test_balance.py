@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as Spec
 
 import balance
 import data
-import kernels
 import moe
 import train
 from tests import lp

@@ -16,7 +16,6 @@ import pytest
 from jax.experimental import pallas as pl
 
 import kernels
-import model
 import train
 from configs import hopper
 

@@ -2,13 +2,11 @@
 
 Run: pytest tests/test_scaling.py            the coverage study and the large simulations: add -m slow"""
 
-import csv
 import json
 import math
-import runpy
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ import pytest
 import model
 import scaling
 import train
-from configs.ladder import bias, figures, plan, surface
+from configs.ladder import bias, plan, surface
 from configs.ladder.speedup import speedup
 from scaling import BadInput, FitConfig, Run, analyse
 

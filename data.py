@@ -86,8 +86,7 @@ def digest(facts, letters=10):
 
 @contextlib.contextmanager
 def atomic_directory(out):
-    """A scratch directory, renamed to `out` when the block succeeds and removed when it fails. A
-    process that is killed leaves NAME.partial-xxxx behind, which nothing ever opens."""
+    """A scratch directory, renamed to `out` when the block succeeds, removed when it fails."""
     scratch = out.with_name(f"{out.name}.partial-{os.urandom(4).hex()}")
     try:
         scratch.mkdir(parents=True)
@@ -316,7 +315,7 @@ def wheel_files(wheel, cache, endings):
 
 
 def wheel_texts(wheel, cache, endings=SOURCE_LIKE):
-    """The distinct texts in a wheel (see wheel_files) whose names have one of these endings."""
+    """The distinct texts in a wheel whose names have one of these endings."""
     return distinct_texts(blob for _, blob in wheel_files(wheel, cache, endings))
 
 
@@ -568,9 +567,10 @@ def open_foreign(source, tok):
                 magic, _, code, n, _ = np.frombuffer(index, "S9,<u8,u1,<u8,<u8", 1)[0].tolist()
                 dtype = DTYPES[code if magic == b"MMIDIDX" else magic]
                 count = np.frombuffer(index, "<i4", n, 34).sum(dtype=np.int64)
+            found = (os.path.getsize(path) - offset) / np.dtype(dtype).itemsize
+            promise = "expected whole" if count is None else f"its header promises {count:,}"
+            need(0 < found == (count or int(found)), f"{path}: {promise} tokens, found {found:,}")
             ids = np.memmap(path, dtype, "r", offset)
-            fine = len(ids) and count in (None, len(ids))
-            need(fine, f"{path}: its header promises {count} tokens, found {len(ids)}")
         (heldout if re.search("(^|[^a-z])val", os.path.basename(path)) else parts).append(ids)
         fingerprint.append([len(ids), sha256(ids[:1 << 20])])
         need(len(ids) == 1 or ids[1:8192:2].any() or not ids[:8192:2].any(),
@@ -581,9 +581,9 @@ def open_foreign(source, tok):
         left -= ids.nbytes
     need(parts, f"{source}: every name has val in it, so none is left to train on; name more")
     if not heldout:
-        cut = len(parts[-1]) - max(2, len(parts[-1]) // 100)
+        cut = len(ids) - max(2, len(ids) // 100)
         need(cut > 0, f"{path}: expected more than 2 tokens, found {len(ids)}; name larger files")
-        heldout, parts[-1] = [parts[-1][cut:]], parts[-1][:cut]
+        heldout, parts[-1] = [ids[cut:]], ids[:cut]
     train, held = (TokenStream(some, float(tok.bytes_V[some[0][:1_000_000]].mean()))
                    for some in (parts, heldout))
     return Source(short_name(source), train, {short_name(source): held}, digest(fingerprint, 64))

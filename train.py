@@ -6,7 +6,7 @@ Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, rep
       python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
-Read: config, mesh, optimizer, step, batches, evaluation, checkpoint, run directory, log, main.
+Read: config, mesh, optimizer, step, batches, evaluation, checkpoint, run directory, main.
 A step is a function of state and batch, a batch of seed and step: to resume is to restore a state.
 B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
 
@@ -889,73 +889,6 @@ def write_config(run, now):
     write(file, json.dumps(now, indent=1))
 
 
-# ------------------------------------------------------------------------------------------- log
-
-def is_metrics(row):
-    """Whether a row of metrics.jsonl has the numbers that a resumed run and the report need."""
-    numbers = ("step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps")
-    try:
-        maybe = [row[key] for key in ("loss", "ema", "gnorm") if row[key] is not None]
-        return all(map(math.isfinite, maybe + [row[key] for key in numbers]))
-    except (KeyError, TypeError, OverflowError):
-        return False
-
-
-class Log:
-    """Metrics of every step, fetched from the devices once a line, so that no step waits."""
-
-    def __init__(self, run, c, t, mesh, start, rows_of):
-        self.run, self.c, self.t, self.mesh, self.rows_of = run, c, t, mesh, rows_of
-        kept = [r for r in read_rows(run / "metrics.jsonl") if is_metrics(r) and r["step"] <= start]
-        write(run / "metrics.jsonl", json_lines(kept))      # later steps come again
-        self.ema = kept[-1]["ema"] if kept else None
-        self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
-        self.rates, self.count, self.tokens = rates(c, t), model.count(c), t.batch_size * c.seq_len
-        self.pending, self.since = [], time.perf_counter()
-
-    def step(self, step, metrics, due, *_):
-        """Keep a step's metrics; when a line is due, write it. Raises Diverged, see `follow`."""
-        from configs import report
-        self.pending.append(metrics)
-        if not due:
-            return
-        rows, self.pending = jax.device_get(self.pending), []
-        seconds = (time.perf_counter() - self.since) / len(rows)
-        for number, row in enumerate(rows, step - len(rows) + 1):
-            self.follow(number, row)
-        loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_multiplier"))
-        line = {"step": step, "loss": loss if math.isfinite(loss) else None, "ema": self.ema,
-                "gnorm": gnorm if math.isfinite(gnorm) else None,
-                "skipped": sum(int(row["skipped"]) for row in rows),
-                "lr": self.rates.matrix_lr * share, "adam_lr": self.rates.adam_lr * share,
-                "tokens": step * self.tokens, "tokens_per_second": self.tokens / seconds,
-                "flops": step * self.tokens * self.count.flops_per_token,
-                "seconds": seconds, "steps": len(rows), "time": time.time()}
-        if self.c.num_experts:
-            line |= report.routing(rows, self.tokens * self.c.experts_per_token)
-        write(self.run / "metrics.jsonl", json_lines([line]), append=True)
-        log(report.line(self.c, self.t, self.mesh, line, self.skipped))
-        self.since = time.perf_counter()
-
-    def follow(self, step, row):
-        """Average the loss. A skipped update is an event; Diverged after max_skips in a row."""
-        loss, gnorm = float(row["loss"]), float(row["gnorm"])
-        if row.get("bias_kept"):
-            log_event(self.run, "bias_kept", step=step, layers=int(row["bias_kept"]))
-        if not row["skipped"]:
-            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
-            self.skipped_in_row = 0
-            return
-        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
-        why = "an outlier" if math.isfinite(loss + gnorm) else "not finite"
-        log_event(self.run, "skip", step=step, why=why, loss=str(loss), gnorm=str(gnorm),
-                  rows=self.rows_of(step))
-        if self.skipped_in_row >= self.t.max_skips:
-            raise Diverged(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, "
-                           f"{self.skipped_in_row} times in a row; none was taken. "
-                           f"Look at the batch with --replay {step}, or lower the rates")
-
-
 # ------------------------------------------------------------------------------------------ main
 
 def log(line):
@@ -1040,7 +973,7 @@ def train(c, t):
         start = int(state.step)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
-        metrics_log = Log(run, c, t, mesh, start, lambda step: data.rows_of(
+        metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
             mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
         def run_eval(state, step, limit=None):

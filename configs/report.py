@@ -11,6 +11,7 @@ import json
 import math
 import resource
 import sys
+import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -81,6 +82,72 @@ def line(c, t, mesh, row, skipped):
         parts.append(f"maxvio {row['maxvio']:.2f} drop {100 * row['drop']:.1f}%")
     parts += [memory_in_use(device), f"skip {skipped}", f"eta {eta // 60}m{eta % 60:02d}s"]
     return " | ".join(parts)
+
+
+def is_metrics(row):
+    """Whether a row of metrics.jsonl has the numbers that a resumed run and the report need."""
+    numbers = ("step", "skipped", "lr", "adam_lr", "tokens_per_second", "seconds", "steps")
+    try:
+        maybe = [row[key] for key in ("loss", "ema", "gnorm") if row[key] is not None]
+        return all(map(math.isfinite, maybe + [row[key] for key in numbers]))
+    except (KeyError, TypeError, OverflowError):
+        return False
+
+
+class Log:
+    """Metrics of every step, fetched from the devices once a line, so that no step waits."""
+
+    def __init__(self, run, c, t, mesh, start, rows_of):
+        self.run, self.c, self.t, self.mesh, self.rows_of = run, c, t, mesh, rows_of
+        kept = [row for row in train.read_rows(run / "metrics.jsonl")
+                if is_metrics(row) and row["step"] <= start]
+        train.write(run / "metrics.jsonl", train.json_lines(kept))      # later steps come again
+        self.ema = kept[-1]["ema"] if kept else None
+        self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
+        self.rates, self.count = train.rates(c, t), model.count(c)
+        self.tokens = t.batch_size * c.seq_len
+        self.pending, self.since = [], time.perf_counter()
+
+    def step(self, step, metrics, due, *_):
+        """Keep a step's metrics; when a line is due, write it. Raises Diverged, see `follow`."""
+        self.pending.append(metrics)
+        if not due:
+            return
+        rows, self.pending = jax.device_get(self.pending), []
+        seconds = (time.perf_counter() - self.since) / len(rows)
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            self.follow(number, row)
+        loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_multiplier"))
+        new = {"step": step, "loss": loss if math.isfinite(loss) else None, "ema": self.ema,
+               "gnorm": gnorm if math.isfinite(gnorm) else None,
+               "skipped": sum(int(row["skipped"]) for row in rows),
+               "lr": self.rates.matrix_lr * share, "adam_lr": self.rates.adam_lr * share,
+               "tokens": step * self.tokens, "tokens_per_second": self.tokens / seconds,
+               "flops": step * self.tokens * self.count.flops_per_token,
+               "seconds": seconds, "steps": len(rows), "time": time.time()}
+        if self.c.num_experts:
+            new |= routing(rows, self.tokens * self.c.experts_per_token)
+        train.write(self.run / "metrics.jsonl", train.json_lines([new]), append=True)
+        train.log(line(self.c, self.t, self.mesh, new, self.skipped))
+        self.since = time.perf_counter()
+
+    def follow(self, step, row):
+        """Average the loss. A skipped update is an event; Diverged after max_skips in a row."""
+        loss, gnorm = float(row["loss"]), float(row["gnorm"])
+        if row.get("bias_kept"):
+            train.log_event(self.run, "bias_kept", step=step, layers=int(row["bias_kept"]))
+        if not row["skipped"]:
+            self.ema = loss if self.ema is None else 0.95 * self.ema + 0.05 * loss
+            self.skipped_in_row = 0
+            return
+        self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+        why = "an outlier" if math.isfinite(loss + gnorm) else "not finite"
+        train.log_event(self.run, "skip", step=step, why=why, loss=str(loss), gnorm=str(gnorm),
+                        rows=self.rows_of(step))
+        if self.skipped_in_row >= self.t.max_skips:
+            raise train.Diverged(f"step {step}: the loss is {loss}, the gradient norm {gnorm}: {why}, "
+                                 f"{self.skipped_in_row} times in a row; none was taken. "
+                                 f"Look at the batch with --replay {step}, or lower the rates")
 
 
 def write_result(c, t, run, mixture, domains):

@@ -17,6 +17,7 @@ import balance
 import data
 import moe
 import train
+from configs import report
 from tests import lp
 from tests.lp import scores
 
@@ -502,7 +503,7 @@ def test_evaluation_uses_the_bias(config):
 def test_a_kept_bias_is_an_event(config, tmp_path):
     c, t = load(config)
     mesh = train.make_mesh(c, t)
-    log = train.Log(tmp_path, c, t, mesh, 0, rows_of=None)
+    log = report.Log(tmp_path, c, t, mesh, 0, rows_of=None)
     row = {"loss": 1.0, "gnorm": 1.0, "lr_multiplier": 1.0, "router_z": 0.0, "skipped": False,
            "load_LE": np.ones((c.num_layers, c.num_experts)), "dropped_L": np.zeros(c.num_layers)}
     for step, kept in ((1, 0), (2, 2), (3, 0)):

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import train
+from configs import report
 from tests.inject import ENVIRONMENT, SAVE, STEPS, checksums, command, events, go, outcome, saved_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,7 +337,7 @@ def edit(offset, new):
 
 cut = lambda path: path.write_bytes(path.read_bytes()[:-7])
 SHARD_FAULTS = {
-    "shard truncated": [("llmc", cut, "promises 20,000 tokens"), ("nanogpt", cut, "no whole number"),
+    "shard truncated": [("llmc", cut, "promises 20,000 tokens"), ("nanogpt", cut, "expected whole tokens, found 19,996.5"),
                         ("prepared", cut, "expected .* bytes, found")],
     "shard with the wrong magic": [("llmc", edit(0, b"\1\2\3\4"), "expected llm.c's magic")],
     "shard with an id >= vocab": [("llmc", edit(2000, b"\xff\xff"), "65535, but bytes has 0 to 256"),
@@ -649,7 +650,7 @@ def test_logging_and_checkpoints_cost_less_than_2_percent(tmp_path, synthetic):
         cost = {"step": [], "line": [], "save": []}
         (tmp_path / "run").mkdir()
         checkpoints.open()
-        log = train.Log(tmp_path / "run", c, t, mesh, 0, None)
+        log = report.Log(tmp_path / "run", c, t, mesh, 0, None)
 
         def clock(name, call):
             began = time.process_time()

@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import data
 import scaling
 import train
+from configs import report
 
 CONFIG = """
 mixture = (("t.txt", 1.0),)
@@ -321,7 +322,7 @@ def make(name, folder):
         mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
 
         def read():
-            log = train.Log(folder, c, t, mesh, 4, None)
+            log = report.Log(folder, c, t, mesh, 4, None)
             assert log.ema is None or math.isfinite(log.ema)
             return train.read_rows(path)
         good = [(b"".join(json.dumps(row).encode() + b"\n" for row in rows[:n]), rows[:n]) for n in (1, 3, 4)]

@@ -418,7 +418,9 @@ def key_offset(k_BSMH, segment_BS):
 
 
 if __name__ == "__main__":
+    import argparse
     import train
+    argparse.ArgumentParser(usage=__doc__).parse_args()      # --help, and no other word
     config, _ = train.load_config("configs/smoke.py")
     map_params(lambda path, w: print(f"{path:26s}{w.shape!s:22s}", *w[1:]), config)
     print(count(config))

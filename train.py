@@ -105,7 +105,7 @@ class TrainConfig:
     devices: int = 0                    # 0: all accelerators, or CPU devices that fit the batch
     replicas: int = 1                   # mesh axis "replica": copies of weights; 0: one a device
     expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts
-    topology: str = ""                  # for --plan: "v4:8x8x16", or two slices: "2xv5p:8x8x8"
+    topology: str = ""                  # for --plan: "h100:8", "v4:8x8x16", slices: "2xv5p:8x8x8"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step has one

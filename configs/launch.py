@@ -343,7 +343,8 @@ def act(given, keys, dry):
         return keep(pod, words, given.RETRIES, given.pause)
     if given.verb == "status":
         state = pod.state()
-        print(state, pod.state("yaml(state)") if state in ("FAILED", "SUSPENDED") else "")
+        if not dry:
+            print(state, pod.state("yaml(state)") if state in ("FAILED", "SUSPENDED") else "")
         return int(not state)
     if given.verb == "logs":
         command = f"tail -n 40 {'-F ' * given.follow}moe/log.txt"

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -356,6 +357,6 @@ def test_keep_ships_the_commit_that_it_began_with(launch_py):
 
 def test_the_program_runs_alone(tmp_path):
     """Without jax and from another folder, as on a laptop."""
-    done = subprocess.run(["python3", "-S", "-I", launch.__file__, "create", "a", "b", "v6e-8", "--dry-run"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-S", "-I", launch.__file__, "create", "a", "b", "v6e-8", "--dry-run"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and "--accelerator-type=v6e-8" in done.stdout, done.stderr

@@ -119,7 +119,8 @@ def test_dry_run_of_keep_prints_the_whole_cycle(launch_py):
 @pytest.mark.parametrize("verb", EVERY)
 def test_every_word_that_a_verb_does_not_know_is_refused(launch_py, verb):
     words = [verb, "big", ZONE, *EVERY[verb]]
-    for wrong in ([*words, "--dryrun"], [*words, "-n"], [*words, "more"], words[:-1], ["", *words], [verb, "", *words[2:]],
+    for wrong in ([*words, "--dryrun"], [*words, "-n"], [*words, "more"], words[:-1],
+                  ["", *words], [verb, "", *words[2:]],
                   [*words[:2], "", *words[3:]], [*words[:-1], ""], [verb, "Big", *words[2:]], [*words, "--slices=0"],
                   [*words, "--slices=two"], [verb], [*words, "--pause"]):
         code, calls, _, err = launch_py(*wrong)

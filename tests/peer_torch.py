@@ -94,7 +94,8 @@ def attention(a_TD, p, masks, segment_BS, rotation, full, c):
     k_BSMH, v_BSMH = heads("key_DP", M), heads("value_DP", M)
     if c.partial_key_offset and full:
         k_BSMH = key_offset(k_BSMH, segment_BS)
-    qk_norm = lambda x_BSNH: rope(F.rms_norm(x_BSNH, (H,), eps=1e-6).transpose(1, 2), *rotation)
+    turn = (lambda x_BNSH: x_BNSH) if full and c.nope_on_full else lambda x: rope(x, *rotation)
+    qk_norm = lambda x_BSNH: turn(F.rms_norm(x_BSNH, (H,), eps=1e-6).transpose(1, 2))
     q_BNSH, k_BMSH = qk_norm(heads("query_DQ", N)) * c.qk_scale, qk_norm(k_BSMH)
     y_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2),
                                             attn_mask=masks[full], enable_gqa=N != M)
@@ -312,6 +313,8 @@ SHAPES = {      # sizes that differ from TINY's
                                 num_layers=4, hidden_dim=20, seq_len=33),
     "V2's model": dict(half_rope=True, last_layer_full=True, partial_key_offset=True,
                        combine_sum=2.5, router_z=0.0),
+    "the published 67B's model": dict(half_rope=True, last_layer_full=True, nope_on_full=True,
+                                      combine_sum=2.5, router_z=0.0, qk_scale=1.5703),
     "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0, num_layers=2)}
 
 

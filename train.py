@@ -625,12 +625,13 @@ def leaves_by_name(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
-def checksum(x):
+def checksum(x, first=0):
     """32 bits of an array's bits and their places, exact and the same on every mesh. Each element
     is mixed with its place by a one-to-one function (the last step of murmur3), and all are summed
-    modulo 2**32: a change of one element is seen always, any other almost always."""
+    modulo 2**32: a change of one element is seen always, any other almost always. first: the place
+    of the first element, for a part of an array: the sums of the parts are the whole's."""
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    place, stride = jnp.full(x.shape, first % 2**32, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):        # a flat view would gather a split array
         place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]

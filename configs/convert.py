@@ -1,0 +1,388 @@
+"""Weights that move: out of a checkpoint for others to read, and from others into a new run.
+
+Run:  python configs/convert.py SOURCE --to=DIR [--dtype=bfloat16]
+SOURCE is a run directory (its newest checkpoint; RUN@STEP names another), a checkpoint directory,
+also gs://BUCKET/PATH, or a directory of safetensors. DIR must be new. It gets model*.safetensors,
+config.json and the tokenizer: in Marin's public schema ("grug_moe") if the model is of that family
+and SOURCE is a checkpoint, else in a plain schema of our own. `train.py --init_from` reads a run, a
+checkpoint and both schemas. Weights go through one layer at a time. Needs: pip install safetensors.
+Read: the two schemas, what can be opened, what is written."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import model
+import train
+
+DTYPES = {"float32": ("F32", np.float32), "bfloat16": ("BF16", ml_dtypes.bfloat16)}
+FILE_BYTES = 5 * 10**9                  # of one .safetensors file, as the public ones have it
+TOKENIZER_FILES = "tokenizer.tiktoken", "tokenizer.tiktoken.json", "tokenizer.json"
+
+
+# ------------------------------------------------------------------------------ the two schemas
+
+# Our name of a weight and its public one. Matrices are stored [out, in], so all but the embedding
+# are turned. [marin, lib/levanter/src/levanter/models/snowball.py, #7227]
+PUBLIC = {
+    "embed_VD": "model.embed_tokens.weight",
+    "embed_norm_gain_D": "model.embed_norm.weight",
+    "embed_norm_down_DU": "model.embed_gated_norm.down_proj.weight",
+    "embed_norm_up_UD": "model.embed_gated_norm.up_proj.weight",
+    "layers/attn_norm_gain_D": "model.layers.{}.input_layernorm.weight",
+    "layers/attn_norm_down_DU": "model.layers.{}.attn_gated_norm.down_proj.weight",
+    "layers/attn_norm_up_UD": "model.layers.{}.attn_gated_norm.up_proj.weight",
+    "layers/query_DQ": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/key_DP": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/value_DP": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/out_QD": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/head_gate_DN": "model.layers.{}.self_attn.attn_gate.weight",
+    "layers/mlp_norm_gain_D": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp_norm_down_DU": "model.layers.{}.mlp_gated_norm.down_proj.weight",
+    "layers/mlp_norm_up_UD": "model.layers.{}.mlp_gated_norm.up_proj.weight",
+    "layers/router_DE": "model.layers.{}.mlp.router.weight",
+    "bias_LE": "model.layers.{}.mlp.router.bias",
+    "layers/gate_EDF": "model.layers.{}.mlp.experts.gate_proj.weight",
+    "layers/up_EDF": "model.layers.{}.mlp.experts.up_proj.weight",
+    "layers/down_EFD": "model.layers.{}.mlp.experts.down_proj.weight",
+    "layers/shared_gate_DZ": "model.layers.{}.shared_expert.gate_proj.weight",
+    "layers/shared_up_DZ": "model.layers.{}.shared_expert.up_proj.weight",
+    "layers/shared_down_ZD": "model.layers.{}.shared_expert.down_proj.weight",
+    "final_norm_gain_D": "model.norm.weight",
+    "final_norm_down_DU": "model.final_gated_norm.down_proj.weight",
+    "final_norm_up_UD": "model.final_gated_norm.up_proj.weight",
+    "head_DV": "lm_head.weight",
+}
+# A public config.json has one spelling a field; these are ours, and the spellings to refuse.
+FIELDS = {
+    "vocab_size": "vocab_size", "max_position_embeddings": "seq_len", "hidden_size": "hidden_dim",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "sliding_window": "window",
+    "num_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "expert_dim", "shared_expert_intermediate_size": "shared_dim",
+    "rope_theta": "rope_theta", "qk_mult": "qk_scale"}
+ALIASES = {
+    "hidden_dim": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "attention_head_dim": "head_dim", "max_seq_len": "max_position_embeddings",
+    "num_local_experts": "num_experts", "num_experts_per_token": "num_experts_per_tok",
+    "intermediate_dim": "moe_intermediate_size", "intermediate_size": "moe_intermediate_size",
+    "shared_expert_intermediate_dim": "shared_expert_intermediate_size",
+    "layer_norm_eps": "rms_norm_eps", "initializer_std": "initializer_range"}
+# What the public schema means without saying so, and what it says of every model.
+FAMILY = dict(half_rope=True, nope_on_full=True, last_layer_full=True, partial_key_offset=False,
+              combine_sum=2.5, gated_norm_rank=128)
+CONSTANTS = {"model_type": "grug_moe", "grugmoe_artifact_schema_version": 1,
+             "grugmoe_attention_mode": "production", "rms_norm_eps": 1e-5,
+             "tie_word_embeddings": False}
+OURS = "moe_weights_1"                  # "schema" of our own config.json
+
+
+def is_public(c):
+    """Whether the public schema has a name for this model."""
+    return bool(c.num_experts and c.shared_dim) and all(
+        getattr(c, key) == value for key, value in FAMILY.items())
+
+
+def public_config(c):
+    """The config.json of the public schema."""
+    own = dataclasses.asdict(c) | {"window": c.window or c.seq_len // 2}
+    return {"architectures": ["GrugMoeForCausalLM"], **CONSTANTS,
+            "initializer_range": 0.5 * c.hidden_dim**-0.5,
+            **{name: own[ours] for name, ours in FIELDS.items()}}
+
+
+def read_config(folder):
+    """(ModelConfig, whether the schema is the public one) from a config.json. ConfigError."""
+    path = Path(folder, "config.json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("schema") == OURS:
+            return model.ModelConfig(**found["model"]), False
+        for name, value in CONSTANTS.items():
+            if found.get(name, value if name != "model_type" else None) != value:
+                train.refuse(path, f"{name} {value!r}", repr(found.get(name)))
+        if aliases := sorted(ALIASES.keys() & found.keys()):
+            train.refuse(path, f"the spelling '{ALIASES[aliases[0]]}'", f"'{aliases[0]}'")
+        sizes = {ours: found[name] for name, ours in FIELDS.items()}
+        return model.ModelConfig(**sizes, **FAMILY, router_z=0.0), True
+    except train.ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        train.refuse(path, "the config of a model", train.one_line(error))
+
+
+# ---------------------------------------------------------------------------- what can be opened
+
+class Weights(NamedTuple):
+    """Somebody's weights, read when asked for. read(path, layer, index) is the slice `index` of a
+    weight of model.param_specs, or of "bias_LE"; layer is None where there is no stack, index is a
+    slice for each axis or None."""
+    config: model.ModelConfig
+    read: Callable
+    folder: Any                         # where tokenizer files may be
+    step: int | None                    # of a checkpoint
+    sums: dict | None                   # of a checkpoint: {name: train.checksum}
+
+    @property
+    def names(self):
+        return entries(self.config)
+
+
+def entries(c):
+    """[(path, layer, shape)] of every weight in the order of writing, the balancing bias too."""
+    top, layered = [], []
+    def add(path, w):
+        inside = path.startswith("layers/")
+        (layered if inside else top).append((path, w.shape[1:] if inside else w.shape))
+    model.map_params(add, c)
+    if c.num_experts:
+        layered.append(("bias_LE", (c.num_experts,)))
+    return [(path, None, shape) for path, shape in top] + [
+        (path, i, shape) for i in range(c.num_layers) for path, shape in layered]
+
+
+def open_weights(source):
+    """A run, a checkpoint directory or a directory of safetensors -> Weights. ConfigError names
+    what is missing, left over, of another shape or type."""
+    source, _, step = str(source).partition("@")
+    if "://" not in source:
+        source = str(Path(source).expanduser().resolve())
+        if list(Path(source).glob("*.safetensors")):
+            return open_safetensors(Path(source))
+    return open_checkpoint(source, step)
+
+
+def open_checkpoint(source, step=""):
+    """The newest committed checkpoint of a run or of a checkpoint directory, or that of a step."""
+    import tensorstore
+    from etils import epath
+    folder = epath.Path(source)
+    if "://" not in source and (file := Path(source, "config.json")).is_file():         # a run
+        named = json.loads(file.read_text(encoding="utf-8"))["train"]["checkpoint_dir"]
+        inside = folder / "checkpoints"
+        folder = inside if inside.exists() or not named else epath.Path(named)
+    found = sorted((int(path.name) for path in (folder.iterdir() if folder.exists() else ())
+                    if re.fullmatch("[0-9]+", path.name)), reverse=True)
+    if not found or step and step not in map(str, found):
+        train.refuse(source, f"a checkpoint{' of step ' + step if step else ''}, or *.safetensors",
+                     f"steps {found}" if found else "none")
+    place = folder / str(int(step) if step else found[0])
+    try:
+        record = json.loads((place / "record" / "metadata").read_text())
+        c = model.ModelConfig(**record["config"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        train.refuse(place, "a checkpoint with its record", train.one_line(error))
+    base = f"{place / 'state'}/" if "://" in str(place) else f"file://{place / 'state'}/"
+    opened = {}
+    def read(path, layer, index=None):
+        if path not in opened:
+            spec = {"driver": "ocdbt", "base": base, "path": leaf_name(path)}
+            opened[path] = tensorstore.open({"driver": "zarr", "kvstore": spec}).result()
+        stack = opened[path] if layer is None else opened[path][layer]
+        return (stack[index] if index else stack).read().result()
+    return Weights(c, read, Path(source), record["step"], record["arrays"])
+
+
+def leaf_name(path):
+    """The name of a weight in a checkpoint, as train.leaves_by_name makes it."""
+    if path == "bias_LE":
+        return ".bias_LE"
+    return ".params" + "".join(f"[{key!r}]" for key in path.split("/"))
+
+
+def open_safetensors(folder):
+    """A directory of safetensors of either schema. All names, shapes and types are checked here."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        train.refuse(folder, "the package safetensors", "none", "run: pip install safetensors")
+    c, public = read_config(folder)
+    files, where = {}, {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            files[path] = safe_open(path, framework="numpy")
+            where |= {name: path for name in files[path].keys()}
+        except (SafetensorError, OSError) as error:
+            train.refuse(path, "a whole .safetensors file", train.one_line(error), "fetch it again")
+    index = folder / "model.safetensors.index.json"
+    promised = json.loads(index.read_text())["weight_map"] if index.exists() else where
+    if gone := sorted({file for file in promised.values()} - {p.name for p in files} - set(files)):
+        train.refuse(folder, f"the file {gone[0]} that {index.name} names", "none")
+    def stored(path, layer, e=None):
+        name = file_name(path, layer, public)
+        return name if e is None else name.replace(".experts.", f".experts.{e}.")
+    def tensor(name, shape, turn):
+        """The slice of a tensor, which must be there with this shape and a type we know."""
+        if name not in where:
+            train.refuse(folder, f"a tensor {name}", "none")
+        part, kinds = files[where[name]].get_slice(name), [kind for kind, _ in DTYPES.values()]
+        want = [*shape[:-2], shape[-1], shape[-2]] if turn else [*shape]
+        if part.get_shape() != want:
+            train.refuse(f"{where[name]}: {name}", f"shape {want}", part.get_shape())
+        if part.get_dtype() not in kinds or path_of[name] == "bias_LE" and part.get_dtype() != "F32":
+            train.refuse(f"{where[name]}: {name}", "F32" if path_of[name] == "bias_LE" else
+                         " or ".join(kinds), part.get_dtype())
+        return part
+    parts, path_of = {}, {}
+    for path, layer, shape in entries(c):
+        turn, names = is_turned(path, shape, public), [stored(path, layer)]
+        if names[0] not in where and len(shape) == 3:           # or a tensor for each expert
+            names, shape = [stored(path, layer, e) for e in range(shape[0])], shape[1:]
+        path_of |= dict.fromkeys(names, path)
+        parts[path, layer] = [tensor(name, shape, turn) for name in names], turn
+    if left := sorted(where.keys() - path_of.keys()):
+        train.refuse(folder, "no other tensors", f"{left[0]} and {len(left) - 1} more")
+    def read(path, layer, index=None):
+        some, turn = parts[path, layer]
+        rank = len(some[0].get_shape()) + (len(some) > 1)
+        index = index or (slice(None),) * rank
+        if turn:
+            index = (*index[:-2], index[-1], index[-2])
+        if len(some) > 1:
+            value = np.stack([one[index[1:]] for one in some[index[0]]])
+        else:
+            value = some[0][index]
+        return (value.swapaxes(-1, -2) if turn else value).astype(np.float32)
+    return Weights(c, read, folder, None, None)
+
+
+def file_name(path, layer, public):
+    """The name of a weight in a .safetensors file."""
+    if public:
+        return PUBLIC[path].format(layer)
+    return path if layer is None else f"layers/{layer}/{path.removeprefix('layers/')}"
+
+
+def is_turned(path, shape, public):
+    """Whether the public schema stores a weight with its last two axes exchanged."""
+    return public and len(shape) >= 2 and path != "embed_VD"
+
+
+# ------------------------------------------------------------------------------- what is written
+
+def write_safetensors(path, tensors):
+    """One .safetensors file from [(name, dtype, shape, make)]; make() is called when its turn
+    comes. The header needs only shapes, so no more than one tensor is held at a time."""
+    header, end = {}, 0
+    for name, dtype, shape, _ in tensors:
+        kind, numpy_type = DTYPES[dtype]
+        size = math.prod(shape) * np.dtype(numpy_type).itemsize
+        header[name] = {"dtype": kind, "shape": [*shape], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, dtype, shape, make in tensors:
+            value = np.ascontiguousarray(make(), DTYPES[dtype][1])
+            assert value.shape == tuple(shape)
+            file.write(value.reshape(-1).view(np.uint8))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def files_of(tensors):
+    """The tensors in lists of at most FILE_BYTES, or of one that is larger."""
+    files, room = [], 0
+    for tensor in tensors:
+        size = math.prod(tensor[2]) * np.dtype(DTYPES[tensor[1]][1]).itemsize
+        if size > room:
+            files.append([])
+            room = FILE_BYTES
+        files[-1].append(tensor)
+        room -= size
+    return files
+
+
+def convert(source, out, dtype="float32"):
+    """Write the weights of `source` into the new directory `out`. Returns what it printed."""
+    out = Path(out).expanduser()
+    if out.exists():
+        train.refuse(out, "a new directory", "one that exists", "choose another --to")
+    weights = open_weights(source)
+    c, public, sums = weights.config, weights.step is not None and is_public(weights.config), {}
+    def make(path, layer, shape):
+        def run():
+            value = weights.read(path, layer)
+            if weights.sums:
+                first = (layer or 0) * math.prod(shape)
+                mark = int(train.checksum(jax.numpy.asarray(value), first))
+                sums[path] = (sums.get(path, 0) + mark) % 2**32
+            return value.swapaxes(-1, -2) if is_turned(path, shape, public) else value
+        return run
+    def tensor(path, layer, shape):
+        stored = (*shape[:-2], shape[-1], shape[-2]) if is_turned(path, shape, public) else shape
+        return (file_name(path, layer, public), "float32" if path == "bias_LE" else dtype, stored,
+                make(path, layer, shape))
+    files = files_of([tensor(*entry) for entry in weights.names])
+    with new_directory(out) as scratch:
+        where = {}
+        for i, tensors in enumerate(files, 1):
+            name = (f"model-{i:05d}-of-{len(files):05d}" if len(files) > 1 else "model")
+            write_safetensors(scratch / f"{name}.safetensors", tensors)
+            where |= {tensor[0]: f"{name}.safetensors" for tensor in tensors}
+        for path in sums:
+            if sums[path] != weights.sums[leaf_name(path)]:
+                train.refuse(source, f"{path} as it was saved", "other bytes", "use another step")
+        if len(files) > 1:
+            size = sum(path.stat().st_size for path in scratch.iterdir())
+            index = {"metadata": {"total_size": size}, "weight_map": where}
+            train.write(scratch / "model.safetensors.index.json", json.dumps(index, indent=1))
+        for name in TOKENIZER_FILES:
+            if Path(weights.folder, name).is_file():
+                shutil.copy(Path(weights.folder, name), scratch)
+        own = {"schema": OURS, "model": dataclasses.asdict(c)}
+        said = public_config(c) | {"dtype": dtype} if public else own | {"dtype": dtype}
+        train.write(scratch / "config.json", json.dumps(said, indent=1))
+    kind = "the public schema" if public else "our own schema"
+    print(f"{out}: {model.count(c).total:,} weights, {len(where)} tensors, {len(files)} files of "
+          f"{dtype}, in {kind}")
+
+
+@contextlib.contextmanager
+def new_directory(out):
+    """A directory beside `out`, which becomes `out` if the block succeeds, else goes away."""
+    scratch = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        scratch.rename(out)
+    except OSError as error:
+        train.refuse(out, "a directory that can be written", train.one_line(error))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main(words):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--to", required=True, help="a new directory")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    options = parser.parse_args(words)
+    try:
+        convert(options.source, options.to, options.dtype)
+    except train.ConfigError as error:
+        print(f"convert.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -86,6 +86,9 @@ class TrainConfig:
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: Literal["v1", "v2"] = "v1"  # defaults (RECIPES) and heuristic of the rates
+    init_from: str = ""                 # begin with the weights of a run, RUN@STEP, or a directory
+    init_tokenizer: Literal["same", "any"] = "same"     # "any": even if they had another one
+    keep_optimizer: bool = False        # go on with its moments and its step too: a branch
     optimizer: Literal["adamh", "muonh", "adamw"] = "adamh"     # "adamw": a baseline, no sphere
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     matrix_lr: float = 0.0               # peak rate of matrices: relative step on the sphere
@@ -138,6 +141,7 @@ class TrainConfig:
         need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
              "decay")
         need(lambda x: int(x * self.steps) < self.steps, "a share with a step after it", "warmup")
+        need(lambda x: self.init_from or not x, "False unless init_from is set", "keep_optimizer")
         need(lambda x: self.batch_size % x == 0, f"a divisor of batch_size={self.batch_size}",
              "accumulate")
         need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
@@ -452,6 +456,15 @@ def make_state(c, t, key):
     return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
                  jnp.zeros((c.num_layers, max(1, c.num_experts)), jnp.float32),
                  -jnp.ones((2, WINDOW), jnp.float32))
+
+
+def first_state(c, t, mesh, tokenizer):
+    """The state before a run's first step: fresh, or begun from the weights of t.init_from."""
+    if t.init_from:
+        from configs import convert
+        return convert.begin(c, t, mesh, tokenizer)
+    return jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
+                   out_shardings=state_shardings(c, t, mesh))()
 
 
 def abstract_state(c, t, mesh):
@@ -969,8 +982,7 @@ def train(c, t):
             log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
         checkpoints.open()
         if state is None:
-            state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
-                            out_shardings=state_shardings(c, t, mesh))()
+            state = first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))

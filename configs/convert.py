@@ -6,7 +6,7 @@ also gs://BUCKET/PATH, or a directory of safetensors. DIR must be new. It gets m
 config.json and the tokenizer: in Marin's public schema ("grug_moe") if the model is of that family
 and SOURCE is a checkpoint, else in a plain schema of our own. `train.py --init_from` reads a run, a
 checkpoint and both schemas. Weights go through one layer at a time. Needs: pip install safetensors.
-Read: the two schemas, what can be opened, what is written."""
+Read: the two schemas, what can be opened, how a run begins with it, what is written."""
 
 import argparse
 import contextlib
@@ -28,6 +28,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+import data
 import model
 import train
 
@@ -131,7 +132,7 @@ def read_config(folder):
 # ---------------------------------------------------------------------------- what can be opened
 
 class Weights(NamedTuple):
-    """Somebody's weights, read when asked for. read(path, layer, index) is the slice `index` of a
+    """Somebody's weights, read when asked for, one slice after another. read(path, layer, index) is the slice `index` of a
     weight of model.param_specs, or of "bias_LE"; layer is None where there is no stack, index is a
     slice for each axis or None."""
     config: model.ModelConfig
@@ -169,15 +170,21 @@ def open_weights(source):
     return open_checkpoint(source, step)
 
 
+def checkpoint_folder(source):
+    """Where the checkpoints of a run are; or the directory itself."""
+    from etils import epath
+    config, inside = Path(source, "config.json"), epath.Path(source) / "checkpoints"
+    if "://" in source or inside.exists() or not config.is_file():
+        return inside if inside.exists() else epath.Path(source)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return epath.Path(json.loads(config.read_text(encoding="utf-8"))["train"]["checkpoint_dir"])
+    return epath.Path(source)
+
+
 def open_checkpoint(source, step=""):
     """The newest committed checkpoint of a run or of a checkpoint directory, or that of a step."""
     import tensorstore
-    from etils import epath
-    folder = epath.Path(source)
-    if "://" not in source and (file := Path(source, "config.json")).is_file():         # a run
-        named = json.loads(file.read_text(encoding="utf-8"))["train"]["checkpoint_dir"]
-        inside = folder / "checkpoints"
-        folder = inside if inside.exists() or not named else epath.Path(named)
+    folder = checkpoint_folder(source)
     found = sorted((int(path.name) for path in (folder.iterdir() if folder.exists() else ())
                     if re.fullmatch("[0-9]+", path.name)), reverse=True)
     if not found or step and step not in map(str, found):
@@ -189,11 +196,11 @@ def open_checkpoint(source, step=""):
         c = model.ModelConfig(**record["config"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         train.refuse(place, "a checkpoint with its record", train.one_line(error))
-    base = f"{place / 'state'}/" if "://" in str(place) else f"file://{place / 'state'}/"
-    opened = {}
+    base, opened = f"{place / 'state'}/", {}
     def read(path, layer, index=None):
         if path not in opened:
-            spec = {"driver": "ocdbt", "base": base, "path": leaf_name(path)}
+            spec = {"driver": "ocdbt", "path": leaf_name(path),
+                    "base": base if "://" in base else f"file://{base}"}
             opened[path] = tensorstore.open({"driver": "zarr", "kvstore": spec}).result()
         stack = opened[path] if layer is None else opened[path][layer]
         return (stack[index] if index else stack).read().result()
@@ -275,6 +282,90 @@ def is_turned(path, shape, public):
     return public and len(shape) >= 2 and path != "embed_VD"
 
 
+# ----------------------------------------------------------------------- how a run begins with it
+
+def begin(c, t, mesh, tokenizer):
+    """The State of a run that begins with the weights and the balancing bias of t.init_from: with
+    a fresh optimizer at step 0, or, with keep_optimizer, as it was saved. ConfigError names what
+    does not fit: a weight with both shapes, the tokenizer, a checkpoint that has been altered."""
+    weights = open_weights(t.init_from)
+    theirs = tokenizer_hash(weights.folder)
+    if theirs != tokenizer.sha256 and theirs and t.init_tokenizer == "same":
+        train.refuse("init_from", f"the tokenizer of {t.init_from}, {theirs[:12]}",
+                     f"{tokenizer.name}, {tokenizer.sha256[:12]}",
+                     f"set tokenizer={str(weights.folder)!r}, or --init_tokenizer=any")
+    old, new = (dataclasses.asdict(config) for config in (weights.config, c))
+    changed = {key: value for key, value in new.items() if value != old[key]}
+    want, found = shapes(c), shapes(weights.config)
+    for path in [*want, *found]:
+        if want.get(path) != found.get(path):
+            train.refuse(f"init_from: {path}", f"shape {want.get(path)}",
+                         f"{found.get(path)} in {t.init_from}",
+                         "it has " + ", ".join(f"{key}={old[key]!r}" for key in changed))
+    state = (whole_state if t.keep_optimizer else with_weights)(c, t, mesh, weights)
+    train.log(f"begins    with the weights of {t.init_from}"
+              + (f", step {weights.step}" if weights.step is not None else "")
+              + (", and its optimizer" if t.keep_optimizer else "")
+              + ("" if theirs else "; it has no tokenizer to compare with")
+              + "".join(f"; {key}: {old[key]!r} -> {value!r}" for key, value in changed.items()))
+    return state
+
+
+def with_weights(c, t, mesh, weights):
+    """A fresh State with these weights and this bias in it, checked against their checksums."""
+    state = train.first_state(c, dataclasses.replace(t, init_from=""), mesh, None)
+    likes = {"bias_LE": state.bias_LE}
+    jax.tree.map(likes.__setitem__, model.map_params(lambda path, _: path, c), state.params)
+    def place(path):
+        def part(index):
+            if path != "bias_LE" and not path.startswith("layers/"):
+                return weights.read(path, None, index)
+            return np.stack([weights.read(path, i, index[1:])
+                             for i in range(c.num_layers)[index[0]]])
+        return jax.make_array_from_callback(likes[path].shape, likes[path].sharding, part)
+    new = {path: place(path) for path in shapes(c)}
+    if weights.sums:
+        sums = np.asarray(train.checksums([*new.values()])[0]).tolist()
+        for path, found in zip(new, sums):
+            if found != weights.sums.get(leaf_name(path)):
+                train.refuse(f"init_from: {path}", f"what {t.init_from} saved in step "
+                             f"{weights.step}", "other bytes", "name an older step: PATH@STEP")
+    return state._replace(params=model.map_params(lambda path, _: new[path], c),
+                          bias_LE=new.get("bias_LE", state.bias_LE))
+
+
+def whole_state(c, t, mesh, weights):
+    """The State of a checkpoint with its moments and its step."""
+    if weights.step is None or weights.step >= t.steps:
+        train.refuse("keep_optimizer", f"a checkpoint of a step below steps={t.steps}",
+                     f"{t.init_from}, " + ("safetensors" if weights.step is None else
+                                           f"step {weights.step}"))
+    folder = str(checkpoint_folder(str(weights.folder)))
+    checkpoints = train.Checkpoints(dataclasses.replace(t, checkpoint_dir=folder))
+    target = train.abstract_state(c, t, mesh)
+    leaves, why = checkpoints.read(weights.step, train.leaves_by_name(target))
+    if why:
+        train.refuse("init_from", "a sound checkpoint of this optimizer", why)
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def shapes(c):
+    """{path: shape} of every weight and of the bias."""
+    found = {"bias_LE": (c.num_layers, c.num_experts)} if c.num_experts else {}
+    model.map_params(lambda path, w: found.__setitem__(path, w.shape), c)
+    return found
+
+
+def tokenizer_hash(folder):
+    """The hash of the tokenizer that stands in a run or in a converted directory, or None."""
+    if Path(folder, "tokenizer.tiktoken").is_file():
+        return data.load_tokenizer(folder).sha256
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        if config.get("train", config)["tokenizer"] == "bytes":
+            return data.load_tokenizer("bytes").sha256
+
+
 # ------------------------------------------------------------------------------- what is written
 
 def write_safetensors(path, tensors):
@@ -348,8 +439,10 @@ def convert(source, out, dtype="float32"):
         for name in TOKENIZER_FILES:
             if Path(weights.folder, name).is_file():
                 shutil.copy(Path(weights.folder, name), scratch)
-        own = {"schema": OURS, "model": dataclasses.asdict(c)}
-        said = public_config(c) | {"dtype": dtype} if public else own | {"dtype": dtype}
+        said = public_config(c) if public else {"schema": OURS, "model": dataclasses.asdict(c)}
+        said["dtype"] = dtype
+        if tokenizer_hash(weights.folder) == data.load_tokenizer("bytes").sha256:
+            said["tokenizer"] = "bytes"
         train.write(scratch / "config.json", json.dumps(said, indent=1))
     kind = "the public schema" if public else "our own schema"
     print(f"{out}: {model.count(c).total:,} weights, {len(where)} tensors, {len(files)} files of "

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import data
 import model
 import train
 from configs import convert
@@ -204,3 +205,57 @@ def test_sums_of_parts_are_the_checksum_of_the_whole(parts):
     each = 10 // parts
     sums = [int(train.checksum(x[i:i + each], i * 6)) for i in range(0, 10, each)]
     assert sum(sums) % 2**32 == int(train.checksum(x))
+
+
+# ------------------------------------------------------------------------------------- --init_from
+
+def begun(c, source, steps=9, **keys):
+    """The first State of a run of model c that begins from a source."""
+    t = train.TrainConfig(mixture=(("none", 1.0),), tokenizer="bytes", steps=steps, batch_size=8,
+                          init_from=str(source), **keys)
+    return train.first_state(c, t, train.make_mesh(c, t), data.load_tokenizer("bytes"))
+
+
+@pytest.mark.parametrize("source", ["run", "run@3", "run/checkpoints", "public"])
+def test_a_run_begins_with_the_weights_of_another(published, source, assert_same_bits):
+    run, state, _ = published
+    new = begun(PUBLISHED, run.parent / source)
+    assert_same_bits((state.params, state.bias_LE), (new.params, new.bias_LE))
+    assert int(new.step) == 0 and not jax.tree.leaves(new.opt)[1].any()
+
+
+def test_a_branch_keeps_moments_and_step(published, assert_same_bits):
+    run, state, _ = published
+    new = begun(PUBLISHED, run, keep_optimizer=True, schedule="wsd")
+    assert_same_bits(state, new)
+
+
+def test_what_does_not_fit_is_named(published, tmp_path):
+    run, *_ = published
+    wider = dataclasses.replace(PUBLISHED, hidden_dim=32, num_heads=8)
+    for c, keys, message in (
+            (wider, {}, r"init_from: embed_VD: expected shape \(61, 32\), found \(61, 16\) in .*"
+                        r"it has hidden_dim=16, num_heads=4"),
+            (OTHERS["v1"], {}, "init_from: embed_norm_down_DU: expected shape .*gated_norm_rank=128"),
+            (PUBLISHED, dict(keep_optimizer=True, optimizer="adamw"), "this optimizer"),
+            (PUBLISHED, dict(keep_optimizer=True, steps=3), "a step below steps=3, found .* step 3")):
+        with pytest.raises(train.ConfigError, match=message):
+            begun(c, run, **keys)
+    with pytest.raises(ValueError, match="keep_optimizer: expected False unless init_from"):
+        begun(PUBLISHED, "", keep_optimizer=True)
+
+
+def test_another_tokenizer_is_refused_unless_asked_for(published, tmp_path, capsys):
+    run, state, _ = published
+    config = json.loads((run / "config.json").read_text())
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    tokenizer = data.train_bpe(["a b a b a b " * 9, "to be or not to be " * 9], 258)
+    tokenizer.save(copy)
+    config["train"]["tokenizer"] = "bpe:258"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(train.ConfigError, match="expected the tokenizer of .*found bytes"):
+        begun(PUBLISHED, copy)
+    new = begun(PUBLISHED, copy, init_tokenizer="any")
+    assert "begins    with the weights of" in capsys.readouterr().out
+    np.testing.assert_array_equal(new.params["head_DV"], state.params["head_DV"])

@@ -328,19 +328,20 @@ def block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded=False, platfor
     return x_TD, stats
 
 
-def attend(a_TD, p, segment_BS, rotation, full, c, platform="cpu"):
+def attend(a_TD, p, segment_BS, rotation, full, c, platform="cpu", cache=None):
     """Grouped-query attention with QK-norm [arXiv 2010.04245], RoPE, exclusive self-attention and a
-    gate per head [marin #4697]."""
+    gate per head [marin #4697]. cache: when sampling, the tokens before (configs/sample.py)."""
     B, S = segment_BS.shape
     q_BSNH = (a_TD @ p["query_DQ"]).reshape(B, S, c.num_heads, c.head_dim)
     k_BSMH = (a_TD @ p["key_DP"]).reshape(B, S, c.num_kv_heads, c.head_dim)
     v_BSMH = (a_TD @ p["value_DP"]).reshape(B, S, c.num_kv_heads, c.head_dim)
     if c.partial_key_offset and full:
-        k_BSMH = key_offset(k_BSMH, segment_BS)
+        k_BSMH = (cache.key_offset if cache else key_offset)(k_BSMH, segment_BS)
     q_BSNH = rope(rms_norm(q_BSNH, 1e-6), rotation) * c.qk_scale
     k_BSMH = rope(rms_norm(k_BSMH, 1e-6), rotation)
     window = S if full else c.window or c.seq_len // 2
-    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform=platform)
+    attention = cache.attention if cache else kernels.attention
+    y_BSNH = attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform=platform)
     y_TNH = exclusive_self_attention(y_BSNH, v_BSMH)
     gate_TN = 2 * jax.nn.sigmoid(a_TD.astype(jnp.float32) @ p["head_gate_DN"])      # 1 at the start
     y_TNH = y_TNH * gate_TN[:, :, None]

@@ -97,7 +97,7 @@ OURS = "moe_weights_1"                  # "schema" of our own config.json
 
 def is_public(c):
     """Whether the public schema has a name for this model."""
-    return bool(c.num_experts and c.shared_dim) and all(
+    return bool(c.shared_dim) and 0 < c.experts_per_token < c.num_experts and all(
         getattr(c, key) == value for key, value in FAMILY.items())
 
 
@@ -243,18 +243,17 @@ def open_safetensors(folder):
         want = [*shape[:-2], shape[-1], shape[-2]] if turn else [*shape]
         if part.get_shape() != want:
             train.refuse(f"{where[name]}: {name}", f"shape {want}", part.get_shape())
-        if part.get_dtype() not in kinds or path_of[name] == "bias_LE" and part.get_dtype() != "F32":
-            train.refuse(f"{where[name]}: {name}", "F32" if path_of[name] == "bias_LE" else
-                         " or ".join(kinds), part.get_dtype())
+        if part.get_dtype() not in kinds:       # Marin's bfloat16 exports round the bias as well
+            train.refuse(f"{where[name]}: {name}", " or ".join(kinds), part.get_dtype())
         return part
-    parts, path_of = {}, {}
+    parts, known = {}, set()
     for path, layer, shape in entries(c):
         turn, names = is_turned(path, shape, public), [stored(path, layer)]
         if names[0] not in where and len(shape) == 3:           # or a tensor for each expert
             names, shape = [stored(path, layer, e) for e in range(shape[0])], shape[1:]
-        path_of |= dict.fromkeys(names, path)
+        known |= {*names}
         parts[path, layer] = [tensor(name, shape, turn) for name in names], turn
-    if left := sorted(where.keys() - path_of.keys()):
+    if left := sorted(where.keys() - known):
         train.refuse(folder, "no other tensors", f"{left[0]} and {len(left) - 1} more")
     def read(path, layer, index=None):
         some, turn = parts[path, layer]
@@ -439,6 +438,9 @@ def convert(source, out, dtype="float32"):
         for name in TOKENIZER_FILES:
             if Path(weights.folder, name).is_file():
                 shutil.copy(Path(weights.folder, name), scratch)
+        if (scratch / "tokenizer.json").exists():       # transformers asks for this beside it
+            train.write(scratch / "tokenizer_config.json",
+                        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
         said = public_config(c) if public else {"schema": OURS, "model": dataclasses.asdict(c)}
         said["dtype"] = dtype
         if tokenizer_hash(weights.folder) == data.load_tokenizer("bytes").sha256:

@@ -27,10 +27,8 @@ MASKED = -1e30                  # not -inf: a token sees itself, but inf - inf w
 dot32 = partial(jnp.dot, preferred_element_type=jnp.float32)            # summed in float32
 einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-
 # What a platform uses for ("attention", "experts"). On a GPU plain XLA: any card, type and size.
 BEST = {"cpu": ("chunked", "loop"), "gpu": ("chunked", "tiles"), "tpu": ("splash", "pallas_tpu")}
-
 
 # Faster kernels for some cards: {("attention" or "experts", name): fits(dtype, *sizes) -> bool}.
 # The first that fits is taken. `from configs import hopper` in a config adds those for Hopper.
@@ -40,14 +38,23 @@ GPU_KERNELS = {}
 @cache
 def choose(what, platform, dtype, *sizes):
     """The implementation of "attention" or "experts" for a platform ("cpu", "gpu" or "tpu": of the
-    devices compiled for, which jax.default_backend() need not be), a type and sizes. Prints its
-    choice where it is not the platform's default."""
+    devices compiled for), a type and sizes. Prints a choice that is not the default."""
     default = BEST[_known("platform", platform, BEST)][("attention", "experts").index(what)]
     for (kind, name), fits in GPU_KERNELS.items():
         if platform == "gpu" and kind == what and fits(dtype, *sizes):
             print(f"kernels   {what} by {name!r}: {dtype}, {sizes}")
             return name
     return default
+
+
+def misfit(platform, c):
+    """Why the kernels of a platform cannot take the sizes of a ModelConfig; None if they can."""
+    try:
+        if BEST[_known("platform", platform, BEST)][0] == "splash":
+            _divisor(c.seq_len, 128, 1024, "seq_len on a TPU")
+            _tpu_block(c.hidden_dim, 1280, c.compute_dtype, "hidden_dim")
+    except ValueError as error:
+        return str(error)
 
 
 def _known(what, name, names):
@@ -445,8 +452,7 @@ def _tpu_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
 
 
 def _tpu_call(kernel, out, interpret, grid, in_specs, out_specs, total, flops, elements):
-    """What both kernels share: a float32 accumulator in fast memory, the last grid axis in
-    order."""
+    """What both kernels share: a float32 accumulator in fast memory, the last axis in order."""
     size = elements * jnp.dtype(out.dtype).itemsize
     return pl.pallas_call(
         kernel, out_shape=out, interpret=interpret,
@@ -553,8 +559,7 @@ LARGE_VOCABULARY = 32_768       # above it the gradients of embedding and head n
 
 
 def single_device(axis):
-    """Whether there is nothing to exchange over the mesh axis; None stands for a program without a
-    mesh."""
+    """Whether there is nothing to exchange over the axis; None is a program without a mesh."""
     return axis is None or lax.axis_size(axis) == 1
 
 
@@ -571,8 +576,7 @@ def gather_weight(w, axis, split, dtype):
 
 def _gather_backward(axis, split, dtype, _, g):
     d = g.shape[split] // (1 if single_device(axis) else lax.axis_size(axis))
-    # split 0 is the head's; the gradient of the embedding, which is cut the other way, comes from
-    # embed
+    # split 0 is the head's; the gradient of the embedding comes from embed
     chunks = _num_chunks(g.shape[1], d, axis) if g.ndim == 2 and split == 0 else 1
     if chunks == 1:
         return (_reduce_scatter(g, axis, split),)
@@ -588,8 +592,7 @@ gather_weight.defvjp(lambda *args: (gather_weight(*args), None), _gather_backwar
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(w_Vd, token_T, axis, dtype):
-    """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns of
-    it.
+    """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns.
 
     The gradient sums over every occurrence of a token, in float32 from there to the optimizer."""
     return jnp.take(gather_weight(w_Vd, axis, 1, dtype), token_T, axis=0)

@@ -16,10 +16,8 @@ import contextlib
 import dataclasses
 import difflib
 import faulthandler
-import fcntl
 import functools
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -35,6 +33,11 @@ import types
 import typing
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("train.py: needs Linux or macOS; on Windows run it in WSL") from None
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +112,8 @@ class TrainConfig:
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step has one
-    eval_tokens: int = 32_768           # of each held-out domain; the last time all of it
+    eval_tokens: int = 32_768           # of each held-out domain, before the last step
+    eval_tokens_final: int = 0          # the same after the last step; 0: all of it
     save_every: int = 500               # steps between checkpoints; the last step has one
     save_minutes: float = 0.0           # also save after so many minutes, at a log line; 0 is off
     keep: int = 2                       # newest checkpoints that are kept
@@ -157,12 +161,19 @@ RECIPES = {
 KEYS = typing.get_type_hints(model.ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
+# What other programs call them
+SYNONYMS = {"learning_rate": "adam_lr' and 'matrix_lr", "lr": "adam_lr' and 'matrix_lr",
+            "max_iters": "steps", "block_size": "seq_len", "n_layer": "num_layers",
+            "n_head": "num_heads", "n_embd": "hidden_dim", "out_dir": "run_dir"}
+
+
 def check(key, value, where):
     """The value, if the key takes it (an int may stand for a float); else ConfigError."""
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
+        near = [SYNONYMS[key]] if key in SYNONYMS else difflib.get_close_matches(key, KEYS, 1)
         hint = f"did you mean '{near[0]}'?" if near else "python train.py --help lists all keys"
-        raise ConfigError(f"{where}: unknown config key '{key}'; {hint}")
+        own = "" if where == "command line" else f"; a name of your own begins with _: _{key}"
+        raise ConfigError(f"{where}: unknown config key '{key}'; {hint}{own}")
     kind, choices = KEYS[key], typing.get_args(KEYS[key])
     if kind is float and type(value) is int:
         value = float(value)
@@ -172,14 +183,32 @@ def check(key, value, where):
         refuse(f"{where}: {key}", kind.__name__, repr(value))
     if kind is float and not math.isfinite(value):
         refuse(f"{where}: {key}", "a finite number", repr(value))
-    return value
+    return check_path(key, value, where) if key.endswith("_dir") else value
 
 
-def read_override(argument):
+def check_path(key, path, where):
+    """A path with its ~ replaced and, of checkpoints, absolute. ConfigError for a URL where only
+    a directory will do."""
+    bucket = key in ("checkpoint_dir", "compiled_dir")
+    if re.match(r"\w\w+:/", path):
+        if not bucket or not path.startswith("gs://"):
+            refuse(f"{where}: {key}", "a directory" + " or gs://BUCKET/PATH" * bucket, repr(path),
+                   "" if bucket else "only --checkpoint_dir and --compiled_dir can be in a bucket")
+        return path
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        refuse(f"{where}: {key}", "a directory", repr(path), "there is no such user")
+    path = os.fsdecode(path.encode("utf-8", "surrogateescape"))     # UTF-8 in any locale
+    return os.path.abspath(path) if path and key == "checkpoint_dir" else path
+
+
+def read_override(argument, following="VALUE"):
     """(key, value) of a --key=value. A value that is no Python literal is a word."""
     match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
     if not match:
-        refuse("command line", "--key=value", repr(argument))
+        key, _, value = argument.lstrip("-").replace("-", "_").partition("=")
+        advice = f"write --{key}={value or following}" if key in KEYS else "quote spaces"
+        refuse("command line", "--key=value", repr(argument), advice)
     key, value = match.groups()
     if KEYS.get(key) is not str:
         with contextlib.suppress(Exception):
@@ -187,19 +216,42 @@ def read_override(argument):
     return key, check(key, value, "command line")
 
 
-def load_config(path, overrides=()):
-    """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
-    Names that begin with _ and imported modules are no keys. A config is code: run only yours."""
-    if not Path(path).is_file():
-        refuse(path, "a config file", "none", "configs/ holds the ready ones")
+def run_config(path):
+    """{name: value} of what a config file sets. Not of names that begin with _, of imports, of
+    loop variables, and of functions and the like."""
+    folder, before = os.path.dirname(os.path.abspath(path)), set(sys.modules)
+    sys.path.insert(0, folder)                      # for `from base import *`
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
+        tree = [*ast.walk(ast.parse(Path(path).read_bytes()))]
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: not a runnable config file: {one_line(error)}") from None
-    skip = (types.ModuleType, types.FunctionType, type)
-    values = {key: check(key, value, path) for key, value in names.items()
-              if key[0] != "_" and not isinstance(value, skip)}
-    values |= dict(map(read_override, overrides))
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:      # another folder may have another base.py
+            if Path(folder, f"{name}.py").exists():
+                del sys.modules[name]
+    other = {alias.asname or alias.name for node in tree for alias in getattr(node, "names", ())
+             if isinstance(alias, ast.alias)}
+    other |= {name.id for node in tree if isinstance(node, ast.For)
+              for name in ast.walk(node.target) if isinstance(name, ast.Name)}
+    plain = int | float | str | tuple | list
+    return {key: value for key, value in names.items() if key in KEYS or
+            key[0] != "_" and key not in other and isinstance(value, plain)}
+
+
+def load_config(path, overrides=()):
+    """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
+    A config is code: run only yours."""
+    path = os.path.expanduser(path)
+    if not Path(path).is_file():
+        ready = {file.stem: file for file in Path(__file__).parent.glob("configs/*.py")}
+        near = difflib.get_close_matches(Path(path.split("=")[-1]).stem, ready, 1)
+        refuse(path, "a config file", "none", f"did you mean {os.path.relpath(ready[near[0]])}?"
+               if near else "it comes first; configs/ holds the ready ones")
+    values = {key: check(key, value, path) for key, value in run_config(path).items()}
+    told = dict(map(read_override, overrides, [*overrides[1:], "VALUE"]))
+    values |= told
     values = RECIPES[values.get("recipe", "v1")] | values
     values["run_dir"] = values.get("run_dir") or f"out/{Path(path).stem}"
     configs = []
@@ -211,19 +263,9 @@ def load_config(path, overrides=()):
         try:
             configs.append(cls(**{key: values[key] for key in own}))
         except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            where = "command line" if str(error).split(":")[0] in told else path
+            raise ConfigError(f"{where}: {error}") from None
     return tuple(configs)
-
-
-def describe_keys():
-    """The text of --help, read from the comments beside the fields."""
-    lines = [__doc__]
-    pattern = r"^    (\w+): (\w+)(?:\[.*\])?(?: = (.*?))? +# (.*)$"
-    for cls in (model.ModelConfig, TrainConfig):
-        lines += ["", f"{cls.__name__}: {cls.__doc__}"]
-        for name, kind, default, text in re.findall(pattern, inspect.getsource(cls), re.MULTILINE):
-            lines.append(f"  {f'--{name}={default or kind.upper()}':30s} {text}")
-    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------- mesh
@@ -253,19 +295,31 @@ def mesh_error(c, t, n):
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
+def usable_cores(root="/sys/fs/cgroup", proc="/proc/self/cgroup"):
+    """How many cores this process may keep busy: its affinity, and its container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):            # Linux
+        cores = len(os.sched_getaffinity(0))
+        group = Path(root, Path(proc).read_text().rpartition("::")[2].strip("/\n"), "cpu.max")
+        for folder in group.parents:
+            with contextlib.suppress(OSError, ValueError):          # no file, or "max 100000"
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+                cores = min(cores, max(1, quota // period))
+    return cores
+
+
 def local_devices(c, t):
     """The devices of this machine that the run uses: all accelerators; or as many CPU devices as
     can share the batch, at most one a core: XLA runs most operations of a CPU on one core."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
-        cores = len(os.sched_getaffinity(0))
     kernels.keep_freed_memory()
     with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
-        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(cores))
+        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(usable_cores()))
     if t.compiled_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
+        bucket = t.compiled_dir.startswith("gs://")
+        jax.config.update("jax_compilation_cache_dir",
+                          t.compiled_dir if bucket else os.path.abspath(t.compiled_dir))
     devices = jax.devices()
     most = len(devices)
     n = t.devices or (most_that_fit(most) if devices[0].platform == "cpu" else most)
@@ -279,7 +333,7 @@ def make_mesh(c, t, devices=None):
     mesh_utils lays the axes along a TPU's torus; "expert" comes last, so that neighbors share
     experts. Raises ConfigError if the devices cannot share the model or the batch."""
     devices = local_devices(c, t) if devices is None else devices
-    if reason := mesh_error(c, t, len(devices)):
+    if reason := mesh_error(c, t, len(devices)) or kernels.misfit(devices[0].platform, c):
         raise ConfigError(reason)
     if c.exchange == "ragged" and devices[0].platform not in kernels.RAGGED_ALL_TO_ALL:
         refuse("exchange", "'ring' on a CPU", "'ragged', which XLA lacks there")
@@ -573,9 +627,10 @@ def make_eval_step(c, mesh, bytes_V):
                                  out_specs=Spec(), check_vma=False))
 
 
-def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
+def evaluate(state, eval_step, mixture, c, t, mesh, limit=None, done=lambda tokens: None):
     """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}},
-    and their unweighted mean as "macro". Bits per byte compare across tokenizers; nats do not."""
+    and their unweighted mean as "macro". Bits per byte compare across tokenizers; nats do not.
+    done is told, batch by batch, how many tokens have been scored."""
     rows = t.batch_size // t.accumulate
     here, domains = local_rows(rows, mesh), {}
     for name, stream in mixture.heldout.items():
@@ -583,6 +638,7 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
         for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
             batch = to_global_batch(data.Batch(*(array[here] for array in batch)), mesh)
             sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, batch)])
+            done(rows * c.seq_len)
         nats, tokens, size = sums
         domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size,
                          "tokens": int(tokens), "bytes": int(size)}
@@ -892,53 +948,96 @@ def write_config(run, now):
 # ------------------------------------------------------------------------------------------ main
 
 def log(line):
-    """Print a line without tearing the progress bar; only the main process does."""
+    """Print a line without tearing the progress bar, and keep it; only the main process does."""
     from tqdm import tqdm
     if is_main_process():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+        keep_line(line)
+
+
+def keep_line(line):
+    """Append a line to log.txt of the run, if one is under way: a screen can close."""
+    with contextlib.suppress(OSError):
+        with open(keep_line.file or os.devnull, "a", encoding="utf-8", errors="replace") as file:
+            file.write(line + "\n")
+
+
+keep_line.file = None
 
 
 def print_error(line):
     """The one line that says why. On a full disk it may be lost; the exit code still says it."""
     with contextlib.suppress(OSError):
         print(f"train.py: {line}", file=sys.stderr, flush=True)
+    keep_line(f"train.py: {line}")
+
+
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU
+
+
+def catch_signals(act, numbers=STOP_SIGNALS):
+    """Call act(number) when one of these comes from now on. Shells, wrappers and schedulers all
+    pass a signal on: what comes within a second of the last is the same one. SIGHUP stays ignored
+    under nohup. Returns the handlers until now."""
+    last = -math.inf
+    def catch(number, frame):
+        nonlocal last
+        repeated, last = time.monotonic() < last + 1, time.monotonic()
+        if not repeated:
+            act(number)
+    return {number: signal.signal(number, catch) for number in numbers
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+
+
+def interrupt(number):
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def stop_signals():
     """Yields a function of the step that returns the signal on which to save and stop, or None.
-    The first SIGTERM or ctrl-C asks to stop, the second one kills. One of many processes leaves
-    SIGTERM to jax, which makes all stop at the same step."""
-    if jax.process_count() > 1:
-        stop_at = multihost_utils.reached_preemption_sync_point
-        yield lambda step: signal.SIGTERM if stop_at(step) else None
-        return
-    caught = []
-    def catch(number, frame):
+    A second ctrl-C, a second or more after the first, kills. With many processes jax makes all
+    stop at the same step, on a SIGTERM. Once stopped, the process is about to end: no signal
+    disturbs that."""
+    caught, many = [], jax.process_count() > 1
+    def stop(number):
+        if caught and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        if many:
+            signal.raise_signal(signal.SIGTERM)
+    old = catch_signals(stop, STOP_SIGNALS[many:])      # SIGTERM is jax's own then
+    def stop_signal(step):
+        if many:
+            together = multihost_utils.reached_preemption_sync_point(step)
+            return signal.SIGTERM if together else None
+        return caught[0] if caught else None
     try:
-        yield lambda step: caught[0] if caught else None
+        yield stop_signal
     finally:
-        for number, handler in old.items():
+        for number, handler in old.items() if not caught else ():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def watchdog(minutes, run):
     """Yields a function to call whenever something got done. If it is not called for `minutes`, the
-    process prints all stacks and exits with 75: a wedged chip looks like a step without end."""
+    process prints all stacks and exits with 75: a wedged chip looks like a step without end. It
+    counts its own hundred waits, not the clock: a night asleep (ctrl-Z) is one of them."""
     beat, over = threading.Event(), threading.Event()
     def watch():
-        while beat.wait(60 * minutes):
+        waits = 0
+        while waits < 100:
+            waits = 0 if beat.wait(0.6 * minutes) else waits + 1
             if over.is_set():
                 return
             beat.clear()
-        faulthandler.dump_traceback()
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback()
         print_error(f"nothing got done for {60 * minutes:.0f} s (stuck_minutes={minutes:g}); the "
-                    f"stacks are above. What was saved is sound; the same command goes on")
+                    f"stacks are above. What was saved is sound; run the same command to go on")
         with contextlib.suppress(TemporaryError):
             log_event(run, "stuck", seconds=round(60 * minutes))
         os._exit(75)
@@ -958,6 +1057,7 @@ def train(c, t):
     lock = run_lock(run) if is_main_process() else contextlib.nullcontext()
     with (lock, contextlib.closing(Checkpoints(t)) as checkpoints,
           watchdog(t.stuck_minutes, run) as heartbeat):
+        keep_line.file = run / "log.txt"
         config = check_run(c, t, mixture, checkpoints)
         state = checkpoints.restore(c, t, mesh)
         write(run / "events.jsonl", json_lines(read_rows(run / "events.jsonl")))    # no torn line
@@ -976,28 +1076,35 @@ def train(c, t):
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
             mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
-        def run_eval(state, step, limit=None):
-            domains = evaluate(state, eval_step, mixture, c, t, mesh, limit)
+        def run_eval(state, step, limit):
+            with report.progress(step, mixture, limit, heartbeat) as done:
+                domains = evaluate(state, eval_step, mixture, c, t, mesh, limit, done)
             log_event(run, "eval", step=step, domains=domains)
             log(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
-            heartbeat()
             return domains
         def save(state):
-            if failed := checkpoints.save(state, config):
+            first = not checkpoints.steps()         # then wait: is this a place that can be written?
+            if failed := checkpoints.save(state, config) or first and checkpoints.wait():
                 log_event(run, "save_failed", why=failed)
+                if first:
+                    raise TemporaryError(f"the first checkpoint could not be written ({failed}), so "
+                                         f"nothing would be kept; see {checkpoints.folder}")
                 log(f"warning   a checkpoint could not be written ({failed}); going on")
-        state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat)
-        if failed := checkpoints.wait():
-            log_event(run, "save_failed", why=failed)
+        with stop_signals() as stop_signal:
+            state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat,
+                                 stop_signal)
+            if failed := checkpoints.wait():
+                log_event(run, "save_failed", why=failed)
+            number = number or stop_signal(t.steps)
         if checkpoints.saved != int(state.step):
             raise TemporaryError(f"the last checkpoint could not be written; "
                                  f"the same command goes on from an older one; see {run}")
         if number:
-            log_event(run, "stopped", signal=number, step=int(state.step))
-            log(f"stopped after step {int(state.step)}; saved. The same command goes on")
+            log_event(run, "stopped", signal=int(number), step=int(state.step))
+            log(f"stopped after step {int(state.step)}; saved. Run the same command to go on")
             return None
-        domains = run_eval(state, t.steps)
+        domains = run_eval(state, t.steps, t.eval_tokens_final)
         if not is_main_process():
             return None
         result = report.write_result(c, t, run, mixture, domains)
@@ -1008,18 +1115,18 @@ def train(c, t):
             log(f"sample\n{text}\n")
         log_event(run, "done", step=t.steps)
         report.report(run)
-    log(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training: see "
+    log(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} s of training in all: see "
         f"{run}/report.html")
     return result
 
 
-def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
+def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat, stop_signal):
     """Take the steps that are left -> (the last state, the signal that stopped it or None)."""
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
     here, cpu = local_rows(t.batch_size, mesh, t.accumulate), mesh.devices.flat[0].platform == "cpu"
     progress = tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty())
-    with stop_signals() as stop_signal, progress:
+    with progress:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, to_global_batch(rows, mesh, t.accumulate))
@@ -1038,8 +1145,8 @@ def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
                 save(state)
                 saved = time.monotonic()
             heartbeat()
-            if stop and step < t.steps:
-                return state, int(stop)
+            if stop:
+                return state, stop
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
                 run_eval(state, step, t.eval_tokens)
@@ -1081,13 +1188,16 @@ def init_distributed(flags, t):
     """Join the other processes of this run. On a TPU they find each other, elsewhere by flags."""
     told, seconds = [flags.coordinator, flags.processes, flags.process], t.heartbeat_seconds
     tpu = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
+    libtpu, plugins = map(importlib.util.find_spec, ("libtpu", "jax_plugins"))
+    if libtpu and not (tpu or plugins or jax.config.jax_platforms):
+        jax.config.update("jax_platforms", "cpu")       # libtpu would complain in five lines
     if told != [None] * 3:
         if None in told or not 0 <= flags.process < flags.processes:
             refuse("--coordinator, --processes, --process", "all three, I below N", told)
         jax.config.update("jax_num_cpu_devices", max(1, t.devices // flags.processes))
         jax.distributed.initialize(*told, heartbeat_timeout_seconds=seconds)
         jax.devices()               # so that make_mesh takes these, and does not ask for its own
-    elif tpu and importlib.util.find_spec("libtpu"):
+    elif tpu and libtpu:
         jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
 
 
@@ -1098,11 +1208,12 @@ EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint:
 
 def main(arguments):
     """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
+    from configs import plan, report
     if not arguments or {"--help", "-h"} & set(arguments):
-        print(describe_keys())
+        print(report.describe_keys())
         return 0
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # orbax logs stacks; ours is one line
-    from configs import plan, report
+    keep_line.file = None
     try:
         flags, overrides = read_flags(arguments[1:])
         c, t = load_config(arguments[0], overrides)
@@ -1124,17 +1235,20 @@ def main(arguments):
         print_error(f"a peer is lost, or the network: {one_line(error)}")
         return 75
     except KeyboardInterrupt:
-        print_error("interrupted; what was saved is there, and the same command goes on")
+        print_error("interrupted; what was saved is there. Run the same command to go on")
         return 130
 
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]              # what configs/ imports
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # ctrl-C, outside of stop_signals
+    from configs import report
+    sys.stdout, sys.stderr = report.Screen(sys.stdout, 1), report.Screen(sys.stderr, 2)
+    catch_signals(interrupt)                                    # outside of stop_signals
     # after a failed read or write, threads of orbax report to a closed event loop, with stacks
     sys.unraisablehook = lambda e, show=sys.unraisablehook: "is closed" in str(e) or show(e)
-    if code := main(sys.argv[1:]):
+    code = main(sys.argv[1:])
+    catch_signals(lambda number: None)
+    if code:
         # a normal exit would wait for lost peers and failed writes, which print lines of their own
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        sys.stdout.flush()
         os._exit(code)

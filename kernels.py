@@ -38,7 +38,8 @@ GPU_KERNELS = {}
 @cache
 def choose(what, platform, dtype, *sizes):
     """The implementation of "attention" or "experts" for a platform ("cpu", "gpu" or "tpu": of the
-    devices compiled for), a type and sizes. Prints a choice that is not the default."""
+    devices compiled for, which jax.default_backend() need not be), a type and sizes. Prints its
+    choice where it is not the platform's default."""
     default = BEST[_known("platform", platform, BEST)][("attention", "experts").index(what)]
     for (kind, name), fits in GPU_KERNELS.items():
         if platform == "gpu" and kind == what and fits(dtype, *sizes):
@@ -48,11 +49,13 @@ def choose(what, platform, dtype, *sizes):
 
 
 def misfit(platform, c):
-    """Why the kernels of a platform cannot take the sizes of a ModelConfig; None if they can."""
+    """Why the kernels of a platform cannot take the sizes of a ModelConfig; None if they can. It
+    is asked before anything is traced, by train.make_mesh and by --plan."""
     try:
-        if BEST[_known("platform", platform, BEST)][0] == "splash":
+        if BEST[_known("JAX_PLATFORMS", platform, BEST)][0] == "splash":
             _divisor(c.seq_len, 128, 1024, "seq_len on a TPU")
-            _tpu_block(c.hidden_dim, 1280, c.compute_dtype, "hidden_dim")
+            if c.num_experts:
+                _tpu_block(c.hidden_dim, 1280, c.compute_dtype, "hidden_dim")
     except ValueError as error:
         return str(error)
 
@@ -69,7 +72,6 @@ ROW_TILES = {"loop": (64, 256), "tiles": (128, 512), "pallas_tpu": (256, 256)}  
 
 def row_tile(impl, rows, E):
     """Rows of a tile. moe.dispatch pads each of E experts, which share `rows` rows, to whole tiles.
-
     Small tiles waste fewer rows (half a tile an expert, on average), large ones make better
     matmuls. A quarter of the mean load is best on a 2-core CPU: 256 of 64, 128 and 256 for 1,024
     rows an expert, 64 of 32 to 256 for 256 rows [measured]. On an H100 "tiles" takes 5.9 ms with
@@ -85,7 +87,6 @@ def row_tile(impl, rows, E):
 
 def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="cpu"):
     """Causal grouped-query attention with a sliding window and document masking. Returns [B,S,N,H].
-
     Position i sees position j when 0 <= i-j < window and both are in the same document (equal
     segment ids). N query heads share M key/value heads in consecutive groups of N/M [grouped-query
     attention, arXiv 2305.13245]. Scores are scaled by 1/sqrt(H). The softmax is in float32. impl:
@@ -326,7 +327,6 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 def grouped_matmul(x_RD, w_EDF, tile_expert, impl, platform="cpu"):
     """Every tile of rows times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type,
     summed in float32.
-
     tile_expert: int32 [R/tile], ascending: the expert that owns each tile of R/len(tile_expert)
     consecutive rows, or E for a tile without an owner. impl:
     "plain"       every row times every expert, then select: E times the work, the definition

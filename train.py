@@ -15,7 +15,6 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import faulthandler
 import functools
 import importlib.util
 import json
@@ -27,7 +26,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 import types
 import typing
@@ -161,10 +159,9 @@ RECIPES = {
 KEYS = typing.get_type_hints(model.ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
-# What other programs call them
-SYNONYMS = {"learning_rate": "adam_lr' and 'matrix_lr", "lr": "adam_lr' and 'matrix_lr",
-            "max_iters": "steps", "block_size": "seq_len", "n_layer": "num_layers",
-            "n_head": "num_heads", "n_embd": "hidden_dim", "out_dir": "run_dir"}
+# what nanoGPT calls them
+SYNONYMS = {"learning_rate": "adam_lr' and 'matrix_lr", "max_iters": "steps",
+            "block_size": "seq_len", "n_embd": "hidden_dim", "out_dir": "run_dir"}
 
 
 def check(key, value, where):
@@ -187,19 +184,13 @@ def check(key, value, where):
 
 
 def check_path(key, path, where):
-    """A path with its ~ replaced and, of checkpoints, absolute. ConfigError for a URL where only
-    a directory will do."""
-    bucket = key in ("checkpoint_dir", "compiled_dir")
-    if re.match(r"\w\w+:/", path):
-        if not bucket or not path.startswith("gs://"):
-            refuse(f"{where}: {key}", "a directory" + " or gs://BUCKET/PATH" * bucket, repr(path),
-                   "" if bucket else "only --checkpoint_dir and --compiled_dir can be in a bucket")
-        return path
-    path = os.path.expanduser(path)
-    if path.startswith("~"):
-        refuse(f"{where}: {key}", "a directory", repr(path), "there is no such user")
-    path = os.fsdecode(path.encode("utf-8", "surrogateescape"))     # UTF-8 in any locale
-    return os.path.abspath(path) if path and key == "checkpoint_dir" else path
+    """A path with its ~ replaced, and absolute if orbax gets it. ConfigError for most URLs."""
+    path = os.fsdecode(os.path.expanduser(path).encode("utf-8", "surrogateescape"))     # anywhere
+    url, bucket = re.match(r"\w\w+:/", path), key in ("checkpoint_dir", "compiled_dir")
+    if path.startswith("~") or url and not (bucket and path.startswith("gs://")):
+        refuse(f"{where}: {key}", "a directory" + " or gs://BUCKET/PATH" * bucket, repr(path),
+               "" if bucket else "only --checkpoint_dir and --compiled_dir can be in a bucket")
+    return os.path.abspath(path) if path and not url and key == "checkpoint_dir" else path
 
 
 def read_override(argument, following="VALUE"):
@@ -295,27 +286,15 @@ def mesh_error(c, t, n):
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
-def usable_cores(root="/sys/fs/cgroup", proc="/proc/self/cgroup"):
-    """How many cores this process may keep busy: its affinity, and its container's quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):            # Linux
-        cores = len(os.sched_getaffinity(0))
-        group = Path(root, Path(proc).read_text().rpartition("::")[2].strip("/\n"), "cpu.max")
-        for folder in group.parents:
-            with contextlib.suppress(OSError, ValueError):          # no file, or "max 100000"
-                quota, period = map(int, (folder / "cpu.max").read_text().split())
-                cores = min(cores, max(1, quota // period))
-    return cores
-
-
 def local_devices(c, t):
     """The devices of this machine that the run uses: all accelerators; or as many CPU devices as
     can share the batch, at most one a core: XLA runs most operations of a CPU on one core."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
+    from configs import process
     kernels.keep_freed_memory()
     with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
-        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(usable_cores()))
+        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(process.usable_cores()))
     if t.compiled_dir:
         bucket = t.compiled_dir.startswith("gs://")
         jax.config.update("jax_compilation_cache_dir",
@@ -723,14 +702,32 @@ class Checkpoints:
 
     def steps(self):
         """Of all checkpoints that were committed, sound or not, newest first."""
-        found = self.folder.iterdir() if self.folder.exists() else ()
+        found = self.folder.iterdir() if self.reach(self.folder.exists) else ()
         return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)
                        and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
+
+    def reach(self, act):
+        """What act() returns, if the folder can be reached in a minute and allows it."""
+        from configs import process
+        try:
+            return process.within(60, act)
+        except (TimeoutError, ConnectionError) as error:
+            raise TemporaryError(f"checkpoint_dir: {self.folder}: {one_line(error)}") from None
+        except Exception as error:
+            refuse("checkpoint_dir", "a directory or bucket that can be read and written",
+                   f"{self.folder} ({one_line(error)})")
+
+    def probe(self):
+        """Write a file and remove it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"probe-{jax.process_index()}"
+        path.write_text("")
+        path.unlink()
 
     def record(self, step):
         """{"step": step, "config": dict, "arrays": {name: checksum}}. ValueError if damaged."""
         try:
-            record = json.loads((self.folder / str(step) / "record" / "metadata").read_text())
+            record = json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
             if record["step"] == step and record["config"].keys() and record["arrays"].keys():
                 return record
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -775,6 +772,8 @@ class Checkpoints:
         options = self.ocp.CheckpointManagerOptions(
             max_to_keep=self.t.keep, keep_period=self.t.keep_every or None,
             cleanup_tmp_directories=clean, enable_async_checkpointing=True)
+        if clean:
+            self.reach(self.probe)
         try:
             for step in set(self.broken) & set(self.steps()) if is_main_process() else ():
                 (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
@@ -843,7 +842,7 @@ def write(path, text, append=False):
         return
     try:
         target = Path(path) if append else Path(path).with_suffix(".tmp")
-        with open(target, "a" if append else "w") as file:
+        with open(target, "a" if append else "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
         target.replace(path)
     except OSError as error:
@@ -858,8 +857,8 @@ def json_lines(rows):
 
 def read_rows(path):
     """The rows of a .jsonl file. A line that a crash cut short or that is damaged is left out."""
-    rows, text = [], Path(path).read_text(errors="replace") if Path(path).exists() else ""
-    for line in text.splitlines():
+    rows, text = [], Path(path).read_bytes() if Path(path).exists() else b""
+    for line in text.decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [r for r in rows if isinstance(r, dict) and isinstance(r.get("step", 0), int)]
@@ -919,7 +918,7 @@ def check_run(c, t, mixture, checkpoints):
     then = wanted = identity(now)
     try:
         if file.exists():
-            then = identity(json.loads(file.read_text()))
+            then = identity(json.loads(file.read_bytes()))
         elif steps:                             # a new machine, which has the checkpoints only
             then = identity(checkpoints.record(steps[0])["config"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -936,7 +935,7 @@ def check_run(c, t, mixture, checkpoints):
 def write_config(run, now):
     """Write config.json; what changed since the last start becomes an event and a printed line."""
     file = run / "config.json"
-    old = json.loads(file.read_text()) if file.exists() else now
+    old = json.loads(file.read_bytes()) if file.exists() else now
     before, after = (config["model"] | config["train"] for config in (old, now))
     changed = {k: [before.get(k), v] for k, v in after.items() if before.get(k) != v}
     if changed:
@@ -973,90 +972,21 @@ def print_error(line):
     keep_line(f"train.py: {line}")
 
 
-STOP_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU
-
-
-def catch_signals(act, numbers=STOP_SIGNALS):
-    """Call act(number) when one of these comes from now on. Shells, wrappers and schedulers all
-    pass a signal on: what comes within a second of the last is the same one. SIGHUP stays ignored
-    under nohup. Returns the handlers until now."""
-    last = -math.inf
-    def catch(number, frame):
-        nonlocal last
-        repeated, last = time.monotonic() < last + 1, time.monotonic()
-        if not repeated:
-            act(number)
-    return {number: signal.signal(number, catch) for number in numbers
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
-
-
-def interrupt(number):
-    raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a function of the step that returns the signal on which to save and stop, or None.
-    A second ctrl-C, a second or more after the first, kills. With many processes jax makes all
-    stop at the same step, on a SIGTERM. Once stopped, the process is about to end: no signal
-    disturbs that."""
-    caught, many = [], jax.process_count() > 1
-    def stop(number):
-        if caught and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        caught.append(number)
-        if many:
-            signal.raise_signal(signal.SIGTERM)
-    old = catch_signals(stop, STOP_SIGNALS[many:])      # SIGTERM is jax's own then
-    def stop_signal(step):
-        if many:
-            together = multihost_utils.reached_preemption_sync_point(step)
-            return signal.SIGTERM if together else None
-        return caught[0] if caught else None
-    try:
-        yield stop_signal
-    finally:
-        for number, handler in old.items() if not caught else ():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def watchdog(minutes, run):
-    """Yields a function to call whenever something got done. If it is not called for `minutes`, the
-    process prints all stacks and exits with 75: a wedged chip looks like a step without end. It
-    counts its own hundred waits, not the clock: a night asleep (ctrl-Z) is one of them."""
-    beat, over = threading.Event(), threading.Event()
-    def watch():
-        waits = 0
-        while waits < 100:
-            waits = 0 if beat.wait(0.6 * minutes) else waits + 1
-            if over.is_set():
-                return
-            beat.clear()
-        with contextlib.suppress(Exception):
-            faulthandler.dump_traceback()
-        print_error(f"nothing got done for {60 * minutes:.0f} s (stuck_minutes={minutes:g}); the "
-                    f"stacks are above. What was saved is sound; run the same command to go on")
-        with contextlib.suppress(TemporaryError):
-            log_event(run, "stuck", seconds=round(60 * minutes))
-        os._exit(75)
-    if minutes:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield beat.set
-    finally:
-        over.set()
-        beat.set()
+def stuck(run, t):
+    """What the watchdog says before it ends the process with 75."""
+    seconds = round(60 * t.stuck_minutes)
+    print_error(f"nothing got done for {seconds} s (stuck_minutes={t.stuck_minutes:g}); the stacks "
+                f"are above. What was saved is sound. Run the same command to go on")
+    log_event(run, "stuck", seconds=seconds)
 
 
 def train(c, t):
     """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
-    from configs import report
+    from configs import process, report
     began, run, mesh, mixture = time.time(), Path(t.run_dir), make_mesh(c, t), open_data(c, t)
     lock = run_lock(run) if is_main_process() else contextlib.nullcontext()
     with (lock, contextlib.closing(Checkpoints(t)) as checkpoints,
-          watchdog(t.stuck_minutes, run) as heartbeat):
+          process.watchdog(60 * t.stuck_minutes, lambda: stuck(run, t)) as heartbeat):
         keep_line.file = run / "log.txt"
         config = check_run(c, t, mixture, checkpoints)
         state = checkpoints.restore(c, t, mesh)
@@ -1084,14 +1014,14 @@ def train(c, t):
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
             return domains
         def save(state):
-            first = not checkpoints.steps()         # then wait: is this a place that can be written?
+            first = not checkpoints.steps()         # then wait: can this place be written?
             if failed := checkpoints.save(state, config) or first and checkpoints.wait():
                 log_event(run, "save_failed", why=failed)
                 if first:
-                    raise TemporaryError(f"the first checkpoint could not be written ({failed}), so "
-                                         f"nothing would be kept; see {checkpoints.folder}")
+                    raise TemporaryError(f"{checkpoints.folder}: the first checkpoint could not be "
+                                         f"written, so nothing would be kept ({failed})")
                 log(f"warning   a checkpoint could not be written ({failed}); going on")
-        with stop_signals() as stop_signal:
+        with process.stop_signals() as stop_signal:
             state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat,
                                  stop_signal)
             if failed := checkpoints.wait():
@@ -1241,13 +1171,13 @@ def main(arguments):
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]              # what configs/ imports
-    from configs import report
-    sys.stdout, sys.stderr = report.Screen(sys.stdout, 1), report.Screen(sys.stderr, 2)
-    catch_signals(interrupt)                                    # outside of stop_signals
+    from configs import process
+    sys.stdout, sys.stderr = process.Screen(sys.stdout, 1), process.Screen(sys.stderr, 2)
+    process.catch_signals(signal.default_int_handler)           # outside of stop_signals
     # after a failed read or write, threads of orbax report to a closed event loop, with stacks
     sys.unraisablehook = lambda e, show=sys.unraisablehook: "is closed" in str(e) or show(e)
     code = main(sys.argv[1:])
-    catch_signals(lambda number: None)
+    process.catch_signals(lambda number, frame: None)
     if code:
         # a normal exit would wait for lost peers and failed writes, which print lines of their own
         sys.stdout.flush()

@@ -11,7 +11,6 @@ import html
 import inspect
 import json
 import math
-import os
 import re
 import resource
 import sys
@@ -30,37 +29,6 @@ import model
 import scaling
 import train
 from configs import plan
-
-
-class Screen:
-    """Stands for stdout or stderr, which can be closed, full, a pipe that nobody reads, or ASCII.
-    None of that may end a training: what cannot be written is lost, and all that follows it."""
-
-    def __init__(self, stream, number):
-        if stream is None:                      # closed by the caller; no file may get its number
-            self.discard(number)
-            stream = open(os.devnull, "w")
-        stream.reconfigure(errors="backslashreplace")
-        self.stream, self.number = stream, number
-
-    def discard(self, number):
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), number)
-
-    def attempt(self, what, *arguments):
-        try:
-            return what(*arguments)
-        except (OSError, ValueError):
-            self.discard(self.number)
-
-    def write(self, text):
-        return self.attempt(self.stream.write, text)
-
-    def flush(self):
-        return self.attempt(self.stream.flush)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def describe_keys():

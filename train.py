@@ -185,11 +185,11 @@ def check(key, value, where):
 
 def check_path(key, path, where):
     """A path with its ~ replaced, and absolute if orbax gets it. ConfigError for most URLs."""
-    path = os.fsdecode(os.path.expanduser(path).encode("utf-8", "surrogateescape"))     # anywhere
+    path = os.path.expanduser(path)
     url, bucket = re.match(r"\w\w+:/", path), key in ("checkpoint_dir", "compiled_dir")
     if path.startswith("~") or url and not (bucket and path.startswith("gs://")):
         refuse(f"{where}: {key}", "a directory" + " or gs://BUCKET/PATH" * bucket, repr(path),
-               "" if bucket else "only --checkpoint_dir and --compiled_dir can be in a bucket")
+               "only --checkpoint_dir can be in a bucket" if url and not bucket else "")
     return os.path.abspath(path) if path and not url and key == "checkpoint_dir" else path
 
 
@@ -198,6 +198,8 @@ def read_override(argument, following="VALUE"):
     match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
     if not match:
         key, _, value = argument.lstrip("-").replace("-", "_").partition("=")
+        if key not in KEYS and argument.startswith("-"):
+            check(key, value, "command line")       # says what is near
         advice = f"write --{key}={value or following}" if key in KEYS else "quote spaces"
         refuse("command line", "--key=value", repr(argument), advice)
     key, value = match.groups()
@@ -695,7 +697,9 @@ class Checkpoints:
 
     def __init__(self, t):
         import orbax.checkpoint as ocp
+        from configs import process
         from etils import epath
+        process.take_paths_literally()
         self.ocp, self.t, self.manager, self.broken = ocp, t, None, {}
         self.saved = None                       # step that was last restored or given to orbax
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
@@ -716,13 +720,6 @@ class Checkpoints:
         except Exception as error:
             refuse("checkpoint_dir", "a directory or bucket that can be read and written",
                    f"{self.folder} ({one_line(error)})")
-
-    def probe(self):
-        """Write a file and remove it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"probe-{jax.process_index()}"
-        path.write_text("")
-        path.unlink()
 
     def record(self, step):
         """{"step": step, "config": dict, "arrays": {name: checksum}}. ValueError if damaged."""
@@ -769,11 +766,12 @@ class Checkpoints:
 
     def open(self, clean=True):
         """Get ready to write: clear what killed writers left, move broken checkpoints aside."""
+        from configs import process
         options = self.ocp.CheckpointManagerOptions(
             max_to_keep=self.t.keep, keep_period=self.t.keep_every or None,
             cleanup_tmp_directories=clean, enable_async_checkpointing=True)
         if clean:
-            self.reach(self.probe)
+            self.reach(lambda: process.probe(self.folder))
         try:
             for step in set(self.broken) & set(self.steps()) if is_main_process() else ():
                 (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
@@ -1111,7 +1109,8 @@ def read_flags(words):
     try:
         return parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"command line: {error}") from None
+        why = str(error).replace("one argument", "a value, found nothing")
+        raise ConfigError(f"command line: {why}") from None
 
 
 def init_distributed(flags, t):
@@ -1171,6 +1170,8 @@ def main(arguments):
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]              # what configs/ imports
+    if sys.getfilesystemencoding() != "utf-8":      # so that paths mean the same to all libraries
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.argv])
     from configs import process
     sys.stdout, sys.stderr = process.Screen(sys.stdout, 1), process.Screen(sys.stderr, 2)
     process.catch_signals(signal.default_int_handler)           # outside of stop_signals

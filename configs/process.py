@@ -4,6 +4,7 @@ Used by train.py. Nothing of it depends on what is trained."""
 
 import contextlib
 import faulthandler
+import glob
 import math
 import os
 import signal
@@ -138,6 +139,25 @@ def watchdog(seconds, say):
     finally:
         over.set()
         beat.set()
+
+
+def probe(folder):
+    """Make a folder of etils.epath, write a file there and remove it. Raises whatever forbids it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"probe-{jax.process_index()}"
+    path.write_text("")
+    path.unlink()
+
+
+def take_paths_literally():
+    """Let epath, and so orbax, look into a folder called [x]: it would take the name for a pattern,
+    find nothing, and leave arrays behind that cannot be read."""
+    from etils.epath import backend
+
+    def find(path):
+        folder, pattern = os.path.split(path)
+        return glob.glob(os.path.join(glob.escape(folder), pattern))
+    backend.os_backend.glob = find
 
 
 def within(seconds, act):

@@ -180,6 +180,8 @@ def check(key, value, where):
         refuse(f"{where}: {key}", kind.__name__, repr(value))
     if kind is float and not math.isfinite(value):
         refuse(f"{where}: {key}", "a finite number", repr(value))
+    if key == "tokenizer":
+        value = os.path.expanduser(value)
     return check_path(key, value, where) if key.endswith("_dir") else value
 
 

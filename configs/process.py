@@ -22,12 +22,16 @@ def usable_cores(root="/sys/fs/cgroup", proc="/proc/self/cgroup"):
     """How many cores this process may keep busy: its affinity, and the quota of its container."""
     if not hasattr(os, "sched_getaffinity"):                        # not Linux
         return os.cpu_count() or 1
-    cores = len(os.sched_getaffinity(0))
-    group = Path(root, Path(proc).read_text().rpartition("::")[2].strip("/\n"))
-    for folder in (group, *group.parents):
+    cores, own = len(os.sched_getaffinity(0)), []
+    with contextlib.suppress(OSError):
+        own = Path(proc).read_text().rpartition("::")[2].strip("/\n").split("/")
+    old = [Path(root, "cpu", f"cpu.cfs_{word}_us") for word in ("quota", "period")]     # cgroup v1
+    new = [[Path(root, *own[:depth], "cpu.max")] for depth in range(len(own) + 1)]
+    for files in (old, *new):
         with contextlib.suppress(OSError, ValueError):              # no such file, or "max 100000"
-            quota, period = map(int, (folder / "cpu.max").read_text().split())
-            cores = min(cores, max(1, quota // period))
+            quota, period = map(int, " ".join(file.read_text() for file in files).split())
+            if quota > 0:
+                cores = min(cores, max(1, quota // period))
     return cores
 
 

@@ -374,6 +374,12 @@ def test_help_joins_a_comment_of_two_lines(monkeypatch):
     assert re.search(r"--steps=3 +how many, and no more\n", text) and re.search(r"--seed=0 +other", text)
 
 
+def test_windows_is_refused_in_one_line():
+    program = "import sys; sys.modules['fcntl'] = None; import train"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "train.py: needs Linux or macOS; on Windows run it in WSL\n" and done.returncode
+
+
 def test_libtpu_without_a_tpu_is_not_asked(monkeypatch):
     """Its five lines of complaint open every run otherwise."""
     asked = []

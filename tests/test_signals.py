@@ -213,6 +213,13 @@ def test_cores_are_those_of_the_quota(tmp_path, monkeypatch, limits, cores):
         (tmp_path / folder / "cpu.max").write_text(text + "\n")
     (tmp_path / "self").write_text("9:name=systemd:/\n1:cpu:/x\n0::/a/b\n")
     assert process.usable_cores(tmp_path, tmp_path / "self") == cores
+    assert process.usable_cores(tmp_path / "nowhere", tmp_path / "nowhere") == 16
+    (tmp_path / "cpu").mkdir()                                                              # the older cgroups
+    for name, text in (("quota", "-1"), ("period", "100000")):
+        (tmp_path / "cpu" / f"cpu.cfs_{name}_us").write_text(text + "\n")
+    assert process.usable_cores(tmp_path, tmp_path / "self") == cores
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("100000\n")
+    assert process.usable_cores(tmp_path, tmp_path / "self") == 1
 
 
 def test_a_bucket_that_does_not_answer_is_given_up():

@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import typing
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -186,13 +185,13 @@ def check(key, value, where):
 
 
 def check_path(key, path, where):
-    """A path with its ~ replaced, and absolute if orbax gets it. ConfigError for most URLs."""
+    """A path with its ~ replaced, and absolute if gs:// will do. ConfigError for other URLs."""
     path = os.path.expanduser(path)
     url, bucket = re.match(r"\w\w+:/", path), key in ("checkpoint_dir", "compiled_dir")
     if path.startswith("~") or url and not (bucket and path.startswith("gs://")):
         refuse(f"{where}: {key}", "a directory" + " or gs://BUCKET/PATH" * bucket, repr(path),
                "only --checkpoint_dir can be in a bucket" if url and not bucket else "")
-    return os.path.abspath(path) if path and not url and key == "checkpoint_dir" else path
+    return os.path.abspath(path) if path and bucket and not url else path
 
 
 def read_override(argument, following="VALUE"):
@@ -300,9 +299,7 @@ def local_devices(c, t):
     with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
         jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(process.usable_cores()))
     if t.compiled_dir:
-        bucket = t.compiled_dir.startswith("gs://")
-        jax.config.update("jax_compilation_cache_dir",
-                          t.compiled_dir if bucket else os.path.abspath(t.compiled_dir))
+        jax.config.update("jax_compilation_cache_dir", t.compiled_dir)
     devices = jax.devices()
     most = len(devices)
     n = t.devices or (most_that_fit(most) if devices[0].platform == "cpu" else most)
@@ -1013,14 +1010,16 @@ def train(c, t):
             log(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
             return domains
+        kept = start > 0
         def save(state):
-            first = not checkpoints.steps()         # then wait: can this place be written?
-            if failed := checkpoints.save(state, config) or first and checkpoints.wait():
+            nonlocal kept
+            if failed := checkpoints.save(state, config) or not kept and checkpoints.wait():
                 log_event(run, "save_failed", why=failed)
-                if first:
+                if not kept:
                     raise TemporaryError(f"{checkpoints.folder}: the first checkpoint could not be "
                                          f"written, so nothing would be kept ({failed})")
                 log(f"warning   a checkpoint could not be written ({failed}); going on")
+            kept = True
         with process.stop_signals() as stop_signal:
             state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat,
                                  stop_signal)

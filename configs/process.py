@@ -41,8 +41,11 @@ class Screen:
     None of that may end a training: what cannot be written is lost, and all that follows it."""
 
     def __init__(self, stream, number):
-        if stream is None:                      # closed by the caller; no file may get its number
-            self.discard(number)
+        if stream is None:                      # closed by the caller
+            try:
+                os.fstat(number)
+            except OSError:                     # no file may get its number
+                self.discard(number)
             stream = open(os.devnull, "w")
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -227,8 +227,8 @@ def test_a_path_is_what_the_user_means_and_never_a_folder_called_gs_or_tilde(con
     """On the command line and in the config alike."""
     monkeypatch.setenv("HOME", "/home/müller")
     monkeypatch.chdir(tmp_path)
-    whole = str(tmp_path / "sub dir [1] é") if key == "checkpoint_dir" else "sub dir [1] é"
     bucket = key in ("compiled_dir", "checkpoint_dir")
+    whole = str(tmp_path / "sub dir [1] é") if bucket else "sub dir [1] é"
     for given, meant in (("~/x", "/home/müller/x"), ("~", "/home/müller"), ("/a~b/c", "/a~b/c"), ("sub dir [1] é", whole),
                          ("gs://bucket/x", bucket and "gs://bucket/x"), ("gs:/bucket/x", None), ("s3://bucket/x", None),
                          ("hdfs://x", None), ("~nobody-of-that-name/x", None)):

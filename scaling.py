@@ -110,7 +110,7 @@ def number(text, where="command line", key="the value", low=0.0, high=1e40):
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     need(low < value <= high, where, f"{key} to be a number above {low:g} and at most {high:g}",
-         repr(text)[:40], f"correct {key}: plain digits such as 11500000 or 1.15e7, in units of one")
+         repr(text)[:40], f"correct {key}; write plain digits, such as 1.15e7")
     return value
 
 
@@ -470,27 +470,6 @@ def run_bootstrap(runs, fit, config, targets, draws=400, seed=0):
     return np.quantile(forecasts, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T.tolist()
 
 
-def suspect(runs, fit, config, targets):
-    """The run that the fit of all others contradicts most, or None if chance explains it.
-
-    Every run is left out once. A diverged run at an edge bends the curve to itself and has a small
-    residual, so the drop of all squared residuals is judged: a Student-t of the left-out run."""
-    squares = np.sum((columns_of(runs, "loss")[0] - fit.fitted)**2)
-    spare, found = len(runs) - fit.unknowns - 1, []
-    for i in range(len(runs) if spare > 1 else 0):
-        rest = runs[:i] + runs[i + 1:]
-        with contextlib.suppress(BadInput):
-            other = fit_law(rest, config, fit.start, inside=False)
-            left = np.sum((columns_of(rest, "loss")[0] - other.fitted)**2)
-            found.append((math.sqrt(max(squares / max(left, 1e-20) - 1, 0) * spare), i))
-    times, i = max(found, default=(0, 0))
-    if scipy.stats.t.sf(times, max(spare, 1)) * len(runs) > 1e-3:
-        return None
-    with contextlib.suppress(BadInput):                 # afresh: its own start was bent, too
-        law = fit_law(runs[:i] + runs[i + 1:], config, inside=False).law
-        return dict(run=runs[i], times=times, losses=[law.loss(C) for C in targets])
-
-
 def profile(C, L, targets, chosen):
     """Forecasts as a function of an assumed E, and which E the optima allow (an F test).
 
@@ -523,6 +502,7 @@ def analyse(runs, config, targets=(), unit="nats", source="runs", draws=400):
 
     "ladder" are the runs that were fitted, "lowest" is the best loss observed later, or else
     fitted; a fit whose E contradicts it is not "sound". "N_star" and "D_star" are power laws."""
+    from configs.ladder import outlier
     runs = in_unit(checked(runs, source), unit, source)
     held = [r for r in runs if r.kind == "held_out"]
     ladder = [r for r in runs if r.kind == "isoflop"]
@@ -545,7 +525,7 @@ def analyse(runs, config, targets=(), unit="nats", source="runs", draws=400):
                               outcomes=outcomes))
     lowest = min(r.loss for r in held or ladder)
     return dict(source=source, config=config, unit=unit, runs=runs, ladder=ladder, fit=fit,
-                outlier=suspect(ladder, fit, config, targets), targets=targets,
+                outlier=outlier.suspect(ladder, fit, config, targets), targets=targets,
                 N_star=N_star, D_star=D_star, forecasts=forecasts, profile=curve, lowest=lowest,
                 backtest=backtest(ladder, config, fit.optima), sound=fit.law.E <= 0.98 * lowest)
 
@@ -564,8 +544,8 @@ def warnings_of(r):
     if r["outlier"]:
         run, times = r["outlier"]["run"], r["outlier"]["times"]
         losses = " ".join(f"{loss:.4f}" for loss in r["outlier"]["losses"])
-        lines.append(f"the run at C = {run.flops:.4g}, N = {run.params:.4g} with loss {run.loss:.4g} "
-                     f"is {times:.0f} standard errors off the others; without it: {losses}")
+        lines.append(f"the run at C = {run.flops:.4g}, N = {run.params:.4g} with loss "
+                     f"{run.loss:.4g} is {times:.0f} standard errors off the others; without it: {losses}")
     top, bottom = max(r["fit"].optima, key=lambda v: v.budget), r["fit"].optima[0]
     for C in r["targets"]:
         if not bottom.budget <= C <= 1000 * top.budget:

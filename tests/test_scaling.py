@@ -15,7 +15,7 @@ import pytest
 import model
 import scaling
 import train
-from configs.ladder import bias, plan, surface
+from configs.ladder import bias, outlier, plan, surface
 from configs.ladder.speedup import speedup
 from scaling import BadInput, FitConfig, Run, analyse
 
@@ -558,7 +558,7 @@ def test_a_diverged_run_at_an_edge_is_named(i, shift):
                          rng=np.random.default_rng(0))
     runs[i] = replace(runs[i], loss=runs[i].loss + shift)
     fit = scaling.fit_law(runs, FitConfig())
-    found = scaling.suspect(runs, fit, FitConfig(), [1e23])
+    found = outlier.suspect(runs, fit, FitConfig(), [1e23])
     assert found["run"] == runs[i] and found["losses"][0] == pytest.approx(2.0050, abs=0.02)
 
 

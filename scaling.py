@@ -545,7 +545,8 @@ def warnings_of(r):
         run, times = r["outlier"]["run"], r["outlier"]["times"]
         losses = " ".join(f"{loss:.4f}" for loss in r["outlier"]["losses"])
         lines.append(f"the run at C = {run.flops:.4g}, N = {run.params:.4g} with loss "
-                     f"{run.loss:.4g} is {times:.0f} standard errors off the others; without it: {losses}")
+                     f"{run.loss:.4g} is {times:.0f} standard errors off the others; "
+                     f"without it: {losses}")
     top, bottom = max(r["fit"].optima, key=lambda v: v.budget), r["fit"].optima[0]
     for C in r["targets"]:
         if not bottom.budget <= C <= 1000 * top.budget:

@@ -198,7 +198,8 @@ def run_ladder(path, jobs=1):
         folders = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
         need(folders, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
         result = Path(folders[0]) / "result.json"
-        command = [sys.executable, str(ROOT / "train.py"), row["base"], *words]
+        code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
+        command = [sys.executable, str(code), row["base"], *words]
         print(row["config"], flush=True)
         if not result.is_file() and subprocess.run(command).returncode:
             failed.set()
@@ -206,7 +207,9 @@ def run_ladder(path, jobs=1):
                            "correct it and give this command again")
         found = scaling.read_json(result)
         domains = found.pop("domains", {})
-        found |= {f"loss_{name}": domains[name]["loss"] for name in domains if name != "macro"}
+        domains.pop("macro", None)
+        found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
+        found["eval_bytes"] = sum(domain["bytes"] for domain in domains.values())
         with filling:
             row |= found
             names = dict.fromkeys([*columns, *(key for row in rows for key in row)])

@@ -819,7 +819,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of every command, those of configs/ladder included."""
-    from configs.ladder import bias, figures, plan, speedup         # they import this module
+    from configs.ladder import bias, figures, gate, plan, speedup   # they import this module
     top = Parser(prog="scaling.py", description=__doc__,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)
@@ -845,7 +845,7 @@ def parser():
     add("record", help="the file that `register` wrote")
     add("--loss", type=number, help="in the record's unit")
     add("--run", metavar="DIR", help="a finished run of train.py instead")
-    for study in (plan, speedup, bias, figures):
+    for study in (plan, speedup, gate, bias, figures):
         study.add_commands(command)
     return top
 
@@ -867,11 +867,13 @@ def add_fitting(add):
 
 
 def main(words):
-    """Exit status of one command: 0, or 2 after one line on stderr about what to correct."""
+    """Exit status of one command: 0 (of `gate` also 1 and 3), or 2 after one line on stderr about
+    what to correct."""
     try:
-        a = parser().parse_args(words)
-        a.do(a)
-        return 0
+        a, a.rest = parser().parse_known_args(words)
+        takes = a.do.__name__ == "gate"                 # --key=value
+        need(takes or not a.rest, "command line", "the options of --help", " ".join(a.rest), "see --help")
+        return a.do(a) or 0
     except BadInput as error:
         complaint = error
     except BrokenPipeError:                             # `| head` has seen enough

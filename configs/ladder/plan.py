@@ -217,7 +217,8 @@ def run_ladder(path, jobs=1):
         folders = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
         need(folders, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
         result = Path(folders[0]) / "result.json"
-        command = [sys.executable, str(ROOT / "train.py"), row["base"], *words]
+        code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
+        command = [sys.executable, str(code), row["base"], *words]
         if result.parent.is_dir() and any(result.parent.glob("*.json")):
             need_same(row["base"], words, result.parent)
         print(row["config"], flush=True)
@@ -228,7 +229,9 @@ def run_ladder(path, jobs=1):
         found = scaling.read_json(result)
         number(found.get("loss"), result, "loss")
         domains = found.pop("domains", {})
-        found |= {f"loss_{name}": domains[name]["loss"] for name in domains if name != "macro"}
+        domains.pop("macro", None)
+        found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
+        found["eval_bytes"] = sum(domain["bytes"] for domain in domains.values())
         with filling:
             row |= found
             names = dict.fromkeys([*columns, *(key for row in rows for key in row)])

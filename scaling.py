@@ -218,6 +218,29 @@ def read_run_dir(folder, head=False):
     return run_from(row, NUMBERS.keys() - {"budget_flops"}, path, folder, head)
 
 
+def check_sizes(runs, source):
+    """BadInput if FLOPs, parameters and tokens of some runs do not go together: C = k N D, where k
+    is near 6 and changes slowly with N."""
+    if not runs:
+        return
+    N = np.array([run.params for run in runs])
+    D = np.array([run.tokens for run in runs])
+    k = np.array([run.flops for run in runs]) / N / D
+    for run, own in zip(runs, k):
+        need(0.5 <= own <= 60, source, "k = C/(N D) near 6 for every run",
+             f"C = {run.flops:.4g}, N = {run.params:.4g}, D = {run.tokens:.4g}: k = {own:.2g}",
+             "check the units (are params in millions?) and the order of the columns")
+    need(np.median(D / N) >= 0.2, source, "more tokens than parameters in most runs",
+         f"{np.median(D / N):.2g} tokens per parameter",
+         "are the columns params and tokens swapped?")
+    if len({*N}) > 2:
+        line = np.polyfit(np.log(N), np.log(k), 1)
+        off = np.abs(np.log(k) - np.polyval(line, np.log(N)))
+        need(off.max() < math.log(1.6), source, "a C/(N D) that changes slowly with N",
+             f"{k.min():.3g} to {k.max():.3g}",
+             "check the unit of flops in every row")
+
+
 def checked(runs, source):
     """The same runs, each with a budget; BadInput for duplicates, several evals, nothing to fit.
 
@@ -225,14 +248,7 @@ def checked(runs, source):
     times = Counter((r.flops, r.params, r.tokens, r.seed, r.kind) for r in runs)
     for run, found in times.items():
         need(found == 1, source, "each run once", run, "delete one, or give the repeats seeds")
-    for run in runs:
-        k = run.flops / (run.params * run.tokens)       # NaN in a table of losses and budgets
-        sizes = f"C = {run.flops:.4g}, N = {run.params:.4g}, D = {run.tokens:.4g}: k = {k:.2g}"
-        need(not (k < 0.5 or k > 60), source, "k = C/(N D) near 6 for every run", sizes,
-             "check the units (are params in millions?) and the order of the columns")
-    ratio = np.median([run.tokens / run.params for run in runs])
-    need(not ratio < 0.2, source, "more tokens than parameters in most runs",
-         f"{ratio:.2g} tokens per parameter", "are the columns params and tokens swapped?")
+    check_sizes([run for run in runs if math.isfinite(run.params * run.tokens)], source)
     evals = sorted({run.eval for run in runs})
     need(len(evals) < 2, source, "one eval definition", evals, "fit each on its own")
     need(any(run.kind == "isoflop" for run in runs), source, "at least one isoFLOP run",
@@ -872,7 +888,8 @@ def main(words):
     try:
         a, a.rest = parser().parse_known_args(words)
         takes = a.do.__name__ == "gate"                 # --key=value
-        need(takes or not a.rest, "command line", "the options of --help", " ".join(a.rest), "see --help")
+        need(takes or not a.rest, "command line", "the options of --help", " ".join(a.rest),
+             "see --help")
         return a.do(a) or 0
     except BadInput as error:
         complaint = error

@@ -562,7 +562,88 @@ def test_a_diverged_run_at_an_edge_is_named(i, shift):
     assert found["run"] == runs[i] and found["losses"][0] == pytest.approx(2.0050, abs=0.02)
 
 
+def every_second(rows):
+    return [[repr(3 * float(C)) if i % 2 else C, *more] for i, (C, *more) in enumerate(rows)]
+
+
+def test_flops_that_do_not_fit_params_and_tokens_are_refused(tmp_path, capsys):
+    refused(["fit", ladder_csv(tmp_path / "runs.csv", every_second)], "changes slowly with N, found 6 to 18", capsys)
+
+
+def test_targets_far_away_and_perplexities_are_warned_of(tmp_path, capsys):
+    path = ladder_csv(tmp_path / "runs.csv")
+    said = printed(["fit", path, "--draws", 2, "--predict", "1e32"], capsys)
+    assert "C = 1e+32 is far outside the runs, 1e+17 to 1e+21" in said and "perplexities" not in said
+    ladder_csv(tmp_path / "runs.csv", lambda rows: [[*row, repr(math.exp(float(y)))] for *row, y in rows])
+    assert "are they perplexities?" in printed(["fit", path, "--draws", 2], capsys)
+
+
+def test_columns_may_have_other_names_and_tabs_between_them(tmp_path, capsys):
+    path = ladder_csv(tmp_path / "runs.csv", head="train_flops,N,D,val_loss")
+    (tmp_path / "runs.csv").write_text(Path(path).read_text().replace(",", "\t"))
+    names = "--columns=flops=train_flops,params=N,tokens=D,loss=val_loss"
+    assert "E = 1.69" in printed(["fit", path, "--draws", 2, names], capsys)
+    refused(["fit", path, "--columns=flops=nope"], "nope", capsys)
+    refused(["fit", path, "--columns=color=N"], "color=N", capsys)
+    ladder_csv(tmp_path / "runs.csv", with_cell(3, 1, "11.5M"))
+    refused(["fit", path], "write plain digits", capsys)
+
+
+def test_a_surface_needs_no_grid_and_no_flops(tmp_path, capsys):
+    rng, truth = np.random.default_rng(0), bias.SURFACES["Chinchilla"]
+    N, D = 10 ** rng.uniform(7, 10, 60), 10 ** rng.uniform(9, 12, 60)
+    loss = truth.E + truth.A * N**-truth.alpha + truth.B * D**-truth.beta + rng.normal(0, 1e-3, 60)
+    path, out = tmp_path / "points.csv", tmp_path / "fit.json"
+    path.write_text("params,tokens,loss\n" + "".join(f"{n!r},{d!r},{y!r}\n" for n, d, y in
+                                                      zip(N.tolist(), D.tolist(), loss.tolist())))
+    printed(["fit", path, "--method", "surface", "--draws", 2, "--json", out], capsys)
+    assert json.loads(out.read_text())["fit"]["law"]["E"] == pytest.approx(truth.E, abs=0.02)
+    refused(["fit", path], "add flops (C = 6 N D", capsys)
+
+
+def test_a_plan_is_printed_unless_it_is_told_where_to_go(tmp_path, capsys, monkeypatch):
+    base = small_config(tmp_path / "base.py")
+    monkeypatch.chdir(tmp_path)
+    assert "hidden_dim = " in printed(["plan", "--flops", "1e14", "--config", base], capsys)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".py"] == ["base.py"]
+
+
+def test_a_ladder_takes_no_result_of_another_config(tmp_path):
+    base = small_config(tmp_path / "base.py", hidden_dim=32, num_layers=1, num_heads=2, num_kv_heads=2,
+                        shared_dim=64, expert_dim=32)
+    c, t = plan.load(base, {"steps": 40, "batch_size": 32})
+    config = {"model": vars(c), "train": json.loads(json.dumps(vars(t)))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan.need_same(base, ["--steps=40", "--batch_size=32", "--log_every=3"], tmp_path)
+    with pytest.raises(BadInput, match="a run with steps=80, as its row says, found 40"):
+        plan.need_same(base, ["--steps=80", "--batch_size=32"], tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------- registration
+
+def test_a_full_disk_leaves_no_half_of_a_record(tmp_path, capsys, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as disk:
+        disk.setattr(scaling.os, "fsync", full)
+        with pytest.raises(AssertionError):
+            registered(tmp_path)
+    assert "No space left" in capsys.readouterr().err and not [*(tmp_path / "prereg").iterdir()]
+    registered(tmp_path)
+
+
+def test_a_sealed_record_without_a_key_is_refused_by_name(tmp_path, capsys):
+    _, out = registered(tmp_path)
+    for keys in (["unit"], ["forecast", "loss"], ["target", "C"]):
+        record = json.loads(out.read_text())
+        part = record
+        for key in keys[:-1]:
+            part = part[key]
+        part.pop(keys[-1])
+        record["sha256"] = scaling.seal(record)
+        (tmp_path / "short.json").write_text(json.dumps(record))
+        refused(["score", tmp_path / "short.json", "--loss", 2.5], f"the key {' '.join(keys)}", capsys)
+
 
 def registered(tmp_path):
     table, out = tmp_path / "runs.csv", tmp_path / "prereg" / "hero.json"

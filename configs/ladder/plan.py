@@ -231,7 +231,7 @@ def run_ladder(path, jobs=1):
         domains = found.pop("domains", {})
         domains.pop("macro", None)
         found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
-        found["eval_bytes"] = sum(domain["bytes"] for domain in domains.values())
+        found["eval_bytes"] = sum(domain.get("bytes", 0) for domain in domains.values())
         with filling:
             row |= found
             names = dict.fromkeys([*columns, *(key for row in rows for key in row)])

@@ -203,7 +203,7 @@ def read_run(run):
         refuse(run, "a run directory with its config.json", one_line(error))
 
 
-def read_config(path):
+def run_config(path):
     """The keys of a config file. Names that begin with _ and imported modules are none."""
     if not Path(path).is_file():
         refuse(path, "a config file or a run directory", "none", "configs/ holds the ready ones")
@@ -220,7 +220,7 @@ def load_config(path, overrides=()):
     """(ModelConfig, TrainConfig) of a config file of plain assignments or of a run directory, with
     --key=value applied. A config file is code: run only yours."""
     run = Path(path).parent if Path(path).name == "config.json" else Path(path)
-    values = read_run(run) if run.is_dir() else read_config(path)
+    values = read_run(run) if run.is_dir() else run_config(path)
     values = {key: check(key, value, path) for key, value in values.items()}
     values |= dict(map(read_override, overrides))
     values = RECIPES[values.get("recipe", "v1")] | values

@@ -192,10 +192,12 @@ def main(words):
     parts = [MARK, report.table([(name, *cells) for name, cells in about.items()], ["", *head])]
     parts += [f'<p class="note">{report.esc(sentence)}</p>' for sentence in said]
     parts += [f"<h2>Keys that differ</h2><p>{equal} others are equal.</p>",
-              report.table(different, ["key", *head]), '<h2>Curves</h2><div class="figures">',
+              report.table(different, ["key", *head]),
+              '<h2>Losses at equal steps</h2><div class="side">',
+              *(report.table(rows, [name, *head], numbers=True) for name, rows in tables.items()),
+              '</div><h2>Curves</h2><div class="figures">',
               *(report.figure(png, name, captions[name]) for name, png in pictures.items()),
-              "</div><h2>Losses at equal steps</h2>"]
-    parts += [report.table(rows, [name, *head], numbers=True) for name, rows in tables.items()]
+              "</div>"]
     train.write(path, report.page(title, *parts))
     print(f"see {path}")
     return 0

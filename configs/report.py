@@ -330,12 +330,13 @@ def read_files(run):
     notes = []
     config, result = (read_object(run / name, notes) for name in ("config.json", "result.json"))
     steps = number(dig(config, "train", "steps")) or math.inf
-    rows = read_log(run / "metrics.jsonl", lambda row: 0 < as_step(row.get("step")) <= steps, notes)
+    rows = read_log(run / "metrics.jsonl", lambda row: 0 < as_step(row.get("step")) <= steps and
+                    any(number(row.get(key)) is not None for key in DRAWN), notes)
     events = read_log(run / "events.jsonl", lambda row: isinstance(row.get("event"), str), notes)
-    by_step = {row["step"]: row for row in rows}
+    by_step = {row["step"]: row for row in sorted(rows, key=is_metrics)}
     if len(by_step) < len(rows):
-        notes.append(f"metrics.jsonl: {len(rows) - len(by_step)} rows come a second time; "
-                     f"the last one of a step was drawn.")
+        notes.append(f"metrics.jsonl: {len(rows) - len(by_step)} rows are of a step that has "
+                     f"another row; the last whole one was drawn.")
     rows = [by_step[step] for step in sorted(by_step)]
     wanted = [*DRAWN, "maxvio", "load_LE"] if any("load_LE" in row for row in rows) else DRAWN
     holes = sum(any(row.get(key, "") is not None and number(row.get(key)) is None
@@ -489,6 +490,10 @@ def draw_panel(axis, title, lines):
         dots = len(x) < 25 or "held out" in label
         axis.plot(x, y, "o-" if dots else "-", ms=4, lw=1, label=label_of(label))
     axis.set(title=label_of(title), xlabel="step", yscale="log" if log else "linear")
+    if log:                     # 0.2 instead of 2 x 10^-1, and not all of them
+        short = lambda tick, _: f"{tick:g}" if f"{tick:e}"[0] in "12357" else ""
+        axis.yaxis.set_major_formatter(short)
+        axis.yaxis.set_minor_formatter(short)
     if title == "tokens per second":
         axis.set_ylim(0, None)
     if handles := axis.get_legend_handles_labels()[0]:
@@ -518,7 +523,7 @@ def draw_experts(plt, rows, path):
     """The load of every expert of every layer over time."""
     steps, load = loads(rows)                               # [rows, L, E]; 1 is the mean load
     _, layers, experts = load.shape
-    first, last = min(steps[0], steps[-1] - 1), steps[-1]
+    first, last = max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else steps[0] - 1, steps[-1]
     place = np.linspace(first, last, min(1000, max(1, int(last - first))) + 1)[1:]
     load = load[np.searchsorted(steps, place).clip(max=len(steps) - 1)]     # a row ends its steps
     figure, axes = plt.subplots(layers, 1, figsize=(10, 1 + 0.9 * layers), sharex=True,
@@ -547,6 +552,7 @@ th, td { text-align: left; vertical-align: top; padding: .2em 1.2em .2em 0;
 th { font-weight: 600; white-space: nowrap }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(360px, 1fr)); gap: 1em }
+.side { display: flex; flex-wrap: wrap; gap: 1em 1.5em; align-items: flex-start }
 figure { margin: 0 }  figcaption { font-size: 13px }
 img { max-width: 100% }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8em }
@@ -609,13 +615,13 @@ def facts(files):
     config, result, rows, events = files.config, files.result, files.rows, files.events
     counts, model_, train_ = (config.get(key) for key in ("counts", "model", "train"))
     kinds = collections.Counter(event["event"] for event in events)
-    names = [name for name in dig(result, "domains") or () if name != "macro"]
+    names = [name for name in part_of(result, "domains") if name != "macro"]
 
     def balance_():
         if not model_["num_experts"]:
             return "no experts: a dense model"
         drop = [x for row in rows[-len(rows) // 10:] if (x := number(row.get("drop"))) is not None]
-        dropped = f"; {np.mean(drop):.1%} of assignments dropped" if drop else ""
+        dropped = f"; {100 * np.mean(drop):.1f} % of assignments dropped" if drop else ""
         return (f"MaxVio {result['maxvio']:.3f} over the last tenth, {result['maxvio_floor']:.3f} "
                 f"for independent tokens{dropped}")
     def code():
@@ -656,16 +662,17 @@ def facts(files):
 
 
 def own_keys(config):
-    """[(key, value, default)] of the keys whose value is not the default of the run's recipe."""
+    """[(key, value, default)] of the keys whose value is not the default of the run's recipe; those
+    that have no default come last."""
     recipe, found = train.RECIPES.get(str(dig(config, "train", "recipe")), {}), []
     for part, cls in (("model", model.ModelConfig), ("train", train.TrainConfig)):
-        defaults = {f.name: "none" if f.default is dataclasses.MISSING else f.default
-                    for f in dataclasses.fields(cls)}
+        defaults = {f.name: "has none" if f.default is dataclasses.MISSING else f.default
+                    for f in dataclasses.fields(cls) if f.name != "run_dir"}
         defaults |= {key: value for key, value in recipe.items() if key in defaults}
         for key, value in part_of(config, part).items():
-            if value != defaults.get(key, "none"):
-                found.append((key, json.dumps(value), defaults.get(key, "none")))
-    return found
+            if key in defaults and value != defaults[key]:
+                found.append((key, json.dumps(value), defaults[key]))
+    return sorted(found, key=lambda row: row[2] == "has none")
 
 
 def changes(events):
@@ -707,7 +714,7 @@ def report(run):
         parts += ["<h2>Keys changed on the way</h2>",
                   table(changed, ("key", "when", "before", "after"))]
     if own := own_keys(files.config):
-        parts += ["<h2>Keys of this run</h2><p>Those that are not the default of its recipe.</p>",
+        parts += ["<h2>Keys of this run</h2><p>All others are the default of its recipe.</p>",
                   table(own, ("key", "value", "default"))]
     if (run / "sample.txt").is_file():
         text = (run / "sample.txt").read_text(errors="replace")[:MOST_TEXT]

@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(co
 
 # --------------------------------------------------------------------------------------- configs and bad input
 
-SCRIPTS = {"hopper", "plan", "report"}          # in configs/, and no configs
+SCRIPTS = {"compare", "hopper", "plan", "report"}          # in configs/, and no configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in SCRIPTS]
 
 
@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(config, capsys, arguments, words)
 
 
 @pytest.mark.parametrize("text, words", [
-    (None, "expected a config file, found none"),
+    (None, "expected a config file or a run directory, found none"),
     ("steps = (", "SyntaxError"),
     ("steps = 1 / 0", "ZeroDivisionError"),
     ("stepz = 5", "unknown config key 'stepz'; did you mean 'steps'?"),

@@ -138,6 +138,7 @@ class TrainConfig:
              "heartbeat_seconds", "lr_scale", "adam_lr_scale")
         need(lambda x: x >= 0, "zero or a positive number", *numeric)
         need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
+        need(lambda x: x < 2**63, "a number below 2**63", "seed", "sample_seed")
         need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
         need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
              "decay")
@@ -200,7 +201,8 @@ def read_run(run):
         here = (run / "checkpoints").is_dir() and not Path(values["checkpoint_dir"]).is_dir()
         return values | {"checkpoint_dir": ""} if here else values
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        refuse(run, "a run directory with its config.json", one_line(error))
+        found = "none" if isinstance(error, FileNotFoundError) else one_line(error)
+        refuse(run / "config.json", "the config of a run", found)
 
 
 def run_config(path):

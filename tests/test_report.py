@@ -420,12 +420,15 @@ def test_a_sample_needs_nothing_but_the_run_directory(moved, capsys):
     assert "end_of_text" not in empty.out and "prompt of 0 tokens" in empty.err
     config = moved.parent / "tiny.py"           # today's way: the config says only which run it is
     text = json.loads((moved / "config.json").read_text())["train"]["mixture"]
-    config.write_text(f"mixture = {text}\n".replace("[[", "((").replace("]]", "),)") + "tokenizer = 'bytes'\nsteps = 1\n"
-                      "batch_size = 1\nvocab_size = 300\nhidden_dim = 8\nnum_layers = 1\nnum_heads = 1\n"
-                      "num_kv_heads = 1\nhead_dim = 8\nshared_dim = 8\nseq_len = 16\n")
+    config.write_text(f"mixture = {text}\n".replace("[[", "((").replace("]]", "),)") +
+                      "tokenizer = 'bytes'\nsteps = 1\nbatch_size = 1\nvocab_size = 300\nhidden_dim = 8\n"
+                      "num_layers = 1\nnum_heads = 1\nnum_kv_heads = 1\nhead_dim = 8\nshared_dim = 8\nseq_len = 16\n")
     words = ["--prompt=to be", "--sample_tokens=20", "--sample_seed=1"]
     assert train.main([str(config), "--sample", f"--run_dir={moved}", "--compiled_dir=", *words]) == 0
     assert capsys.readouterr().out == one.out
+    for file in moved.glob("tokenizer.*"):
+        file.unlink()
+    assert sample(*words).out != one.out, "the tokenizer was that of the run directory"
     for key, words in (("seq_len=512", "seq_len: expected 32, as in"), ("seed=1", "seed: expected 0, as in")):
         assert train.main([str(moved), "--sample", f"--{key}"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -434,27 +437,26 @@ def test_a_sample_needs_nothing_but_the_run_directory(moved, capsys):
 
 @pytest.mark.slow
 def test_a_run_directory_is_enough_to_go_on(plain, tmp_path):
-    for name, word in (("a", ""), ("b", "config.json")):
-        run = tmp_path / name
-        shutil.copytree(plain, run)
-        shutil.rmtree(run / "checkpoints" / str(inject.STEPS))
-        done = subprocess.run([sys.executable, ROOT / "train.py", run / word], capture_output=True, text=True,
-                              timeout=600, env=inject.ENVIRONMENT, cwd=tmp_path)
-        assert done.returncode == 0 and "resumed after step 8" in done.stdout, done.stderr
-        assert inject.outcome(run) == inject.outcome(plain)
+    run = tmp_path / "copy"
+    shutil.copytree(plain, run)
+    shutil.rmtree(run / "checkpoints" / str(inject.STEPS))
+    done = subprocess.run([sys.executable, ROOT / "train.py", run], capture_output=True, text=True, timeout=600,
+                          env=inject.ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 0 and "resumed after step 8" in done.stdout, done.stderr
+    assert inject.outcome(run) == inject.outcome(plain)
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "expected a run directory with its config.json"), ("{", "expected a run directory"), ("[]", "JSON"),
+    (None, "config.json: expected the config of a run, found none"), ("{", "found JSONDecodeError"), ("[]", "found "),
     ('{"model": {"stepz": 1}, "train": {"mixture": [], "checkpoint_dir": ""}}', "unknown config key 'stepz'"),
-    ('{"model": {}, "train": {"mixture": 3}}', "expected a run directory")])
+    ('{"model": {}, "train": {"mixture": 3}}', "found TypeError")])
 def test_a_directory_that_is_no_run_is_one_line(tmp_path, capsys, content, words):
     if content:
         (tmp_path / "config.json").write_text(content)
     for word in (tmp_path, tmp_path / "config.json"):
         assert train.main([str(word), "--sample"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert (words if words != "JSON" else "expected a run") in line
+        assert words in line
     assert [path.name for path in tmp_path.iterdir()] == (["config.json"] if content else [])
 
 

@@ -151,6 +151,7 @@ def test_every_config_loads_and_its_state_builds(path):
     (["--steps=0"], "steps: expected a positive number, found 0"),
     (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh' or 'adamw', found 'adam'"),
     (["--accumulate=3"], "accumulate: expected a divisor of batch_size=8, found 3"),
+    (["--sample_seed=9223372036854775808"], "sample_seed: expected a number below 2**63"),
     (["--schedule=wsd", "--warmup=0.9"], "decay: expected at most 1 - warmup"),
     (["--num_heads=3", "--num_kv_heads=2"], "num_kv_heads: expected a divisor of num_heads=3"),
     (["--mixture=()"], "mixture: expected pairs"),

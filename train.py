@@ -636,9 +636,10 @@ def make_sampler(c, t, tokenizer):
             window_S[:len(recent)] = recent
             key = jax.random.fold_in(jax.random.key(seed), i)
             new = int(next_token(params, bias_LE, window_S, len(recent), key))
-            if new == tokenizer.eot:
+            if new != tokenizer.eot:
+                tokens.append(new)
+            elif tokens:
                 break
-            tokens.append(new)
         return tokenizer.decode(tokens)
     return sample
 

@@ -491,7 +491,9 @@ def draw_panel(axis, title, lines):
         axis.plot(x, y, "o-" if dots else "-", ms=4, lw=1, label=label_of(label))
     axis.set(title=label_of(title), xlabel="step", yscale="log" if log else "linear")
     if log:                     # 0.2 instead of 2 x 10^-1, and not all of them
-        short = lambda tick, _: f"{tick:g}" if f"{tick:e}"[0] in "12357" else ""
+        low, high = axis.get_ylim()
+        digits = "12357" if high > 5 * low else "123456789"
+        short = lambda tick, _: f"{tick:g}" if f"{tick:e}"[0] in digits else ""
         axis.yaxis.set_major_formatter(short)
         axis.yaxis.set_minor_formatter(short)
     if title == "tokens per second":
@@ -534,7 +536,7 @@ def draw_experts(plt, rows, path):
                             interpolation="nearest", extent=extent)
         axis.set(ylabel=f"layer {layer}", yticks=())
     axis.set(xlabel="step")
-    figure.colorbar(image, ax=axes, label="load of each expert over the mean")
+    figure.colorbar(image, ax=axes, label="load over mean")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -192,19 +192,6 @@ def read_override(argument):
     return key, check(key, value, "command line")
 
 
-def read_run(run):
-    """The keys of a run directory, wherever it is now: it may have been moved or copied."""
-    try:
-        config = json.loads((run / "config.json").read_text())
-        values = config["model"] | config["train"] | {"run_dir": str(run)}
-        values["mixture"] = tuple(map(tuple, values["mixture"]))
-        here = (run / "checkpoints").is_dir() and not Path(values["checkpoint_dir"]).is_dir()
-        return values | {"checkpoint_dir": ""} if here else values
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        found = "none" if isinstance(error, FileNotFoundError) else one_line(error)
-        refuse(run / "config.json", "the config of a run", found)
-
-
 def run_config(path):
     """The keys of a config file. Names that begin with _ and imported modules are none."""
     if not Path(path).is_file():
@@ -222,7 +209,8 @@ def load_config(path, overrides=()):
     """(ModelConfig, TrainConfig) of a config file of plain assignments or of a run directory, with
     --key=value applied. A config file is code: run only yours."""
     run = Path(path).parent if Path(path).name == "config.json" else Path(path)
-    values = read_run(run) if run.is_dir() else run_config(path)
+    from configs import report
+    values = report.read_run(run) if run.is_dir() else run_config(path)
     values = {key: check(key, value, path) for key, value in values.items()}
     values |= dict(map(read_override, overrides))
     values = RECIPES[values.get("recipe", "v1")] | values

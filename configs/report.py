@@ -216,6 +216,19 @@ def keep_text(path, text):
         train.write(path, text)
 
 
+def read_run(run):
+    """The keys of a run directory, wherever it is now: it may have been moved or copied."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        values = config["model"] | config["train"] | {"run_dir": str(run)}
+        values["mixture"] = tuple(map(tuple, values["mixture"]))
+        here = (run / "checkpoints").is_dir() and not Path(values["checkpoint_dir"]).is_dir()
+        return values | {"checkpoint_dir": ""} if here else values
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        found = "none" if isinstance(error, FileNotFoundError) else train.one_line(error)
+        train.refuse(run / "config.json", "the config of a run", found)
+
+
 def kept_tokenizer(t):
     """The tokenizer that the run directory keeps; None if it keeps none. DataError if damaged."""
     run = Path(t.run_dir)

@@ -64,7 +64,7 @@ def flat(files):
     config = files.config
     keys = {key: value for part in ("model", "train", "versions")
             for key, value in report.part_of(config, part).items() if key not in PLACES}
-    patches = sorted(path.read_text(errors="replace") for path in files.run.glob("diff*.patch"))
+    patches = sorted(path.read_text("utf-8", "replace") for path in files.run.glob("diff*.patch"))
     changed = data.digest(patches) if patches else None
     return keys | {"data (sha256)": str(config.get("data"))[:12], "commit": config.get("commit"),
                    "changes since (sha256 of diff.patch)": changed}
@@ -155,7 +155,7 @@ def place_of(runs, out):
     path = Path(out or f"out/compare-{names[:120]}.html")
     if path.is_dir() or path.suffix != ".html":
         train.refuse("--out", "the name of a file that ends in .html", path)
-    if path.exists() and MARK not in path.read_text(errors="replace"):
+    if path.exists() and MARK not in path.read_text("utf-8", "replace"):
         train.refuse("--out", "a new file or an older comparison", f"{path}, which is neither",
                      "choose another name")
     try:

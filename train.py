@@ -249,7 +249,7 @@ def load_config(path, overrides=()):
     from configs import report
     path = os.path.expanduser(path)
     run = Path(path).parent if Path(path).name == "config.json" else Path(path)
-    if not Path(path).exists():
+    if not run.is_dir() and not Path(path).is_file():
         ready = {file.stem: file for file in Path(__file__).parent.glob("configs/*.py")}
         near = difflib.get_close_matches(Path(path.split("=")[-1]).stem, ready, 1)
         hint = (f"did you mean {os.path.relpath(ready[near[0]])}?" if near else

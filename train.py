@@ -1,7 +1,9 @@
 """Training: one config file in, one finished run directory out.
 
 Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, report; can be resumed
-      python train.py CONFIG --sample --prompt="ROMEO."     continue a text from a checkpoint
+      python train.py RUN_DIR                               resume the run of that directory
+      python train.py RUN_DIR --sample --prompt="ROMEO."    continue a text; needs no data
+      python train.py --compare RUN_DIR RUN_DIR ...         what differs, and what came of it
       python train.py CONFIG --replay 120                   show the batch of step 120
       python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
@@ -82,7 +84,7 @@ class TrainConfig:
     steps: int                          # optimizer steps
     batch_size: int                     # B: sequences per step, over devices and microbatches
     accumulate: int = 1                 # A: microbatches per step; changes memory, not the result
-    seed: int = 0                       # of the weights, the data order and the sample
+    seed: int = 0                       # of the weights and the data order
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: Literal["v1", "v2"] = "v1"  # defaults (RECIPES) and heuristic of the rates
@@ -125,7 +127,9 @@ class TrainConfig:
     heartbeat_seconds: int = 100        # a peer silent for so long is lost; all others stop
     prompt: str = "\n"                  # how the sample begins
     sample_tokens: int = 200            # length of the sample; 0 is no sample
+    sample_seed: int = 0                # another number, another sample
     temperature: float = 0.8            # of the sample; 0 takes the likeliest token
+    top_k: int = 0                      # the sample draws from so many likeliest tokens; 0: all
 
     def __post_init__(self):
         def need(holds, expected, *keys):
@@ -138,6 +142,7 @@ class TrainConfig:
              "heartbeat_seconds", "lr_scale", "adam_lr_scale")
         need(lambda x: x >= 0, "zero or a positive number", *numeric)
         need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
+        need(lambda x: x < 2**63, "a number below 2**63", "seed", "sample_seed")
         need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
         need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
              "decay")
@@ -239,15 +244,19 @@ def run_config(path):
 
 
 def load_config(path, overrides=()):
-    """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
-    A config is code: run only yours."""
+    """(ModelConfig, TrainConfig) of a config file of plain assignments or of a run directory, with
+    --key=value applied. A config file is code: run only yours."""
+    from configs import report
     path = os.path.expanduser(path)
-    if not Path(path).is_file():
+    run = Path(path).parent if Path(path).name == "config.json" else Path(path)
+    if not run.is_dir() and not Path(path).is_file():
         ready = {file.stem: file for file in Path(__file__).parent.glob("configs/*.py")}
         near = difflib.get_close_matches(Path(path.split("=")[-1]).stem, ready, 1)
-        refuse(path, "a config file", "none", f"did you mean {os.path.relpath(ready[near[0]])}?"
-               if near else "it comes first; configs/ holds the ready ones")
-    values = {key: check(key, value, path) for key, value in run_config(path).items()}
+        hint = (f"did you mean {os.path.relpath(ready[near[0]])}?" if near else
+                "it comes first; configs/ holds the ready ones")
+        refuse(path, "a config file or a run directory", "none", hint)
+    values = report.read_run(run) if run.is_dir() else run_config(path)
+    values = {key: check(key, value, path) for key, value in values.items()}
     told = dict(map(read_override, overrides, [*overrides[1:], "VALUE"]))
     values |= told
     values = RECIPES[values.get("recipe", "v1")] | values
@@ -648,20 +657,22 @@ def make_sampler(c, t, tokenizer):
         logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1,
                                 platform=one.platform)
         logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
-        if t.temperature == 0:
-            return jnp.argmax(logits_V)
-        return jax.random.categorical(key, logits_V / t.temperature)
+        if k := min(t.top_k, c.vocab_size) if t.temperature else 1:
+            best_K, ids_K = lax.top_k(logits_V, k)
+            logits_V = jnp.full_like(logits_V, -jnp.inf).at[ids_K].set(best_K)
+        return jax.random.categorical(key, logits_V / (t.temperature or 1.0))
     def sample(params, bias_LE, prompt, n, seed=0):
         params, bias_LE = jax.device_put((params, bias_LE), one)
-        tokens = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.eot]
+        tokens = [int(i) for i in tokenizer.encode(prompt)]
         for i in range(n):
-            window_S, recent = np.zeros(c.seq_len, np.int32), tokens[-c.seq_len:]
+            window_S, recent = np.zeros(c.seq_len, np.int32), tokens[-c.seq_len:] or [tokenizer.eot]
             window_S[:len(recent)] = recent
             key = jax.random.fold_in(jax.random.key(seed), i)
             new = int(next_token(params, bias_LE, window_S, len(recent), key))
-            if new == tokenizer.eot:
+            if new != tokenizer.eot:
+                tokens.append(new)
+            elif tokens:
                 break
-            tokens.append(new)
         return tokenizer.decode(tokens)
     return sample
 
@@ -897,16 +908,24 @@ def run_lock(run):
         yield
 
 
+def git(*words):
+    """What git says of this code; "" without git, or outside of a repository."""
+    try:
+        return subprocess.check_output(["git", *words], cwd=Path(__file__).parent, timeout=10,
+                                       stderr=subprocess.DEVNULL).decode(errors="replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 @functools.cache
 def git_commit():
-    """The commit of this code, with "-dirty" if a Python file has changed since."""
-    git = functools.partial(subprocess.check_output, cwd=Path(__file__).parent, text=True,
-                            stderr=subprocess.DEVNULL, timeout=10)
-    try:
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no", "--", "*.py"])
-        return git(["git", "describe", "--always"]).strip() + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    """The commit of this code, with "-dirty" if a Python file has changed since. In an archive
+    .commit says it: git writes it there."""
+    file = Path(__file__).with_name(".commit")
+    if file.exists() and not (archived := file.read_text().strip()).startswith("$Format"):
+        return archived
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return (git("describe", "--always").strip() or "unknown") + ("-dirty" if changed else "")
 
 
 IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
@@ -1011,6 +1030,7 @@ def train(c, t):
         if state is None:
             state = first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
+        report.keep_sources(run, mixture.tokenizer, start)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
@@ -1052,7 +1072,7 @@ def train(c, t):
         result = report.write_result(c, t, run, mixture, domains)
         if t.sample_tokens and jax.process_count() == 1:    # one device has to hold all weights
             sample = make_sampler(c, t, mixture.tokenizer)
-            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed)
+            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.sample_seed)
             write(run / "sample.txt", text)
             log(f"sample\n{text}\n")
         log_event(run, "done", step=t.steps)
@@ -1103,16 +1123,6 @@ def open_data(c, t):
     return data.open_mixture(t.mixture, t.tokenizer, t.data_dir, c.vocab_size, seq_len=c.seq_len)
 
 
-def sample_from(c, t):
-    """--sample: restore the newest sound checkpoint of the run and continue t.prompt."""
-    mesh, mixture, checkpoints = make_mesh(c, t), open_data(c, t), Checkpoints(t)
-    if not checkpoints.steps():
-        refuse(t.run_dir, "a run with a checkpoint", "none", "train it first")
-    check_run(c, t, mixture, checkpoints)
-    state, sample = checkpoints.restore(c, t, mesh), make_sampler(c, t, mixture.tokenizer)
-    print(sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
-
-
 def read_flags(words):
     """(flags that are no config keys, the words that are left)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -1151,13 +1161,15 @@ EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint:
 
 def main(arguments):
     """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
-    from configs import plan, report
+    from configs import compare, plan, report
     if not arguments or {"--help", "-h"} & set(arguments):
         print(report.describe_keys())
         return 0
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # orbax logs stacks; ours is one line
     keep_line.file = None
     try:
+        if "--compare" in arguments:
+            return compare.main([word for word in arguments if word != "--compare"])
         flags, overrides = read_flags(arguments[1:])
         c, t = load_config(arguments[0], overrides)
         if flags.compile and not flags.plan:
@@ -1166,8 +1178,10 @@ def main(arguments):
             return plan.show_plan(c, t, flags.compile)
         if flags.replay is not None:
             return report.replay(c, t, flags.replay)
+        if flags.sample:
+            return report.sample(c, t, overrides)
         init_distributed(flags, t)
-        (sample_from if flags.sample else train)(c, t)
+        train(c, t)
         return 0
     except tuple(EXIT_CODES) as error:
         print_error(one_line(error) if isinstance(error, OSError) else error)

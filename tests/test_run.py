@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(co
 
 # --------------------------------------------------------------------------------------- configs and bad input
 
-SCRIPTS = {"convert", "hopper", "launch", "plan", "process", "report", "sample"}      # no configs
+SCRIPTS = {"compare", "convert", "hopper", "launch", "plan", "process", "report", "sample"}       # no configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in SCRIPTS]
 
 
@@ -154,6 +154,7 @@ def test_every_config_loads_and_its_state_builds(path):
     (["--steps=0"], "steps: expected a positive number, found 0"),
     (["--optimizer=adam"], "optimizer: expected 'adamh' or 'muonh' or 'adamw', found 'adam'"),
     (["--accumulate=3"], "accumulate: expected a divisor of batch_size=8, found 3"),
+    (["--sample_seed=9223372036854775808"], "sample_seed: expected a number below 2**63"),
     (["--schedule=wsd", "--warmup=0.9"], "decay: expected at most 1 - warmup"),
     (["--num_heads=3", "--num_kv_heads=2"], "num_kv_heads: expected a divisor of num_heads=3"),
     (["--mixture=()"], "mixture: expected pairs"),
@@ -174,7 +175,7 @@ def test_bad_input_is_one_line_and_exit_code_2(config, capsys, arguments, words)
 
 
 @pytest.mark.parametrize("text, words", [
-    (None, "expected a config file, found none"),
+    (None, "expected a config file or a run directory, found none"),
     ("steps = (", "SyntaxError"),
     ("steps = 1 / 0", "ZeroDivisionError"),
     ("stepz = 5", "unknown config key 'stepz'; did you mean 'steps'?"),

@@ -363,3 +363,6 @@ def test_sampling_continues_the_prompt_and_is_reproducible(config, load):
     long = sample(params, bias_LE, prompt, 40)                  # past the window of 32
     assert long.startswith(prompt) and len(long) > 40
     assert long == sample(params, bias_LE, prompt, 40)
+    assert "end_of_text" not in sample(params, bias_LE, "", 4), "an empty prompt begins a document"
+    likeliest = train.make_sampler(c, dataclasses.replace(t, temperature=0.8, top_k=1), data.load_tokenizer("bytes"))
+    assert long == likeliest(params, bias_LE, prompt, 40, seed=7)

@@ -14,6 +14,7 @@ import pytest
 
 import data
 from data import DataError, batch_at, documents, heldout_batches, open_mixture, open_prepared, prepare
+from configs import text as readers
 from data import shuffled, train_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -272,7 +273,7 @@ def test_an_interrupted_preparation_leaves_nothing_finished(tmp_path, monkeypatc
     def breaks(path):
         yield from (f"document {i} " * 50 for i in range(2000))
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "read_file", breaks)
+    monkeypatch.setattr(readers, "read_file", breaks)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(KeyboardInterrupt):
         prepare((f"{tmp_path}/a.txt",), "bytes", tmp_path / "out")
@@ -340,7 +341,7 @@ def test_wheels_and_hugging_face_without_a_network(tmp_path, monkeypatch):
         list(documents("pip:toy==1.0#sha256=00ff", tmp_path))
     with pytest.raises(DataError, match="expected pip:NAME==VERSION"):
         list(documents("pip:--index-url=http://evil==1", tmp_path))
-    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: types.SimpleNamespace(
+    monkeypatch.setattr(readers.subprocess, "run", lambda *a, **k: types.SimpleNamespace(
         returncode=1, stderr="noise\nERROR: No matching distribution found for gone==1.0\n"))
     with pytest.raises(DataError, match="could not fetch gone==1.0 .*No matching.*run: python"):
         list(documents("pip:gone==1.0", tmp_path))
@@ -533,7 +534,7 @@ def test_a_damaged_corpus_is_refused_by_name(corpus, says):
 def test_a_vocabulary_too_small_for_the_model_and_nonsense_mixtures_are_refused(corpus):
     with pytest.raises(DataError, match="vocab_size=256: .* 257 or more"):
         mix(corpus, vocab=256)
-    for mixture in (None, (), "books", ("books",), (("books",),), (("books", 1, 2),), (("books", 0),),
+    for mixture in (None, (), ("books",), (("books",),), (("books", 1, 2),), (("books", 0),),
                     (("books", float("nan")),), (("books", "1"),), ((3, 1),)):
         with pytest.raises(DataError, match="mixture: expected"):
             open_mixture(mixture, "bytes", "unused", 257, 16)

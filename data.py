@@ -223,7 +223,8 @@ def load_tokenizer(path):
     if str(path) == "bytes":
         return Tokenizer("bytes", LLAMA3, SINGLE_BYTES, 256, 257)
     if str(path) in TIKTOKEN and not os.path.exists(path):
-        with reading(path, "the vocabulary, from the network", "go online or name a .tiktoken file"):
+        remedy = "go online or name a .tiktoken file"
+        with reading(path, "the vocabulary, from the network", remedy):
             found = tiktoken.get_encoding(TIKTOKEN[path])
             ranks = found._mergeable_ranks
             its_own = path, found._pat_str, found.eot_token, found.n_vocab
@@ -353,7 +354,7 @@ def hold_out(texts, domain):
 FORMAT = 1                               # of manifest.json
 SHARD_TOKENS = 100_000_000
 BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on, for 10 s [assumed]
-CHECK_BYTES = 100e9                      # content is read up to here, a minute; then samples or sizes
+CHECK_BYTES = 100e9                      # content is read up to here, a minute; then samples
 SAMPLE = 4096                            # bytes
 
 
@@ -376,7 +377,7 @@ class ShardWriter:
     def close(self):
         if self.file:
             self.file.close()
-            self.shards[-1]["sha256"] = sha256(np.memmap(self.file.name, mode="r"))
+            self.shards[-1]["sha256"] = FileState.of(self.file.name, whole=True).sha256
         return {**self.total, "shards": self.shards}
 
 
@@ -493,7 +494,8 @@ class TokenStream:
         pieces, stop = [], min(start + length, self.tokens)
         while start < stop:
             i = int(np.searchsorted(self.ends, start, "right"))
-            first, file = int(self.ends[i]) - len(self.parts[i]), getattr(self.parts[i], "_mmap", None)
+            first = int(self.ends[i]) - len(self.parts[i])
+            file = getattr(self.parts[i], "_mmap", None)
             need(file is None or file.size() >= len(file),   # reading past its end kills a process
                  file and f"{self.parts[i].filename}: cut short while in use; put it back")
             pieces.append(self.parts[i][start - first:stop - first].astype(np.int32))
@@ -609,14 +611,14 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
 
 
 def check_unchanged(mixture):
-    """Raise DataError if a shard is not what it was when it was opened. Quick, for every checkpoint:
-    a file is read again only if its size, times or inode are others."""
+    """Raise DataError if a shard is not what it was when it was opened. Quick, for every save: a
+    file is read again only if its size, times or inode are others."""
     for path, before in mixture.files.items():
         with reading(path, "the shard that this run trains on", "put it back"):
             if FileState.stamp_of(path) != before.stamp:
                 now = FileState.of(path, before.whole)
-                need(now.sha256 == before.sha256, f"{path}: was altered while in use, so steps since "
-                     "the last checkpoint may be spoiled; put the file back and start again")
+                need(now.sha256 == before.sha256, f"{path}: was altered while in use; what was "
+                     "saved before is sound: put the file back, and the same command goes on")
                 mixture.files[path] = now
 
 
@@ -728,7 +730,7 @@ def read_batch(streams, start_B, length_B, seq_len, eot):
 def make_batch(ids, last_BS, length_B=None):
     """ids [B, S+1]; last_BS, bool: the last id of a document -> Batch. Given length_B, only so many
     positions of a row are not padding."""
-    segments_BS = 1 + np.cumsum(last_BS, 1, dtype=np.int32) - last_BS        # the last is of its own
+    segments_BS = 1 + np.cumsum(last_BS, 1, dtype=np.int32) - last_BS
     if length_B is not None:
         segments_BS *= np.arange(segments_BS.shape[1]) < length_B[:, None]
     weights_BS = ((segments_BS != 0) & ~last_BS).astype(np.float32)

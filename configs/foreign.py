@@ -103,12 +103,12 @@ def open_foreign(source, tok, name):
         need(cut > 0, f"{path}: expected more than 2 tokens, found {len(ids)}; name larger files")
         before = after = starts
         if isinstance(starts, np.ndarray):
-            before, after = starts[starts < cut], np.unique(np.append(0, starts[starts > cut] - cut))
+            before, after = starts[starts < cut], np.append(0, starts[starts > cut] - cut)
         shards[-1] = ids[:cut], before
         heldout[f"the last 1 % of {os.path.basename(path)}"] = ids[cut:], after
     train = stream_of(shards, tok)
     sample = train.read(0, LOOK + 1)
-    if not train.ends(0, sample, tok.eot).any():
+    if not train.last_of_document(0, sample, tok.eot).any():
         data.log(f"{source}: no border of documents (id {tok.eot}) in its first {len(sample):,} "
                  "ids, so every row counts as one document; is it of another tokenizer?")
     data.log(f"{source}: held out: {', '.join([*heldout][:9])}{', ...' * (len(heldout) > 9)}")

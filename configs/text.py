@@ -1,4 +1,4 @@
-"""Readers of text, for data.documents: files, wheels, the books, Python's library, the Hugging Face hub.
+"""Readers of text, for data.documents: files, wheels, the books, Python's library, Hugging Face.
 
 Each gives texts one by one, as str; data.py says what is held out and prepares them.
 """
@@ -181,7 +181,7 @@ def read_file(path):
     """The texts of one file: its rows, or the whole of a .txt, .md or .py file."""
     match = FILES.fullmatch(path)
     need(match, f"{path}: expected .txt .md .py .jsonl (also .gz, .zst) or .parquet")
-    with reading(path, 'whole UTF-8 text, or rows of strings under "text"'):
+    with reading(path, 'UTF-8 text, or rows of strings under "text"'):
         if not match["kind"]:
             import pyarrow.parquet
             for rows in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):

@@ -225,9 +225,9 @@ def load_tokenizer(path):
     if str(path) in TIKTOKEN and not os.path.exists(path):
         remedy = "go online or name a .tiktoken file"
         with reading(path, "the vocabulary, from the network", remedy):
-            found = tiktoken.get_encoding(TIKTOKEN[path])
+            found = tiktoken.get_encoding(TIKTOKEN[str(path)])
             ranks = found._mergeable_ranks
-            its_own = path, found._pat_str, found.eot_token, found.n_vocab
+            its_own = str(path), found._pat_str, found.eot_token, found.n_vocab
             name, pattern, eot, size = KNOWN_BY_RANK_COUNT.get(len(ranks), its_own)
             return Tokenizer(name, pattern, sorted(ranks, key=ranks.get), eot, size)
     path = Path(path) / "tokenizer.tiktoken" if os.path.isdir(path) else Path(path)

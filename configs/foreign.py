@@ -81,7 +81,7 @@ def open_foreign(source, tok, name):
         pattern, _, dtype = pattern.rpartition("?dtype=")
         need(dtype in ("uint16", "uint32"), f"{source}: expected its dtype; add ?dtype=uint32")
     left, facts, files, shards, heldout = data.CHECK_BYTES, [], {}, [], {}
-    for path in matches(pattern + ".bin" if kind == "megatron" else pattern):
+    for path in matches(pattern + ".bin" if kind == "megatron" else pattern, data.log):
         index = [Path(path).with_suffix(".idx")] if kind == "megatron" else []
         files |= {str(file): data.FileState.of(file, left > 0) for file in (path, *index)
                   if os.path.exists(file)}

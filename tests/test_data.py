@@ -336,10 +336,13 @@ def test_wheels_and_hugging_face_without_a_network(tmp_path, monkeypatch):
             z.writestr(f"toy/m{i}.py", f"x = {i // 2}  # every text twice\n")
         z.writestr("../../escape.py", "never unpacked")
         z.writestr("toy/blob.so", b"\xff\xfe")
+        link = zipfile.ZipInfo("toy/link.py")
+        link.external_attr = 0o120777 << 16                      # a symbolic link, whose content is its target
+        z.writestr(link, "/etc/passwd")
         z.writestr("toy/latin.py", b"\xe9\xe8")
     texts = [text for _, text in documents("pip:toy==1.0", tmp_path)]
     joined = "".join(texts)
-    assert joined.count("twice") == 15 and "never unpacked" in joined and not list(tmp_path.rglob("*.py"))
+    assert joined.count("twice") == 15 and "never unpacked" in joined and "passwd" not in joined and not list(tmp_path.rglob("*.py"))
     with pytest.raises(DataError, match="sha256 [0-9a-f]{64} instead of 00ff"):
         list(documents("pip:toy==1.0#sha256=00ff", tmp_path))
     with pytest.raises(DataError, match="expected pip:NAME==VERSION"):

@@ -86,6 +86,9 @@ class TrainConfig:
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: Literal["v1", "v2"] = "v1"  # defaults (RECIPES) and heuristic of the rates
+    init_from: str = ""                 # begin with the weights of a run, RUN@STEP, or a directory
+    init_tokenizer: Literal["same", "any"] = "same"     # "any": even if they had another one
+    keep_optimizer: bool = False        # go on with its moments and its step too: a branch
     optimizer: Literal["adamh", "muonh", "adamw"] = "adamh"     # "adamw": a baseline, no sphere
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     matrix_lr: float = 0.0               # peak rate of matrices: relative step on the sphere
@@ -105,7 +108,7 @@ class TrainConfig:
     devices: int = 0                    # 0: all accelerators, or CPU devices that fit the batch
     replicas: int = 1                   # mesh axis "replica": copies of weights; 0: one a device
     expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts
-    topology: str = ""                  # for --plan: "v4:8x8x16", or two slices: "2xv5p:8x8x8"
+    topology: str = ""                  # for --plan: "h100:8", "v4:8x8x16", slices: "2xv5p:8x8x8"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step has one
@@ -138,6 +141,7 @@ class TrainConfig:
         need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
              "decay")
         need(lambda x: int(x * self.steps) < self.steps, "a share with a step after it", "warmup")
+        need(lambda x: self.init_from or not x, "False unless init_from is set", "keep_optimizer")
         need(lambda x: self.batch_size % x == 0, f"a divisor of batch_size={self.batch_size}",
              "accumulate")
         need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
@@ -456,6 +460,15 @@ def make_state(c, t, key):
                  -jnp.ones((2, WINDOW), jnp.float32))
 
 
+def first_state(c, t, mesh, tokenizer):
+    """The state before a run's first step: fresh, or begun from the weights of t.init_from."""
+    if t.init_from:
+        from configs import convert
+        return convert.begin(c, t, mesh, tokenizer)
+    return jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
+                   out_shardings=state_shardings(c, t, mesh))()
+
+
 def abstract_state(c, t, mesh):
     """A state's shapes, types and shardings: moments are split like weights, the rest is copied."""
     shapes = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
@@ -627,12 +640,13 @@ def leaves_by_name(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
-def checksum(x):
+def checksum(x, first=0):
     """32 bits of an array's bits and their places, exact and the same on every mesh. Each element
     is mixed with its place by a one-to-one function (the last step of murmur3), and all are summed
-    modulo 2**32: a change of one element is seen always, any other almost always."""
+    modulo 2**32: a change of one element is seen always, any other almost always. first: the place
+    of the first element, for a part of an array: the sums of the parts are the whole's."""
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    place, stride = jnp.full(x.shape, first % 2**32, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):        # a flat view would gather a split array
         place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]
@@ -970,8 +984,7 @@ def train(c, t):
             log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
         checkpoints.open()
         if state is None:
-            state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
-                            out_shardings=state_shardings(c, t, mesh))()
+            state = first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))

@@ -72,7 +72,7 @@ def line(c, t, mesh, row, skipped):
     device = mesh.local_devices[0]
     loss, ema, gnorm = (math.nan if row[key] is None else row[key]
                         for key in ("loss", "ema", "gnorm"))
-    peak = (t.peak_flops or plan.PEAK_FLOPS.get(device.device_kind, 0.0)) * mesh.size
+    peak = (t.peak_flops or plan.PEAK_FLOPS.get((device.device_kind, c.compute_dtype), 0.0)) * mesh.size
     mfu = f"{100 * model.count(c).mfu_flops * speed / peak:.1f}%" if peak else "-"
     eta = int(row["seconds"] * (steps - step))
     parts = [f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",

@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(co
 
 # --------------------------------------------------------------------------------------- configs and bad input
 
-SCRIPTS = {"hopper", "plan", "report"}          # in configs/, and no configs
+SCRIPTS = {"hopper", "launch", "plan", "report"}          # in configs/, and no configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in SCRIPTS]
 
 

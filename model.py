@@ -159,8 +159,7 @@ def param_specs(c):
 
 
 def map_params(f, c):
-    """The weight table with every Weight w at path p replaced by f(p, w); p is like
-    "layers/query_DQ"."""
+    """The weight table with f(p, w) for every Weight w at a path p, such as "layers/query_DQ"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, w: f("/".join(key.key for key in path), w), param_specs(c),
         is_leaf=lambda x: isinstance(x, Weight))
@@ -269,8 +268,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
     """Tokens to the last hidden state, ready for the head: [B,S] -> ([T,D], RouterStats or None).
 
     Layers are stacked and scanned, PERIOD at a time, so that window and full attention are
-    different static programs. What is left over (6 layers = 4 + 2) follows the scan layer by
-    layer."""
+    different static programs. What is left over (6 layers = 4 + 2) follows one by one."""
     specs = param_specs(c)
     norms = {name: w for name, w in params.items() if "_norm_" in name}
     top = gather_params(norms, specs, c, sharded)

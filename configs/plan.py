@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
 
+import kernels
 import model
 import train
 from configs import launch
@@ -169,7 +170,7 @@ def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = parse_topology(t)
     chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := train.mesh_error(c, t, chips):
+    if reason := train.mesh_error(c, t, chips) or kernels.misfit("tpu" if name[0] == "v" else "gpu", c):
         raise train.ConfigError(reason)
     if train.mesh_shape(t, chips)["replica"] % slices:
         train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)

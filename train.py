@@ -180,6 +180,8 @@ def check(key, value, where):
         own = "" if where == "command line" else f"; a name of your own begins with _: _{key}"
         raise ConfigError(f"{where}: unknown config key '{key}'; {hint}{own}")
     kind, choices = KEYS[key], typing.get_args(KEYS[key])
+    if key == "mixture" and isinstance(value, str):
+        value = ((value, 1.0),)
     if kind is float and type(value) is int:
         value = float(value)
     if choices and value not in choices:
@@ -1104,6 +1106,7 @@ def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat, sto
             metrics_log.step(step, metrics, due or step % t.log_every == 0)     # may raise
             progress.update()
             if due:
+                data.check_unchanged(mixture)
                 save(state)
                 saved = time.monotonic()
             heartbeat()

@@ -564,7 +564,8 @@ def text_batches(c, rows):
         rng = np.random.default_rng(0)
         def batch(step):
             ids = rng.integers(0, c.vocab_size, (rows, c.seq_len + 1), dtype=np.int32)
-            return data.make_batch(np.where(rng.random(ids.shape) < 1e-3, 0, ids), 0)
+            ids = np.where(rng.random(ids.shape) < 1e-3, 0, ids)
+            return data.make_batch(ids, ids[:, :-1] == 0)
         return batch, "random tokens"
 
 

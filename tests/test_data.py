@@ -1,9 +1,11 @@
 """data.py: shuffling, batches, tokenizers, every shard format, every refusal. One slow test downloads."""
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
+import time
 import types
 import zipfile
 from collections import Counter
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 import data
+import train
 from data import DataError, batch_at, documents, heldout_batches, open_mixture, open_prepared, prepare
+from configs import text as readers
 from data import shuffled, train_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -272,7 +276,7 @@ def test_an_interrupted_preparation_leaves_nothing_finished(tmp_path, monkeypatc
     def breaks(path):
         yield from (f"document {i} " * 50 for i in range(2000))
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, "read_file", breaks)
+    monkeypatch.setattr(readers, "read_file", breaks)
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(KeyboardInterrupt):
         prepare((f"{tmp_path}/a.txt",), "bytes", tmp_path / "out")
@@ -332,15 +336,18 @@ def test_wheels_and_hugging_face_without_a_network(tmp_path, monkeypatch):
             z.writestr(f"toy/m{i}.py", f"x = {i // 2}  # every text twice\n")
         z.writestr("../../escape.py", "never unpacked")
         z.writestr("toy/blob.so", b"\xff\xfe")
+        link = zipfile.ZipInfo("toy/link.py")
+        link.external_attr = 0o120777 << 16                      # a symbolic link, whose content is its target
+        z.writestr(link, "/etc/passwd")
         z.writestr("toy/latin.py", b"\xe9\xe8")
     texts = [text for _, text in documents("pip:toy==1.0", tmp_path)]
     joined = "".join(texts)
-    assert joined.count("twice") == 15 and "never unpacked" in joined and not list(tmp_path.rglob("*.py"))
+    assert joined.count("twice") == 15 and "never unpacked" in joined and "passwd" not in joined and not list(tmp_path.rglob("*.py"))
     with pytest.raises(DataError, match="sha256 [0-9a-f]{64} instead of 00ff"):
         list(documents("pip:toy==1.0#sha256=00ff", tmp_path))
     with pytest.raises(DataError, match="expected pip:NAME==VERSION"):
         list(documents("pip:--index-url=http://evil==1", tmp_path))
-    monkeypatch.setattr(data.subprocess, "run", lambda *a, **k: types.SimpleNamespace(
+    monkeypatch.setattr(readers.subprocess, "run", lambda *a, **k: types.SimpleNamespace(
         returncode=1, stderr="noise\nERROR: No matching distribution found for gone==1.0\n"))
     with pytest.raises(DataError, match="could not fetch gone==1.0 .*No matching.*run: python"):
         list(documents("pip:gone==1.0", tmp_path))
@@ -533,7 +540,7 @@ def test_a_damaged_corpus_is_refused_by_name(corpus, says):
 def test_a_vocabulary_too_small_for_the_model_and_nonsense_mixtures_are_refused(corpus):
     with pytest.raises(DataError, match="vocab_size=256: .* 257 or more"):
         mix(corpus, vocab=256)
-    for mixture in (None, (), "books", ("books",), (("books",),), (("books", 1, 2),), (("books", 0),),
+    for mixture in (None, (), ("books",), (("books",),), (("books", 1, 2),), (("books", 0),),
                     (("books", float("nan")),), (("books", "1"),), ((3, 1),)):
         with pytest.raises(DataError, match="mixture: expected"):
             open_mixture(mixture, "bytes", "unused", 257, 16)
@@ -541,6 +548,285 @@ def test_a_vocabulary_too_small_for_the_model_and_nonsense_mixtures_are_refused(
         mix(corpus, tokenizer="bpe:300")
     with pytest.raises(DataError, match="manifest.json.*: cannot be written"):
         mix(ROOT / "data.py", data_dir=corpus / "manifest.json")
+
+
+# What must stay as it was ------------------------------------------------------------------------------------
+
+def keep_times(path, change):
+    """Change a file and put its times back, as cp -p and rsync -t do."""
+    before = path.stat()
+    change(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_fingerprint_covers_content_roles_and_weights(tmp_path, monkeypatch):
+    ids = np.arange((1 << 20) + 5000, dtype=np.uint16) % 250
+    for name in ("ng_1", "ng_2"):
+        (tmp_path / f"{name}.bin").write_bytes(ids.tobytes())
+    source = f"nanogpt:{tmp_path}/*.bin"
+    first = mix(source).sha256
+    assert mix(source).sha256 == first
+    changed = ids.copy()
+    changed[1 << 20:] = 9                                        # all that the first 2^20 ids do not show
+    keep_times(tmp_path / "ng_2.bin", lambda path: path.write_bytes(changed.tobytes()))
+    assert mix(source).sha256 != first
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "CHECK_BYTES", 0)                  # then samples stand for all
+        sampled = mix(source).sha256
+        (tmp_path / "ng_2.bin").write_bytes(ids.tobytes())
+        assert mix(source).sha256 != sampled
+    (tmp_path / "ng_2.bin").rename(tmp_path / "ng_2_val.bin")
+    assert mix(source).sha256 != first
+    (tmp_path / "ng_2_val.bin").rename(tmp_path / "ng_2x.bin")
+    open_with = lambda *weights: open_mixture(
+        [(f"nanogpt:{tmp_path}/ng_{name}.bin", w) for name, w in zip(("1", "2x"), weights)], "bytes", "", 257, 16)
+    assert open_with(1, 2).sha256 == open_with(2, 4).sha256 != open_with(1, 3).sha256
+
+
+def test_shards_that_change_while_in_use_are_noticed(corpus, tmp_path):
+    llmc(tmp_path, IDS)
+    for source, path in ((corpus, corpus / "train-00000.bin"), (f"llmc:{tmp_path}/a.bin", tmp_path / "a.bin")):
+        m = mix(source)
+        data.check_unchanged(m)
+        os.utime(path)                                           # another time and the same content
+        data.check_unchanged(m)
+        keep_times(path, flip)
+        with pytest.raises(DataError, match=f"{path.name}: was altered while in use"):
+            data.check_unchanged(m)
+        flip(path)
+        data.check_unchanged(m)
+        os.truncate(path, path.stat().st_size // 2)              # reading it would be SIGBUS
+        with pytest.raises(DataError, match=f"{path.name}: cut short while in use"):
+            m.sources[0].train.read(0, 16)
+
+
+def test_a_run_on_altered_shards_stops_before_it_saves(config, load, tmp_path, monkeypatch):
+    """The loop with a step that does nothing: it saves after step 3, the shard changes, step 6 would save."""
+    c, t = load(config, data_dir=tmp_path / "cache")
+    monkeypatch.setattr(train, "make_train_step", lambda *args: lambda state, batch: (state, {}))
+    monkeypatch.setattr(train, "to_global_batch", lambda batch, *args: batch)
+    monkeypatch.setattr(train.kernels, "fill_holes", lambda: None)
+    log, mixture, saved = types.SimpleNamespace(step=lambda *args: None, since=0), train.open_data(c, t), []
+
+    def save(state):
+        saved.append(state)
+        flip(Path(next(iter(mixture.files))))
+    with pytest.raises(DataError, match="was altered while in use"):
+        train.loop(c, t, train.make_mesh(c, t), mixture, types.SimpleNamespace(step=0), save, log,
+                   lambda *args: None, lambda: None, lambda step: None)
+    assert len(saved) == 1
+
+
+def test_text_rewritten_with_equal_size_and_times_is_prepared_again(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("hello there\n" * 100)
+    first = mix(text, data_dir=tmp_path / "cache").sha256
+    keep_times(text, lambda path: path.write_text("HELLO THERE\n" * 100))
+    assert mix(text, data_dir=tmp_path / "cache").sha256 != first
+
+
+def test_a_vocabulary_cut_after_a_line_is_refused(tmp_path):
+    train_bpe([TEXT], 300).save(tmp_path)
+    path, side = tmp_path / "tokenizer.tiktoken", tmp_path / "tokenizer.tiktoken.json"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:270]))
+    facts = json.loads(side.read_text())
+    for sha256 in ({}, {"sha256": facts.pop("sha256")}):         # as before there was one, and now
+        side.write_text(json.dumps(facts | sha256))
+        with pytest.raises(DataError, match="tokenizer.tiktoken: not what tokenizer.tiktoken.json says"):
+            data.load_tokenizer(tmp_path)
+
+
+def test_what_a_killed_maker_left_is_removed_and_a_live_ones_is_not(tmp_path):
+    host, dead = os.uname().nodename, subprocess.Popen(["true"])
+    dead.wait()
+    names = [f"out.partial-{host}-{pid}-0123abcd" for pid in (dead.pid, os.getpid())]
+    names += [f"out.partial-elsewhere-{dead.pid}-0123abcd", f"other.partial-{host}-{dead.pid}-0123abcd"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with data.atomic_directory(tmp_path / "out") as scratch:
+        (scratch / "file").write_text("x")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *names[1:]}
+
+
+def test_shards_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+    monkeypatch.setattr(data.os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")),
+                                                          real(handle)))
+    (tmp_path / "a.txt").write_text(TEXT)
+    prepare((f"{tmp_path}/a.txt",), "bytes", tmp_path / "out")
+    names = [Path(path).name for path in synced]
+    assert {"train-00000.bin", "manifest.json", "tokenizer.tiktoken"} <= {*names[:-2]}
+    assert names[-2].startswith("out.partial-") and synced[-1] == str(tmp_path)
+
+
+# What foreign shards mean ------------------------------------------------------------------------------------
+
+def documents_a_row(m, seq_len):
+    return batch_at(m, 0, 4, seq_len, 0).segments_BS.max(1)
+
+
+def test_llama3_shards_of_llmc_begin_documents_with_an_id_of_their_own(tmp_path):
+    tok = data.load_tokenizer("bytes")
+    pieces = tok.pieces + [b"%d" % i for i in range(1_000_000, 1_000_000 + 128_000 - 256)]
+    data.Tokenizer("llama3", data.LLAMA3, pieces, 128001, 128256).save(tmp_path)
+    ids = np.tile(np.append(128000, np.arange(49)), 40)
+    for name in ("fw_train_000000.bin", "fw_val_000000.bin"):
+        source = llmc(tmp_path, ids, 20240801, 7, dtype="<u4", name=name).replace(name, "fw_*.bin")
+    m = mix(source, tokenizer=tmp_path, vocab=128256, seq_len=200)
+    assert documents_a_row(m, 200).tolist() == [4] * 4 and m.heldout["fw"].tokens == 2000
+    batch = batch_at(m, 0, 4, 200, 0)
+    assert ((batch.weights_BS == 0) == (batch.targets_BS == 128000)).all() and (batch.weights_BS == 0).any()
+
+
+@pytest.mark.parametrize("firsts", [None, [*range(0, 21, 2)]])
+def test_megatron_lengths_are_the_borders_of_documents(tmp_path, firsts):
+    ids = np.arange(1000) % 200
+    source = megatron(tmp_path, ids, lengths=[50] * 20)
+    if firsts:                                                   # two sequences a document
+        head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 20, len(firsts))
+        (tmp_path / "m.idx").write_bytes(head + np.full(20, 50, "<i4").tobytes() + bytes(160)
+                                         + np.array(firsts, "<i8").tobytes())
+    m = mix(source, seq_len=200)
+    assert documents_a_row(m, 200).tolist() == [2 if firsts else 4] * 4
+    (held,) = heldout_batches(m.heldout["m"], 1, 16, eot=256)
+    assert held.segments_BS[0, :9].tolist() == [1] * 9
+
+
+def test_shards_without_any_border_are_told(tmp_path, capsys):
+    mix(raw(tmp_path, (IDS % 200).astype("<u2").tobytes()))
+    assert "no border of documents (id 256)" in capsys.readouterr().err
+    mix(raw(tmp_path, U2))
+    found = capsys.readouterr().err
+    assert "no border" not in found and "held out: the last 1 % of a.bin" in found
+
+
+def test_names_that_say_held_out():
+    from configs.foreign import is_heldout
+    assert all(map(is_heldout, ["eval.bin", "test.bin", "dev.bin", "VAL.bin", "x_Val_1.bin", "valid.npy", "a-validation"]))
+    assert not any(map(is_heldout, ["train_valencia.bin", "val-train.bin", "devices.bin", "latest.bin", "validity.bin"]))
+
+
+# Names, files and folders ------------------------------------------------------------------------------------
+
+def test_names_are_distinct_and_none_is_train_or_macro(tmp_path):
+    assert data.names_of(["notes/*.md", "notes/*.txt", "books"]) == ["notes_md", "notes_txt", "books"]
+    assert data.names_of(["a/notes.txt", "b/notes.txt"]) == ["notes_a", "notes_b"]
+    assert data.names_of(["train.txt", "x/macro.txt"]) == ["files_train", "files_macro"]
+    (tmp_path / "n").mkdir()
+    for name in ("a.md", "a.txt"):
+        (tmp_path / "n" / name).write_text(TEXT + name)
+    m = mix(f"{tmp_path}/n/*.md", f"{tmp_path}/n/*.txt", data_dir=tmp_path / "cache")
+    assert [*m.heldout] == [s.name for s in m.sources] == ["n_md", "n_txt"]
+
+
+def test_the_share_that_is_held_out_does_not_hang_on_the_first_documents():
+    for seed in range(30):
+        held = [domain for domain, _ in data.hold_out((f"{seed} {i}" for i in range(400)), "x") if domain]
+        assert 1 <= len(held) <= 17                              # of 400: 6.25 expected, and one more
+
+
+def test_each_folder_and_file_is_read_once_whatever_links_there_are(tmp_path, monkeypatch):
+    (tmp_path / "loop" / "sub").mkdir(parents=True)
+    for i, folder in enumerate(("", "sub")):
+        (tmp_path / "loop" / folder / f"{i}.txt").write_text(f"text {i}")
+    (tmp_path / "loop" / "sub" / "up").symlink_to("..")
+    (tmp_path / "loop" / "again").symlink_to("sub")
+    (tmp_path / "loop" / "same.txt").symlink_to("0.txt")
+    wanted = [f"{tmp_path}/loop/{name}" for name in ("0.txt", "sub/1.txt")]
+    for pattern in ("loop/**/*.txt", "loop", "loo*/**"):
+        assert sorted(map(os.path.realpath, readers.matches(f"{tmp_path}/{pattern}"))) == wanted
+    monkeypatch.chdir(tmp_path)
+    assert readers.matches("**/1.txt") and len(readers.matches("**/*.txt")) == 2
+
+
+def test_folders_strings_brackets_and_empty_files_are_taken(tmp_path, capsys):
+    folder = tmp_path / "my notes"
+    folder.mkdir()
+    (folder / "a [draft].txt").write_text(TEXT)
+    (folder / "b.MD").write_text("b" * 99)
+    (folder / "image.png").write_bytes(b"\xff")
+    (folder / "__init__.py").write_bytes(b"")
+    m = open_mixture(str(folder), "bytes", tmp_path / "cache", 257, 16)
+    assert m.sources[0].name == "my_notes" and m.train_tokens > 0.95 * len(TEXT)
+    assert "of 3 files 1 are empty" in capsys.readouterr().err
+    assert len(list(documents(f"{folder}/a [draft].txt", tmp_path))) == 2
+    with pytest.raises(DataError, match="no manifest.json.*no text in it"):
+        (tmp_path / "none").mkdir()
+        readers.matches(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="holds tokens, no text"):
+        documents(str(prepare((str(folder),), "bytes", tmp_path / "made")), tmp_path)
+
+
+def test_a_mixture_may_be_one_source(config, load):
+    assert load(config, mixture="../my notes")[1].mixture == (("../my notes", 1.0),)
+
+
+def test_marks_borders_and_long_files(tmp_path, monkeypatch):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"one\n<|endoftext|>\ntwo <|endoftext|>\n<|endoftext|>\n")
+    assert list(readers.read_file(str(tmp_path / "bom.txt"))) == ["one", "two <|endoftext|>", ""]
+    monkeypatch.setattr(readers, "LONGEST", 100)
+    text = "é line of text\n" * 99 + "x" * 500
+    (tmp_path / "long.TXT").write_text(text)
+    found = list(readers.read_file(str(tmp_path / "long.TXT")))
+    assert "".join(found) == text and max(map(len, found)) == 100 and found[1].startswith("\né")
+
+
+def test_a_cut_zst_file_is_refused_and_several_frames_are_read(tmp_path):
+    pack = pytest.importorskip("zstandard").compress
+    rng, path = np.random.default_rng(0), tmp_path / "x.txt.zst"
+    text = "".join(map(chr, rng.integers(97, 123, 300_000)))
+    skippable = struct.pack("<II", 0x184D2A50, 5) + b"aside"
+    path.write_bytes(pack(text[:100_000].encode()) + pack(b"") + skippable + pack(text[100_000:].encode()))
+    assert "".join(readers.read_file(str(path))) == text
+    for share in (0.3, 0.5, 0.99):
+        blob = pack(text.encode())
+        path.write_bytes(blob[:int(share * len(blob))])
+        with pytest.raises(DataError, match="x.txt.zst: cut short"):
+            list(readers.read_file(str(path)))
+
+
+@pytest.mark.parametrize("unit", ["lines of text\r\n", "a paragraph on one line\n\n", "no line ends at all "])
+@pytest.mark.parametrize("pattern", [data.LLAMA3, data.GPT2])
+def test_cuts_change_no_token(unit, pattern, monkeypatch):
+    tok = train_bpe([unit * 99], 265)
+    tok = data.Tokenizer("x", pattern, tok.pieces, tok.eot, tok.vocab_size)
+    text = unit * 40
+    whole = tok.encode(text)
+    monkeypatch.setattr(data, "PIECE", 64)
+    assert tok.encode(text) == whole and len(list(data.pieces_of(text))) > 5
+
+
+def test_bpe_is_quick_on_text_without_spaces():
+    text = "".join(np.random.default_rng(0).choice(list("ACGT"), 200_000))
+    began = time.process_time()
+    assert train_bpe([text], 512).vocab_size == 512 and time.process_time() - began < 20     # was minutes
+
+
+def test_the_vocabularies_of_tiktoken_by_name(monkeypatch):
+    ranks = {piece: i for i, piece in enumerate(data.SINGLE_BYTES)}
+    found = types.SimpleNamespace(_mergeable_ranks=ranks, _pat_str=data.LLAMA3, eot_token=256, n_vocab=300)
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: {"r50k_base": found}[name])
+    tok = data.load_tokenizer("gpt2")
+    assert (tok.name, tok.eot, tok.vocab_size) == ("gpt2", 256, 300)
+    def offline(name):
+        raise OSError("no route to host")
+    monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError, match="cl100k_base: expected the vocabulary, from the network.*go online"):
+        data.load_tokenizer("cl100k_base")
+
+
+@pytest.mark.slow
+def test_a_large_text_is_prepared_in_little_memory(tmp_path):
+    with open(tmp_path / "big.txt", "w") as file:
+        for i in range(50):
+            file.write(f"{i} some words that repeat, and a number {i * i}\n" * (10**6 // 48))
+    script = ("import data, resource, sys; data.prepare((sys.argv[1],), 'bytes', sys.argv[2]);"
+              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "big.txt", tmp_path / "out"], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 500 * 1024                         # kB; these 50 MB took 1 GB
 
 
 # The command line -------------------------------------------------------------------------------------------

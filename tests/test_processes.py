@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train
+from configs import rundir
 from tests.inject import ENVIRONMENT, checksums, command, events, go, saved_steps
 
 pytestmark = pytest.mark.slow
@@ -117,7 +118,7 @@ def test_a_part_that_one_process_cannot_read_is_refused_by_all(run_config, tmp_p
 
 def test_a_refusal_by_process_0_ends_all(run_config, tmp_path):
     run, keys = tmp_path / "run", ["--devices=2"]
-    with train.run_lock(run):
+    with rundir.folder_lock(run):
         cluster = Cluster(run_config, run, 2, keys=keys)
         codes = cluster.ends()
     assert codes[0] == 2 and codes[1] != 0, (codes, cluster.said())

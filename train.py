@@ -711,8 +711,9 @@ class Checkpoints:
         """{"step": step, "config": dict, "arrays": {name: checksum}}. ValueError if damaged."""
         try:
             record = json.loads((self.folder / str(step) / "record" / "metadata").read_text())
-            assert record["step"] == step and record["config"].keys(), "altered"
-            return record | {"arrays": dict(record["arrays"])}
+            if record["step"] == step and record["config"].keys() and record["arrays"].keys():
+                return record
+            raise ValueError("it has been altered")
         except Exception as error:              # whatever damage to a small file can lead to
             raise ValueError(f"its record cannot be read ({one_line(error)})") from None
 

@@ -1161,6 +1161,6 @@ if __name__ == "__main__":
     if not code and jax.distributed.is_initialized():
         jax.distributed.shutdown()                              # leaves when all peers are done
     # a normal exit would wait for lost peers and failed writes, which print lines of their own
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         sys.stdout.flush()
     os._exit(code)

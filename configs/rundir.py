@@ -34,6 +34,11 @@ def lock_file(folder):
     return (folder if "://" in str(folder) else Path(folder).resolve()) / "lock"
 
 
+def lock_owner(path):
+    """What a lock file says."""
+    return path.read_bytes().decode(errors="replace") if path.exists() else "none"
+
+
 @contextlib.contextmanager
 def folder_lock(folder, key="run_dir"):
     """Make a directory and hold its lock. ConfigError if another process trains there. Where there
@@ -48,7 +53,7 @@ def folder_lock(folder, key="run_dir"):
         if path not in LOCKS:                                       # run_dir is checkpoint_dir
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
     except BlockingIOError:
-        raise train.ConfigError(f"{folder}: another process is training there ({path.read_text()}"
+        raise train.ConfigError(f"{folder}: another process is training there ({lock_owner(path)}"
                                 f"); wait for it, stop it, or choose another --{key}") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -69,7 +74,7 @@ def check_lock(folder):
     """Before a write: ConfigError if the lock of the directory was taken from this process."""
     path = lock_file(folder)
     if path in LOCKS:
-        found = path.read_text() if path.exists() else "none"
+        found = lock_owner(path)
         if found != LOCKS[path]:
             train.refuse(path, f"the lock of {LOCKS[path]}", found, "another process may train "
                          "there, so this one writes no more; what was saved is sound")
@@ -181,7 +186,7 @@ def check_run(c, t, mixture, checkpoints):
         if then:
             compare(place, then, now, identity(now), f"a run cannot change this: {train.ANEW}")
     if steps and steps[0] > t.steps:
-        train.refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps)
+        train.refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps, train.ANEW)
     return now
 
 
@@ -193,11 +198,14 @@ def check_start(t, now, checkpoints):
     reached = max((event.get("step", 0) for event in events if event.get("event") in
                    ("saved", "stopped", "resume", "done")), default=0)
     written = read_config(run) or ((run / "config.json").exists() and now)
+    last = rows[-1].get("step", 0) if rows else 0
+    if written and not any(event.get("event") == "save_failed" for event in events):
+        every = written["train"]["save_every"]      # the second save waits until the first is done
+        reached = reached or (last > 2 * every) * every
     if not checkpoints.steps() and (reached or (run / "result.json").exists()):
-        last = rows[-1].get("step") if rows else "none"
         where = written["train"].get("checkpoint_dir") if written else ""
-        train.refuse(run, f"a checkpoint (a state of step {reached} was saved, the last row of "
-                     f"metrics.jsonl is of step {last})", f"none in {folder}",
+        train.refuse(run, f"a checkpoint (a state of step {reached or last} was saved, the last "
+                     f"row of metrics.jsonl is of step {last})", f"none in {folder}",
                      "to go on, give the --checkpoint_dir that has them"
                      + (f" (it was {where})" if where else "") + "; to draw the page of a finished "
                      f"run again, run python configs/report.py {run}; for a new run, {train.ANEW}")
@@ -227,7 +235,7 @@ def enter(c, t, mixture, checkpoints, stack, fresh):
 
 
 RUN_FILES = ("config.json", "*.jsonl", "result*.json", "report*.html", "sample*.txt", "plots",
-             "checkpoints")
+             "tokenizer.tiktoken*", "diff*.patch", "checkpoints")
 
 
 def move_aside(run, folder):
@@ -263,7 +271,7 @@ def write_config(c, t, now, checkpoints):
         train.log_event(run, "config_restored", step=record["step"])
         train.log(f"restored  {run}/config.json was damaged; the record of the checkpoint of step "
                   f"{record['step']} holds it too")
-    before, after = flat(old or (record["config"] if record else now)), flat(now)
+    before, after = flat(old or (record or {"config": now})["config"]), flat(now)
     changed = {k: [before[k], v] for k, v in after.items() if before.get(k, v) != v}
     if changed:
         train.log_event(run, "config_changed", keys=changed)
@@ -275,4 +283,6 @@ def write_config(c, t, now, checkpoints):
         train.log(f"rates     peaks of Adam {peaks[0]}, of matrices {peaks[1]}; after step "
                   f"{record['step']} they follow the new schedule: {share[0]:.2f} -> "
                   f"{share[1]:.2f} of the peak")
+    if old and record and record["step"] == t.steps:        # finished, by that code
+        now = now | {key: old[key] for key in ("commit", "code", "versions") if key in old}
     train.write(run / "config.json", json.dumps(now, indent=1))

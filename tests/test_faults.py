@@ -302,7 +302,7 @@ def test_a_second_trainer_is_refused(tmp_path):
     assert not rundir.LOCKS
 
 
-@pytest.mark.parametrize("harm", [Path.unlink, lambda lock: lock.write_text("process 7"),
+@pytest.mark.parametrize("harm", [Path.unlink, lambda lock: lock.write_bytes(b"process 7\xff"),
                                   lambda lock: lock.rename(lock.with_name("lock-2"))])
 def test_a_lock_that_was_taken_away_ends_all_writing(tmp_path, harm):
     with rundir.folder_lock(tmp_path):
@@ -412,6 +412,7 @@ SAVED = {"events.jsonl": '{"event": "saved", "step": 20}\n'}
 REFUSED = {
     "no checkpoint any more": (dict(rows=23, files=SAVED), {}, "state of step 20 was saved, the last row of "
                                "metrics.jsonl is of step 23.*found none in"),
+    "no checkpoint and no events any more": (dict(rows=23), {}, "last row of metrics.jsonl is of step 23.*found none in"),
     "a finished run without checkpoints": (dict(rows=40, files={"result.json": "{}"}), {},
                                            "none in .*configs/report.py"),
     "a finished run, other rates": (dict(saved=[40]), dict(matrix_lr=0.001),
@@ -472,14 +473,19 @@ def test_a_start_that_goes_on_says_what_has_changed(run_config, tmp_path, monkey
 
 
 def test_other_code_and_versions_are_told(run_config, tmp_path, monkeypatch, capsys):
-    run = hand_made(run_config, tmp_path / "run", saved=[20])
+    run = hand_made(run_config, tmp_path / "run", saved=[20], steps=20)
     monkeypatch.setattr(train, "git_commit", lambda: "abcdef1-dirty")
     monkeypatch.setattr(train.optax, "__version__", "9.9")
+    before = rundir.read_config(run)
+    start(run_config, run, steps=20)
+    assert rundir.read_config(run)["commit"] == before["commit"], "no step is left: those that were taken count"
+    capsys.readouterr()
+    (run / "events.jsonl").unlink()
     start(run_config, run)
     said = capsys.readouterr().out
     assert re.search("changed .*commit: '.*' -> 'abcdef1-dirty'", said) and "-> '9.9'" in said
     (event,) = events(run, "config_changed")
-    assert event["keys"].keys() == {"commit", "optax"}
+    assert event["keys"].keys() == {"commit", "optax", "steps"}
 
 
 def test_every_key_may_change_in_one_way():

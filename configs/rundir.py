@@ -186,7 +186,8 @@ def check_run(c, t, mixture, checkpoints):
         if then:
             compare(place, then, now, identity(now), f"a run cannot change this: {train.ANEW}")
     if steps and steps[0] > t.steps:
-        train.refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps, train.ANEW)
+        train.refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps,
+                     train.ANEW)
     return now
 
 

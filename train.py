@@ -852,7 +852,7 @@ def write(path, text, append=False):
     try:
         target = Path(path) if append else Path(path).with_suffix(".tmp")
         with open(target, "ab" if append else "wb") as file:
-            file.write(text.encode())
+            file.write(text.encode(errors="replace"))
         if not append:
             sync(target)
             target.replace(path)

@@ -201,7 +201,8 @@ def check_start(t, now, checkpoints):
     written = read_config(run) or ((run / "config.json").exists() and now)
     last = rows[-1].get("step", 0) if rows else 0
     if written and not any(event.get("event") == "save_failed" for event in events):
-        every = written["train"]["save_every"]      # the second save waits until the first is done
+        every = written["train"].get("save_every", t.save_every)
+        # a save begins when the one before it is done
         reached = reached or (last > 2 * every) * every
     if not checkpoints.steps() and (reached or (run / "result.json").exists()):
         where = written["train"].get("checkpoint_dir") if written else ""
@@ -213,7 +214,7 @@ def check_start(t, now, checkpoints):
     if record:
         then = record["config"]
         keys = [key for key in SHAPING if key in then["train"]]
-        if not written or written["train"]["run_dir"] != then["train"].get("run_dir"):
+        if not written or written["train"].get("run_dir") != then["train"].get("run_dir"):
             compare(folder, then, now, keys, f"its checkpoints are of the run in "
                     f"{then['train'].get('run_dir')}: go on with the keys of that run, or choose "
                     f"another --checkpoint_dir for {run}")

@@ -33,7 +33,8 @@ from jax import lax
 
 
 class Rule(NamedTuple):
-    """How experts are chosen and how balance is kept. Each field is described in its comment."""
+    """How experts are chosen and how balance is kept. Each field is described in its comment. A
+    rule's only state is its bias: one with a memory would need a field of train.State as well."""
     # (logits_TE, bias_E, K) -> (expert_TK, margin_TE); an expert id of E: no expert in this slot
     select: Callable
     # (margin_LTE, valid_T, bias_LE, K, axis, rate, platform) -> new bias_LE; None: it never moves
@@ -304,4 +305,6 @@ def demonstrate():
 
 
 if __name__ == "__main__":
+    import argparse
+    argparse.ArgumentParser(usage=__doc__).parse_args()      # --help, and no other word
     demonstrate()

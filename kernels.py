@@ -27,10 +27,8 @@ MASKED = -1e30                  # not -inf: a token sees itself, but inf - inf w
 dot32 = partial(jnp.dot, preferred_element_type=jnp.float32)            # summed in float32
 einsum32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-
 # What a platform uses for ("attention", "experts"). On a GPU plain XLA: any card, type and size.
 BEST = {"cpu": ("chunked", "loop"), "gpu": ("chunked", "tiles"), "tpu": ("splash", "pallas_tpu")}
-
 
 # Faster kernels for some cards: {("attention" or "experts", name): fits(dtype, *sizes) -> bool}.
 # The first that fits is taken. `from configs import hopper` in a config adds those for Hopper.
@@ -50,6 +48,18 @@ def choose(what, platform, dtype, *sizes):
     return default
 
 
+def misfit(platform, c):
+    """Why the kernels of a platform cannot take the sizes of a ModelConfig; None if they can. It
+    is asked before anything is traced, by train.make_mesh and by --plan."""
+    try:
+        if BEST[_known("JAX_PLATFORMS", platform, BEST)][0] == "splash":
+            _divisor(c.seq_len, 128, 1024, "seq_len on a TPU")
+            if c.num_experts:
+                _tpu_block(c.hidden_dim, 1280, c.compute_dtype, "hidden_dim")
+    except ValueError as error:
+        return str(error)
+
+
 def _known(what, name, names):
     """The name, if it is one of the names; ValueError if not."""
     if name not in names:
@@ -62,7 +72,6 @@ ROW_TILES = {"loop": (64, 256), "tiles": (128, 512), "pallas_tpu": (256, 256)}  
 
 def row_tile(impl, rows, E):
     """Rows of a tile. moe.dispatch pads each of E experts, which share `rows` rows, to whole tiles.
-
     Small tiles waste fewer rows (half a tile an expert, on average), large ones make better
     matmuls. A quarter of the mean load is best on a 2-core CPU: 256 of 64, 128 and 256 for 1,024
     rows an expert, 64 of 32 to 256 for 256 rows [measured]. On an H100 "tiles" takes 5.9 ms with
@@ -78,7 +87,6 @@ def row_tile(impl, rows, E):
 
 def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="cpu"):
     """Causal grouped-query attention with a sliding window and document masking. Returns [B,S,N,H].
-
     Position i sees position j when 0 <= i-j < window and both are in the same document (equal
     segment ids). N query heads share M key/value heads in consecutive groups of N/M [grouped-query
     attention, arXiv 2305.13245]. Scores are scaled by 1/sqrt(H). The softmax is in float32. impl:
@@ -319,7 +327,6 @@ _by_vocabulary.defvjp(_by_vocabulary_forward, _by_vocabulary_backward)
 def grouped_matmul(x_RD, w_EDF, tile_expert, impl, platform="cpu"):
     """Every tile of rows times the matrix of its expert: [R,D] x [E,D,F] -> [R,F], in x's type,
     summed in float32.
-
     tile_expert: int32 [R/tile], ascending: the expert that owns each tile of R/len(tile_expert)
     consecutive rows, or E for a tile without an owner. impl:
     "plain"       every row times every expert, then select: E times the work, the definition
@@ -445,8 +452,7 @@ def _tpu_weight_grad(x_RD, g_RF, tile_expert, like_w, interpret):
 
 
 def _tpu_call(kernel, out, interpret, grid, in_specs, out_specs, total, flops, elements):
-    """What both kernels share: a float32 accumulator in fast memory, the last grid axis in
-    order."""
+    """What both kernels share: a float32 accumulator in fast memory, the last axis in order."""
     size = elements * jnp.dtype(out.dtype).itemsize
     return pl.pallas_call(
         kernel, out_shape=out, interpret=interpret,
@@ -553,8 +559,7 @@ LARGE_VOCABULARY = 32_768       # above it the gradients of embedding and head n
 
 
 def single_device(axis):
-    """Whether there is nothing to exchange over the mesh axis; None stands for a program without a
-    mesh."""
+    """Whether there is nothing to exchange over the axis; None is a program without a mesh."""
     return axis is None or lax.axis_size(axis) == 1
 
 
@@ -571,8 +576,7 @@ def gather_weight(w, axis, split, dtype):
 
 def _gather_backward(axis, split, dtype, _, g):
     d = g.shape[split] // (1 if single_device(axis) else lax.axis_size(axis))
-    # split 0 is the head's; the gradient of the embedding, which is cut the other way, comes from
-    # embed
+    # split 0 is the head's; the gradient of the embedding comes from embed
     chunks = _num_chunks(g.shape[1], d, axis) if g.ndim == 2 and split == 0 else 1
     if chunks == 1:
         return (_reduce_scatter(g, axis, split),)
@@ -588,8 +592,7 @@ gather_weight.defvjp(lambda *args: (gather_weight(*args), None), _gather_backwar
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def embed(w_Vd, token_T, axis, dtype):
-    """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns of
-    it.
+    """The tokens' rows of the embedding in the compute type, [T,D], from this device's columns.
 
     The gradient sums over every occurrence of a token, in float32 from there to the optimizer."""
     return jnp.take(gather_weight(w_Vd, axis, 1, dtype), token_T, axis=0)

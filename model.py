@@ -52,6 +52,7 @@ class ModelConfig:
     half_rope: bool = False             # V2: rotate only the first half of each head
     last_layer_full: bool = False       # V2: the last layer sees the whole sequence too
     partial_key_offset: bool = False    # V2: on full layers, half a key is the previous token's
+    nope_on_full: bool = False          # the published 67B: no RoPE on full layers [marin #6044]
     combine_sum: float = 0.0            # V2: rescale a token's combine weights to this sum (2.5)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"   # of matmuls; weights are float32
     remat: Literal["block", "none"] = "block"   # "block" recomputes layers in the backward pass
@@ -158,8 +159,7 @@ def param_specs(c):
 
 
 def map_params(f, c):
-    """The weight table with every Weight w at path p replaced by f(p, w); p is like
-    "layers/query_DQ"."""
+    """The weight table with f(p, w) for every Weight w at a path p, such as "layers/query_DQ"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, w: f("/".join(key.key for key in path), w), param_specs(c),
         is_leaf=lambda x: isinstance(x, Weight))
@@ -268,8 +268,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
     """Tokens to the last hidden state, ready for the head: [B,S] -> ([T,D], RouterStats or None).
 
     Layers are stacked and scanned, PERIOD at a time, so that window and full attention are
-    different static programs. What is left over (6 layers = 4 + 2) follows the scan layer by
-    layer."""
+    different static programs. What is left over (6 layers = 4 + 2) follows one by one."""
     specs = param_specs(c)
     norms = {name: w for name, w in params.items() if "_norm_" in name}
     top = gather_params(norms, specs, c, sharded)
@@ -280,7 +279,8 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
     def layer(x_TD, weights, i):
         def run(x_TD, p, bias_E):
             p, full = gather_params(p, specs["layers"], c, sharded), sees_all(c, i)
-            return block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded, platform)
+            turn = None if full and c.nope_on_full else rotation
+            return block(x_TD, p, bias_E, segment_BS, turn, full, c, sharded, platform)
         return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, *weights)
     def layers(x_TD, stacked, numbers):
         stats = []
@@ -326,19 +326,20 @@ def block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded=False, platfor
     return x_TD, stats
 
 
-def attend(a_TD, p, segment_BS, rotation, full, c, platform="cpu"):
+def attend(a_TD, p, segment_BS, rotation, full, c, platform="cpu", cache=None):
     """Grouped-query attention with QK-norm [arXiv 2010.04245], RoPE, exclusive self-attention and a
-    gate per head [marin #4697]."""
+    gate per head [marin #4697]. cache: when sampling, the tokens before (configs/sample.py)."""
     B, S = segment_BS.shape
     q_BSNH = (a_TD @ p["query_DQ"]).reshape(B, S, c.num_heads, c.head_dim)
     k_BSMH = (a_TD @ p["key_DP"]).reshape(B, S, c.num_kv_heads, c.head_dim)
     v_BSMH = (a_TD @ p["value_DP"]).reshape(B, S, c.num_kv_heads, c.head_dim)
     if c.partial_key_offset and full:
-        k_BSMH = key_offset(k_BSMH, segment_BS)
+        k_BSMH = (cache.key_offset if cache else key_offset)(k_BSMH, segment_BS)
     q_BSNH = rope(rms_norm(q_BSNH, 1e-6), rotation) * c.qk_scale
     k_BSMH = rope(rms_norm(k_BSMH, 1e-6), rotation)
     window = S if full else c.window or c.seq_len // 2
-    y_BSNH = kernels.attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform=platform)
+    attention = cache.attention if cache else kernels.attention
+    y_BSNH = attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, platform=platform)
     y_TNH = exclusive_self_attention(y_BSNH, v_BSMH)
     gate_TN = 2 * jax.nn.sigmoid(a_TD.astype(jnp.float32) @ p["head_gate_DN"])      # 1 at the start
     y_TNH = y_TNH * gate_TN[:, :, None]
@@ -392,10 +393,13 @@ def rope_angles(c):
 
 
 def rope(x_BSNH, rotation):
-    """Rotate dimension i with dimension i + rotated/2. Dimensions past `rotated` stay as they are.
+    """Rotate dimension i with dimension i + rotated/2. Dimensions past `rotated` stay as they are,
+    and all of them if rotation is None [NoPE: arXiv 2305.19466].
 
     The two halves are an axis of length 2 that is reversed: taking them apart and concatenating
     them again costs 3 times as much on a CPU, forward and backward [measured]."""
+    if rotation is None:
+        return x_BSNH
     cos, sin = (r[None, :x_BSNH.shape[1], None] for r in rotation)
     rotated = 2 * cos.shape[-1]
     pair = x_BSNH[..., :rotated].astype(jnp.float32).reshape(*x_BSNH.shape[:-1], 2, -1)
@@ -418,7 +422,9 @@ def key_offset(k_BSMH, segment_BS):
 
 
 if __name__ == "__main__":
+    import argparse
     import train
+    argparse.ArgumentParser(usage=__doc__).parse_args()      # --help, and no other word
     config, _ = train.load_config("configs/smoke.py")
     map_params(lambda path, w: print(f"{path:26s}{w.shape!s:22s}", *w[1:]), config)
     print(count(config))

@@ -337,8 +337,10 @@ EXCHANGES = {"ring": ring, "ragged": ragged}
 # ------------------------------------------------------------------------------------ python moe.py
 
 if __name__ == "__main__":
+    import argparse
     import model
     import train
+    argparse.ArgumentParser(usage=__doc__).parse_args()      # --help, and no other word
     config, _ = train.load_config("configs/smoke.py")
     weights = jax.tree.map(lambda w: w[0], model.init(config, jax.random.key(0))["layers"])
     states_TD = jax.random.normal(jax.random.key(1), (1024, config.hidden_dim))

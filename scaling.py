@@ -110,7 +110,7 @@ def number(text, where="command line", key="the value", low=0.0, high=1e40):
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     need(low < value <= high, where, f"{key} to be a number above {low:g} and at most {high:g}",
-         repr(text)[:40], f"correct {key}")
+         repr(text)[:40], f"correct {key}; write plain digits, such as 1.15e7")
     return value
 
 
@@ -121,10 +121,15 @@ def find_table(name):
 
 
 def read_table(name):
-    """(columns, rows) of a CSV; a row is {column: cell}. Lines that begin with # are comments."""
+    """(columns, rows) of a CSV; a row is {column: cell}. Lines that begin with # are comments.
+    Cells are separated by commas or, where the header has none, by semicolons or tabs."""
     try:
         with open(find_table(name), encoding="utf-8-sig", newline="") as file:
-            lines = [[cell.strip() for cell in cells] for cells in csv.reader(file, strict=True)]
+            head = next((line for line in file if line.strip() and line[0] != "#"), "")
+            mark = next((mark for mark in ",;\t" if mark in head), ",")
+            file.seek(0)
+            table = csv.reader(file, delimiter=mark, strict=True)
+            lines = [[cell.strip() for cell in cells] for cells in table]
     except (csv.Error, UnicodeDecodeError) as error:
         raise BadInput(name, "a UTF-8 table of comma-separated values", error, "export it")
     lines = [cells for cells in lines if any(cells) and not cells[0].startswith("#")]
@@ -151,23 +156,36 @@ def run_from(row, required, where, source, head):
     for key in required:
         number(known.get(key), where, key, *NUMBERS[key])
     known.setdefault("flops", known.get("budget_flops"))
+    known["flops"] = known["flops"] or 6 * known["params"] * known["tokens"]
     need(known.get("kind", "isoflop") in ("isoflop", "held_out", "excluded"), where,
          "kind isoflop, held_out or excluded", known.get("kind"), "correct it")
     budget = known.pop("budget_flops", 0.0)
     return Run(budget=budget, source=str(source), extra=extra, **known)
 
 
-def read_csv(name, head=False):
+def read_csv(name, head=False, rename=(), grid=True):
     """Runs of a table with columns flops (or budget_flops), loss, params and tokens (or neither).
 
-    head: C is the column flops_with_head, if any. What a ladder has not trained is left out."""
+    head: C is the column flops_with_head, if any. What a ladder has not trained is left out.
+    rename: {name here: name in the table}. Without a grid params are required, flops are not:
+    C = 6 N D for a table without them."""
     columns, rows = read_table(name)
-    required = ["flops" if "flops" in columns else "budget_flops", "loss"]
-    if "params" in columns or "tokens" in columns:
+    for key, theirs in dict(rename).items():
+        need(theirs in columns and key not in columns, "--columns", f"one of {columns}, as a new "
+             f"{key}", theirs, "correct the pair")
+        columns[columns.index(theirs)] = key
+        rows = [row | {key: row[theirs]} for row in rows]
+    required = ["budget_flops" if {*columns} & {"budget_flops", "flops"} == {"budget_flops"}
+                else "flops", "loss"]
+    if not grid or "params" in columns or "tokens" in columns:
         required += ["params", "tokens"]
+    if not grid and required[0] not in columns:
+        required.pop(0)
     missing = [key for key in required if key not in columns]
+    way = "" if "flops" not in missing else " (C = 6 N D would be 6 * params * tokens)"
     need(not missing, name, "columns flops, params, tokens and loss", columns or "nothing",
-         f"rename or add {', '.join(missing)}")
+         f"rename or add {', '.join(missing)}{way}, or say --columns "
+         + ",".join(f"{key}=YOURS" for key in missing))
     return [run_from(row, required, f"{name} row {i + 1}", name, head)
             for i, row in enumerate(rows) if row["loss"] or not row.get("overrides")]
 
@@ -186,9 +204,17 @@ def read_run_dir(folder, head=False):
     """The Run of a finished run directory of train.py. head: C counts the output head."""
     path = Path(folder) / "result.json"
     need(path.is_file(), folder, "a finished run (result.json)", "none", "let it finish")
-    train = read_json(Path(folder) / "config.json").get("train")
-    row = read_json(path) | {"run_dir": str(folder)}
-    row["tokenizer"] = train.get("tokenizer") if isinstance(train, dict) else ""
+    config, row = read_json(Path(folder) / "config.json"), read_json(path)
+    own = [config.get(key) for key in ("model", "train", "counts")]
+    model, train, counts = (part if isinstance(part, dict) else {} for part in own)
+    with contextlib.suppress(KeyError, TypeError):      # of other makers, or an older version
+        tokens = train["steps"] * train["batch_size"] * model["seq_len"]
+        made_by = dict(tokens=tokens, params=counts["params"], seed=train["seed"],
+                       flops=counts["flops_per_token"] * tokens)
+        for key, value in made_by.items():
+            need(row.get(key) == value, path, f"{key} {value}, as config.json says", row.get(key),
+                 "let the run finish: the result is older than the config")
+    row |= {"run_dir": str(folder), "tokenizer": train.get("tokenizer", "")}
     return run_from(row, NUMBERS.keys() - {"budget_flops"}, path, folder, head)
 
 
@@ -199,6 +225,14 @@ def checked(runs, source):
     times = Counter((r.flops, r.params, r.tokens, r.seed, r.kind) for r in runs)
     for run, found in times.items():
         need(found == 1, source, "each run once", run, "delete one, or give the repeats seeds")
+    for run in runs:
+        k = run.flops / (run.params * run.tokens)       # NaN in a table of losses and budgets
+        sizes = f"C = {run.flops:.4g}, N = {run.params:.4g}, D = {run.tokens:.4g}: k = {k:.2g}"
+        need(not (k < 0.5 or k > 60), source, "k = C/(N D) near 6 for every run", sizes,
+             "check the units (are params in millions?) and the order of the columns")
+    ratio = np.median([run.tokens / run.params for run in runs])
+    need(not ratio < 0.2, source, "more tokens than parameters in most runs",
+         f"{ratio:.2g} tokens per parameter", "are the columns params and tokens swapped?")
     evals = sorted({run.eval for run in runs})
     need(len(evals) < 2, source, "one eval definition", evals, "fit each on its own")
     need(any(run.kind == "isoflop" for run in runs), source, "at least one isoFLOP run",
@@ -468,6 +502,7 @@ def analyse(runs, config, targets=(), unit="nats", source="runs", draws=400):
 
     "ladder" are the runs that were fitted, "lowest" is the best loss observed later, or else
     fitted; a fit whose E contradicts it is not "sound". "N_star" and "D_star" are power laws."""
+    from configs.ladder import outlier
     runs = in_unit(checked(runs, source), unit, source)
     held = [r for r in runs if r.kind == "held_out"]
     ladder = [r for r in runs if r.kind == "isoflop"]
@@ -490,6 +525,7 @@ def analyse(runs, config, targets=(), unit="nats", source="runs", draws=400):
                               outcomes=outcomes))
     lowest = min(r.loss for r in held or ladder)
     return dict(source=source, config=config, unit=unit, runs=runs, ladder=ladder, fit=fit,
+                outlier=outlier.suspect(ladder, fit, config, targets), targets=targets,
                 N_star=N_star, D_star=D_star, forecasts=forecasts, profile=curve, lowest=lowest,
                 backtest=backtest(ladder, config, fit.optima), sound=fit.law.E <= 0.98 * lowest)
 
@@ -505,6 +541,19 @@ def warnings_of(r):
     allowed = [row["E"] for row in r["profile"] if row["allowed"]]
     if allowed and E not in allowed:
         lines.append(f"E = {E:g} is not allowed by the optima: {allowed[0]:g} to {allowed[-1]:g}")
+    if r["outlier"]:
+        run, times = r["outlier"]["run"], r["outlier"]["times"]
+        losses = " ".join(f"{loss:.4f}" for loss in r["outlier"]["losses"])
+        lines.append(f"the run at C = {run.flops:.4g}, N = {run.params:.4g} with loss "
+                     f"{run.loss:.4g} is {times:.0f} standard errors off the others; "
+                     f"without it: {losses}")
+    top, bottom = max(r["fit"].optima, key=lambda v: v.budget), r["fit"].optima[0]
+    for C in r["targets"]:
+        if not bottom.budget <= C <= 1000 * top.budget:
+            lines.append(f"C = {C:.4g} is far outside the runs, {bottom.budget:.3g} to "
+                         f"{top.budget:.3g}")
+    if r["unit"] == "nats" and max(run.loss for run in r["ladder"]) > 12:
+        lines.append("losses above 12 nats per token: are they perplexities?")
     if not r["sound"]:
         lines.append(f"this fit must not forecast: E = {E:.4f} is above the best loss observed, "
                      f"{r['lowest']:.4f}, or less than 2 % below")
@@ -593,11 +642,17 @@ def seal(record):
 def write_new(path, text):
     """Write `text` to a path that must not exist yet."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.{os.getpid()}.partial")     # a full disk leaves no half of a file
     try:
-        with open(path, "x") as file:
+        with open(partial, "w") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(partial, path)
     except FileExistsError:
         raise BadInput(path, "a new file", "one that exists", "choose another name") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def register(a):
@@ -647,6 +702,13 @@ def score(path, loss=None, run=None):
     record = read_json(path)
     need(record.get("sha256") == seal(record), path, "the record as registered", "an edited one",
          "restore the original")
+    for keys in ("forecast loss", "forecast intervals", "target C", "unit", "eval", "runs",
+                 "runs_sha256", "bytes_per_token"):
+        value = record
+        for key in keys.split():
+            need(isinstance(value, dict) and key in value, path, f"the key {keys}", "none",
+                 "restore the original")
+            value = value[key]
     found = "nothing"
     with contextlib.suppress(OSError):                  # the table is gone
         found = data_sha256(record["runs"])
@@ -706,7 +768,7 @@ def fit_of(a, targets):
         source = f"--runs ({len(a.runs)} directories)"
         runs = [replace(read_run_dir(path, a.count_head), source=source) for path in a.runs]
     else:
-        runs = read_csv(a.table, a.count_head)
+        runs = read_csv(a.table, a.count_head, a.columns, a.method != "surface")
     return analyse(runs, config, targets, a.unit, source, a.draws)
 
 
@@ -737,6 +799,14 @@ def count(text):
     return int(number(text, low=0.99, high=1e9))
 
 
+def pairs(text):
+    """{ours: theirs} of flops=train_flops,loss=val_loss."""
+    names = dict(pair.partition("=")[::2] for pair in text.split(","))
+    need(names.keys() <= {*NUMBERS, *WORDS}, "--columns", f"names of {[*NUMBERS, *WORDS]}", text,
+         "write ours=theirs")
+    return names
+
+
 def asymptote(text):
     """E from text: None if it is to be fitted."""
     return None if text == "free" else number(text, "--asymptote", "E", -1e-12, 100)
@@ -749,7 +819,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of every command, those of configs/ladder included."""
-    from configs.ladder import bias, figures, plan, speedup         # they import this module
+    from configs.ladder import bias, figures, gate, plan, speedup   # they import this module
     top = Parser(prog="scaling.py", description=__doc__,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)
@@ -775,7 +845,7 @@ def parser():
     add("record", help="the file that `register` wrote")
     add("--loss", type=number, help="in the record's unit")
     add("--run", metavar="DIR", help="a finished run of train.py instead")
-    for study in (plan, speedup, bias, figures):
+    for study in (plan, speedup, gate, bias, figures):
         study.add_commands(command)
     return top
 
@@ -785,6 +855,9 @@ def add_fitting(add):
     tables = ", ".join(sorted(path.stem for path in PUBLIC.glob("*.csv")))
     add("table", nargs="?", help=f"a CSV, or a public table: {tables}")
     add("--runs", nargs="+", metavar="DIR", help="finished runs of train.py instead")
+    add("--columns", type=pairs, default={}, metavar="flops=YOURS,...",
+        help="your names of the columns flops, params and tokens (plain numbers), loss (nats per "
+        "token), or seed, eval, kind, tokenizer, bytes_per_token, bpb, budget_flops")
     add("--x", dest="axis", choices=("tokens", "params"), default="tokens", help="of the curves")
     add("--method", choices=METHODS, default="shared", help="how to fit (%(default)s)")
     add("--asymptote", type=asymptote, default="free", help="E: free or a value")
@@ -794,11 +867,13 @@ def add_fitting(add):
 
 
 def main(words):
-    """Exit status of one command: 0, or 2 after one line on stderr about what to correct."""
+    """Exit status of one command: 0 (of `gate` also 1 and 3), or 2 after one line on stderr about
+    what to correct."""
     try:
-        a = parser().parse_args(words)
-        a.do(a)
-        return 0
+        a, a.rest = parser().parse_known_args(words)
+        takes = a.do.__name__ == "gate"                 # --key=value
+        need(takes or not a.rest, "command line", "the options of --help", " ".join(a.rest), "see --help")
+        return a.do(a) or 0
     except BadInput as error:
         complaint = error
     except BrokenPipeError:                             # `| head` has seen enough

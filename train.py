@@ -16,10 +16,8 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import faulthandler
 import functools
 import importlib.util
-import inspect
 import json
 import logging
 import math
@@ -29,12 +27,15 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
-import types
 import typing
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+try:
+    import fcntl                    # noqa: F401  (configs/rundir.py needs it)
+except ImportError:
+    raise SystemExit("train.py: needs Linux or macOS; on Windows run it in WSL") from None
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,9 @@ class TrainConfig:
     data_dir: str = "out/data"          # prepared corpora, and what was downloaded for them
     run_dir: str = ""                   # where the run is kept; "" is out/<name of the config file>
     recipe: Literal["v1", "v2"] = "v1"  # defaults (RECIPES) and heuristic of the rates
+    init_from: str = ""                 # begin with the weights of a run, RUN@STEP, or a directory
+    init_tokenizer: Literal["same", "any"] = "same"     # "any": even if they had another one
+    keep_optimizer: bool = False        # go on with its moments and its step too: a branch
     optimizer: Literal["adamh", "muonh", "adamw"] = "adamh"     # "adamw": a baseline, no sphere
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
     matrix_lr: float = 0.0               # peak rate of matrices: relative step on the sphere
@@ -108,11 +112,12 @@ class TrainConfig:
     devices: int = 0                    # 0: all accelerators, or CPU devices that fit the batch
     replicas: int = 1                   # mesh axis "replica": copies of weights; 0: one a device
     expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts
-    topology: str = ""                  # for --plan: "v4:8x8x16", or two slices: "2xv5p:8x8x8"
+    topology: str = ""                  # for --plan: "h100:8", "v4:8x8x16", slices: "2xv5p:8x8x8"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
     eval_every: int = 200               # steps between evaluations; the last step has one
-    eval_tokens: int = 32_768           # of each held-out domain; the last time all of it
+    eval_tokens: int = 32_768           # of each held-out domain, before the last step
+    eval_tokens_final: int = 0          # the same after the last step; 0: all of it
     save_every: int = 500               # steps between checkpoints; the last step has one
     save_minutes: float = 0.0           # also save after so many minutes, at a log line; 0 is off
     keep: int = 2                       # newest checkpoints that are kept
@@ -141,6 +146,7 @@ class TrainConfig:
         need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
              "decay")
         need(lambda x: int(x * self.steps) < self.steps, "a share with a step after it", "warmup")
+        need(lambda x: self.init_from or not x, "False unless init_from is set", "keep_optimizer")
         need(lambda x: self.batch_size % x == 0, f"a divisor of batch_size={self.batch_size}",
              "accumulate")
         need(lambda x: x and all(map(is_source, x)), 'pairs such as (("books", 1.0),)', "mixture")
@@ -160,12 +166,18 @@ RECIPES = {
 KEYS = typing.get_type_hints(model.ModelConfig) | typing.get_type_hints(TrainConfig)
 
 
+# what nanoGPT calls them
+SYNONYMS = {"learning_rate": "adam_lr' and 'matrix_lr", "max_iters": "steps",
+            "block_size": "seq_len", "n_embd": "hidden_dim", "out_dir": "run_dir"}
+
+
 def check(key, value, where):
     """The value, if the key takes it (an int may stand for a float); else ConfigError."""
     if key not in KEYS:
-        near = difflib.get_close_matches(key, KEYS, 1)
+        near = [SYNONYMS[key]] if key in SYNONYMS else difflib.get_close_matches(key, KEYS, 1)
         hint = f"did you mean '{near[0]}'?" if near else "python train.py --help lists all keys"
-        raise ConfigError(f"{where}: unknown config key '{key}'; {hint}")
+        own = "" if where == "command line" else f"; a name of your own begins with _: _{key}"
+        raise ConfigError(f"{where}: unknown config key '{key}'; {hint}{own}")
     kind, choices = KEYS[key], typing.get_args(KEYS[key])
     if kind is float and type(value) is int:
         value = float(value)
@@ -175,14 +187,30 @@ def check(key, value, where):
         refuse(f"{where}: {key}", kind.__name__, repr(value))
     if kind is float and not math.isfinite(value):
         refuse(f"{where}: {key}", "a finite number", repr(value))
-    return value
+    if key == "tokenizer":
+        value = os.path.expanduser(value)
+    return check_path(key, value, where) if key.endswith("_dir") else value
 
 
-def read_override(argument):
+def check_path(key, path, where):
+    """A path with its ~ replaced, and absolute if gs:// will do. ConfigError for other URLs."""
+    path = os.path.expanduser(path)
+    url, bucket = re.match(r"\w\w+:/", path), key in ("checkpoint_dir", "compiled_dir")
+    if path.startswith("~") or url and not (bucket and path.startswith("gs://")):
+        refuse(f"{where}: {key}", "a directory" + " or gs://BUCKET/PATH" * bucket, repr(path),
+               "only --checkpoint_dir can be in a bucket" if url and not bucket else "")
+    return os.path.abspath(path) if path and bucket and not url else path
+
+
+def read_override(argument, following="VALUE"):
     """(key, value) of a --key=value. A value that is no Python literal is a word."""
     match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
     if not match:
-        refuse("command line", "--key=value", repr(argument))
+        key, _, value = argument.lstrip("-").replace("-", "_").partition("=")
+        if key not in KEYS and argument.startswith("-"):
+            check(key, value, "command line")       # says what is near
+        advice = f"write --{key}={value or following}" if key in KEYS else "quote spaces"
+        refuse("command line", "--key=value", repr(argument), advice)
     key, value = match.groups()
     if KEYS.get(key) is not str:
         with contextlib.suppress(Exception):
@@ -190,19 +218,42 @@ def read_override(argument):
     return key, check(key, value, "command line")
 
 
-def load_config(path, overrides=()):
-    """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
-    Names that begin with _ and imported modules are no keys. A config is code: run only yours."""
-    if not Path(path).is_file():
-        refuse(path, "a config file", "none", "configs/ holds the ready ones")
+def run_config(path):
+    """{name: value} of what a config file sets. Not of names that begin with _, of imports, of
+    loop variables, and of functions and the like."""
+    folder, before = os.path.dirname(os.path.abspath(path)), set(sys.modules)
+    sys.path.insert(0, folder)                      # for `from base import *`
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
+        tree = [*ast.walk(ast.parse(Path(path).read_bytes()))]
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: not a runnable config file: {one_line(error)}") from None
-    skip = (types.ModuleType, types.FunctionType, type)
-    values = {key: check(key, value, path) for key, value in names.items()
-              if key[0] != "_" and not isinstance(value, skip)}
-    values |= dict(map(read_override, overrides))
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:      # another folder may have another base.py
+            if Path(folder, f"{name}.py").exists():
+                del sys.modules[name]
+    other = {alias.asname or alias.name for node in tree for alias in getattr(node, "names", ())
+             if isinstance(alias, ast.alias)}
+    other |= {name.id for node in tree if isinstance(node, ast.For)
+              for name in ast.walk(node.target) if isinstance(name, ast.Name)}
+    plain = int | float | str | tuple | list
+    return {key: value for key, value in names.items() if key in KEYS or
+            key[0] != "_" and key not in other and isinstance(value, plain)}
+
+
+def load_config(path, overrides=()):
+    """Run a config file of plain assignments, apply --key=value, return (ModelConfig, TrainConfig).
+    A config is code: run only yours."""
+    path = os.path.expanduser(path)
+    if not Path(path).is_file():
+        ready = {file.stem: file for file in Path(__file__).parent.glob("configs/*.py")}
+        near = difflib.get_close_matches(Path(path.split("=")[-1]).stem, ready, 1)
+        refuse(path, "a config file", "none", f"did you mean {os.path.relpath(ready[near[0]])}?"
+               if near else "it comes first; configs/ holds the ready ones")
+    values = {key: check(key, value, path) for key, value in run_config(path).items()}
+    told = dict(map(read_override, overrides, [*overrides[1:], "VALUE"]))
+    values |= told
     values = RECIPES[values.get("recipe", "v1")] | values
     values["run_dir"] = values.get("run_dir") or f"out/{Path(path).stem}"
     configs = []
@@ -214,19 +265,9 @@ def load_config(path, overrides=()):
         try:
             configs.append(cls(**{key: values[key] for key in own}))
         except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            where = "command line" if str(error).split(":")[0] in told else path
+            raise ConfigError(f"{where}: {error}") from None
     return tuple(configs)
-
-
-def describe_keys():
-    """The text of --help, read from the comments beside the fields."""
-    lines = [__doc__]
-    pattern = r"^    (\w+): (\w+)(?:\[.*\])?(?: = (.*?))? +# (.*)$"
-    for cls in (model.ModelConfig, TrainConfig):
-        lines += ["", f"{cls.__name__}: {cls.__doc__}"]
-        for name, kind, default, text in re.findall(pattern, inspect.getsource(cls), re.MULTILINE):
-            lines.append(f"  {f'--{name}={default or kind.upper()}':30s} {text}")
-    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------- mesh
@@ -269,13 +310,11 @@ def local_devices(c, t):
     can share the batch, at most one a core: XLA runs most operations of a CPU on one core."""
     def most_that_fit(most):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):            # Linux: those that this process may use
-        cores = len(os.sched_getaffinity(0))
+    from configs import process
     kernels.keep_freed_memory()
-    use_cpu_devices(t.devices or most_that_fit(cores))
+    use_cpu_devices(t.devices or most_that_fit(process.usable_cores()))
     if t.compiled_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(t.compiled_dir).resolve()))
+        jax.config.update("jax_compilation_cache_dir", t.compiled_dir)
     devices = jax.devices()
     most = len(devices)
     n = t.devices or (most_that_fit(most) if devices[0].platform == "cpu" else most)
@@ -289,7 +328,7 @@ def make_mesh(c, t, devices=None):
     mesh_utils lays the axes along a TPU's torus; "expert" comes last, so that neighbors share
     experts. Raises ConfigError if the devices cannot share the model or the batch."""
     devices = local_devices(c, t) if devices is None else devices
-    if reason := mesh_error(c, t, len(devices)):
+    if reason := mesh_error(c, t, len(devices)) or kernels.misfit(devices[0].platform, c):
         raise ConfigError(reason)
     if c.exchange == "ragged" and devices[0].platform not in kernels.RAGGED_ALL_TO_ALL:
         refuse("exchange", "'ring' on a CPU", "'ragged', which XLA lacks there")
@@ -464,6 +503,15 @@ def make_state(c, t, key):
                  -jnp.ones((2, WINDOW), jnp.float32))
 
 
+def first_state(c, t, mesh, tokenizer):
+    """The state before a run's first step: fresh, or begun from the weights of t.init_from."""
+    if t.init_from:
+        from configs import convert
+        return convert.begin(c, t, mesh, tokenizer)
+    return jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
+                   out_shardings=state_shardings(c, t, mesh))()
+
+
 def abstract_state(c, t, mesh):
     """A state's shapes, types and shardings: moments are split like weights, the rest is copied."""
     shapes = jax.eval_shape(lambda: make_state(c, t, jax.random.key(0)))
@@ -475,19 +523,6 @@ def abstract_state(c, t, mesh):
     return jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
         shapes, placed)
-
-
-def check_memory(c, t, mesh):
-    """ConfigError if this machine cannot hold the state and its gradients: on a CPU, XLA would wait
-    for ever for memory that it cannot have."""
-    size = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-               for a in jax.tree.leaves(abstract_state(c, t, mesh))) * len(mesh.local_devices)
-    try:
-        if mesh.devices.flat[0].platform == "cpu":
-            np.empty(size * 4 // 3, np.uint8)       # asks for it, and touches none of it
-    except MemoryError:
-        refuse("memory", f"{size * 4 / 3 / 2**30:.1f} GiB for weights, gradients and moments",
-               "less", "choose a smaller model")
 
 
 def state_shardings(c, t, mesh):
@@ -596,9 +631,10 @@ def make_eval_step(c, mesh, bytes_V):
                                  out_specs=Spec(), check_vma=False))
 
 
-def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
+def evaluate(state, eval_step, mixture, c, t, mesh, limit=None, done=lambda tokens: None):
     """Loss of every held-out domain, {name: {"loss": nats per token, "bpb": bits per byte, ...}},
-    and their unweighted mean as "macro". Bits per byte compare across tokenizers; nats do not."""
+    and their unweighted mean as "macro". Bits per byte compare across tokenizers; nats do not.
+    done is told, batch by batch, how many tokens have been scored."""
     rows = t.batch_size // t.accumulate
     here, domains = local_rows(rows, mesh), {}
     for name, stream in mixture.heldout.items():
@@ -606,6 +642,7 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None):
         for batch in data.heldout_batches(stream, rows, c.seq_len, mixture.tokenizer.eot, limit):
             batch = to_global_batch(data.Batch(*(array[here] for array in batch)), mesh)
             sums += np.array([float(x) for x in eval_step(state.params, state.bias_LE, batch)])
+            done(rows * c.seq_len)
         nats, tokens, size = sums
         domains[name] = {"loss": nats / tokens, "bpb": nats / math.log(2) / size,
                          "tokens": int(tokens), "bytes": int(size)}
@@ -648,12 +685,13 @@ def leaves_by_name(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
-def checksum(x):
+def checksum(x, first=0):
     """32 bits of an array's bits and their places, exact and the same on every mesh. Each element
     is mixed with its place by a one-to-one function (the last step of murmur3), and all are summed
-    modulo 2**32: a change of one element is seen always, any other almost always."""
+    modulo 2**32: a change of one element is seen always, any other almost always. first: the place
+    of the first element, for a part of an array: the sums of the parts are the whole's."""
     bits = lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    place, stride = jnp.full(x.shape, first % 2**32, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):        # a flat view would gather a split array
         place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= x.shape[axis]
@@ -696,21 +734,34 @@ class Checkpoints:
 
     def __init__(self, t):
         import orbax.checkpoint as ocp
+        from configs import process
         from etils import epath
+        process.take_paths_literally()
         self.ocp, self.t, self.manager, self.broken = ocp, t, None, {}
         self.saved = None                       # step that was last restored or given to orbax
         self.folder = epath.Path(t.checkpoint_dir or Path(t.run_dir, "checkpoints").resolve())
 
     def steps(self):
         """Of all checkpoints that were committed, sound or not, newest first."""
-        found = self.folder.iterdir() if self.folder.exists() else ()
+        found = self.folder.iterdir() if self.reach(self.folder.exists) else ()
         return sorted((int(path.name) for path in found if re.fullmatch("[0-9]+", path.name)
                        and self.ocp.utils.is_checkpoint_finalized(path)), reverse=True)
+
+    def reach(self, act):
+        """What act() returns, if the folder can be reached in a minute and allows it."""
+        from configs import process
+        try:
+            return process.within(60, act)
+        except (TimeoutError, ConnectionError) as error:
+            raise TemporaryError(f"checkpoint_dir: {self.folder}: {one_line(error)}") from None
+        except Exception as error:
+            refuse("checkpoint_dir", "a directory or bucket that can be read and written",
+                   f"{self.folder} ({one_line(error)})")
 
     def record(self, step):
         """{"step": step, "config": dict, "arrays": {name: checksum}}. ValueError if damaged."""
         try:
-            record = json.loads((self.folder / str(step) / "record" / "metadata").read_text())
+            record = json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
             if record["step"] == step and record["config"].keys() and record["arrays"].keys():
                 return record
             raise ValueError("it has been altered")
@@ -757,6 +808,9 @@ class Checkpoints:
 
     def open(self, clean=True):
         """Get ready to write: clear what killed writers left, move broken checkpoints aside."""
+        from configs import process
+        if clean:
+            self.reach(lambda: process.probe(self.folder))
         while self.broken:
             path = self.folder / str(self.broken.popitem()[0])
             if is_main_process():
@@ -869,8 +923,8 @@ def json_lines(rows):
 
 def read_rows(path):
     """The rows of a .jsonl file. A line that a crash cut short or that is damaged is left out."""
-    rows, text = [], Path(path).read_text(errors="replace") if Path(path).exists() else ""
-    for line in text.splitlines():
+    rows, text = [], Path(path).read_bytes() if Path(path).exists() else b""
+    for line in text.decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [r for r in rows if isinstance(r, dict) and isinstance(r.get("step", 0), int)]
@@ -897,76 +951,51 @@ def git_commit():
 # ------------------------------------------------------------------------------------------ main
 
 def log(line):
-    """Print a line without tearing the progress bar; only the main process does."""
+    """Print a line without tearing the progress bar, and keep it; only the main process does."""
     from tqdm import tqdm
     if is_main_process():
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+        keep_line(line)
+
+
+def keep_line(line):
+    """Append a line to log.txt of the run, if one is under way: a screen can close."""
+    with contextlib.suppress(OSError):
+        with open(keep_line.file or os.devnull, "a", encoding="utf-8", errors="replace") as file:
+            file.write(line + "\n")
+
+
+keep_line.file = None
 
 
 def print_error(line):
     """The one line that says why. On a full disk it may be lost; the exit code still says it."""
     with contextlib.suppress(OSError):
         print(f"train.py: {line}", file=sys.stderr, flush=True)
+    keep_line(f"train.py: {line}")
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """Yields a function of the step that returns the signal on which to save and stop, or None.
-    The first SIGTERM or ctrl-C asks to stop, the second one kills. One of many processes leaves
-    SIGTERM to jax, which makes all stop at the same step."""
-    if jax.process_count() > 1:
-        stop_at = multihost_utils.reached_preemption_sync_point
-        yield lambda step: signal.SIGTERM if stop_at(step) else None
-        return
-    caught = []
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    old = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda step: caught[0] if caught else None
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def watchdog(minutes, run):
-    """Yields a function to call whenever something got done. If it is not called for `minutes`, the
-    process prints all stacks and exits with 75: a wedged chip looks like a step without end."""
-    beat, over = threading.Event(), threading.Event()
-    def watch():
-        while beat.wait(60 * minutes):
-            if over.is_set():
-                return
-            beat.clear()
-        faulthandler.dump_traceback()
-        print_error(f"nothing got done for {60 * minutes:.0f} s (stuck_minutes={minutes:g}); the "
-                    f"stacks are above. What was saved is sound; the same command goes on")
-        with contextlib.suppress(TemporaryError):
-            log_event(run, "stuck", seconds=round(60 * minutes))
-        os._exit(75)
-    if minutes:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield beat.set
-    finally:
-        over.set()
-        beat.set()
+def stuck(run, t):
+    """What the watchdog says before it ends the process with 75."""
+    seconds = round(60 * t.stuck_minutes)
+    print_error(f"nothing got done for {seconds} s (stuck_minutes={t.stuck_minutes:g}); the stacks "
+                f"are above. What was saved is sound. Run the same command to go on")
+    log_event(run, "stuck", seconds=seconds)
 
 
 def train(c, t, fresh=False):
     """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
-    from configs import report, rundir
+    from configs import process, report, rundir
     began, run, config = time.time(), Path(t.run_dir), rundir.describe_run(c, t)
     rundir.everywhere(lambda: rundir.agree(rundir.flat(config)))
     mesh, mixture = rundir.everywhere(lambda: (make_mesh(c, t), open_data(c, t)))
     config["data"] = mixture.sha256
     with (contextlib.ExitStack() as stack, contextlib.closing(Checkpoints(t)) as checkpoints,
-          watchdog(t.stuck_minutes, run) as heartbeat):
+          process.watchdog(60 * t.stuck_minutes, lambda: stuck(run, t)) as heartbeat):
         rundir.everywhere(lambda: rundir.enter(c, t, mixture, checkpoints, stack, fresh))
-        check_memory(c, t, mesh)
+        rundir.check_memory(c, t, mesh)
+        keep_line.file = run / "log.txt"
         state = checkpoints.restore(c, t, mesh)
         write(run / "events.jsonl", json_lines(read_rows(run / "events.jsonl")))    # no torn line
         rundir.write_config(c, t, config, checkpoints)
@@ -976,8 +1005,7 @@ def train(c, t, fresh=False):
             log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
         checkpoints.open()
         if state is None:
-            state = jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
-                            out_shardings=state_shardings(c, t, mesh))()
+            state = first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
         rundir.keep_results(run, start, t.steps)
         log_event(run, "resume" if start else "start", step=start)
@@ -985,34 +1013,28 @@ def train(c, t, fresh=False):
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
             mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
-        def run_eval(state, step, limit=None):
-            domains = evaluate(state, eval_step, mixture, c, t, mesh, limit)
+        def run_eval(state, step, limit):
+            with report.progress(step, mixture, limit, heartbeat) as done:
+                domains = evaluate(state, eval_step, mixture, c, t, mesh, limit, done)
             log_event(run, "eval", step=step, domains=domains)
             log(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
-            heartbeat()
             return domains
-        def save(state):
-            rundir.check_lock(checkpoints.folder)
-            if is_main_process():
-                sync(run / "metrics.jsonl", run / "events.jsonl", run)
-            before = checkpoints.saved
-            if failed := checkpoints.save(state, config):
+        save = rundir.saver(run, checkpoints, config, start > 0)
+        with process.stop_signals() as stop_signal:
+            state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat,
+                                 stop_signal)
+            if failed := checkpoints.wait():
                 log_event(run, "save_failed", why=failed)
-                log(f"warning   a checkpoint could not be written ({failed}); going on")
-            elif before not in (None, checkpoints.saved):
-                log_event(run, "saved", step=before)
-        state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat)
-        if failed := checkpoints.wait():
-            log_event(run, "save_failed", why=failed)
+            number = number or stop_signal(t.steps)
         if checkpoints.saved != int(state.step):
             raise TemporaryError(f"the last checkpoint could not be written; "
                                  f"the same command goes on from an older one; see {run}")
         if number:
-            log_event(run, "stopped", signal=number, step=int(state.step))
-            log(f"stopped after step {int(state.step)}; saved. The same command goes on")
+            log_event(run, "stopped", signal=int(number), step=int(state.step))
+            log(f"stopped after step {int(state.step)}; saved. Run the same command to go on")
             return None
-        domains = run_eval(state, t.steps)
+        domains = run_eval(state, t.steps, t.eval_tokens_final)
         if not is_main_process():
             return None
         result = report.write_result(c, t, run, mixture, domains)
@@ -1023,18 +1045,18 @@ def train(c, t, fresh=False):
             log(f"sample\n{text}\n")
         log_event(run, "done", step=t.steps)
         report.report(run)
-    log(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} of them training: see "
+    log(f"done in {time.time() - began:.0f} s, {result['seconds']:.0f} s of training in all: see "
         f"{run}/report.html")
     return result
 
 
-def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
+def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat, stop_signal):
     """Take the steps that are left -> (the last state, the signal that stopped it or None)."""
     from tqdm import tqdm
     train_step, start, saved = make_train_step(c, t, mesh), int(state.step), time.monotonic()
     here, cpu = local_rows(t.batch_size, mesh, t.accumulate), mesh.devices.flat[0].platform == "cpu"
     progress = tqdm(total=t.steps, initial=start, disable=not sys.stderr.isatty())
-    with stop_signals() as stop_signal, progress:
+    with progress:
         for i in range(start, t.steps):
             rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, t.seed, here)
             state, metrics = train_step(state, to_global_batch(rows, mesh, t.accumulate))
@@ -1053,8 +1075,8 @@ def loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat):
                 save(state)
                 saved = time.monotonic()
             heartbeat()
-            if stop and step < t.steps:
-                return state, int(stop)
+            if stop:
+                return state, stop
             if step % t.eval_every == 0 and step < t.steps:
                 paused = time.perf_counter()
                 run_eval(state, step, t.eval_tokens)
@@ -1090,13 +1112,17 @@ def read_flags(words):
     try:
         return parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise ConfigError(f"command line: {error}") from None
+        why = str(error).replace("one argument", "a value, found nothing")
+        raise ConfigError(f"command line: {why}") from None
 
 
 def init_distributed(flags, t):
     """Join the other processes of this run. On a TPU they find each other, elsewhere by flags."""
     told, seconds = [flags.coordinator, flags.processes, flags.process], t.heartbeat_seconds
     tpu = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
+    libtpu, plugins = map(importlib.util.find_spec, ("libtpu", "jax_plugins"))
+    if libtpu and not (tpu or plugins or jax.config.jax_platforms):
+        jax.config.update("jax_platforms", "cpu")       # libtpu would complain in five lines
     if told != [None] * 3:
         if None in told or not 0 <= flags.process < flags.processes:
             refuse("--coordinator, --processes, --process", "all three, I below N", told)
@@ -1107,7 +1133,7 @@ def init_distributed(flags, t):
             jax.distributed.shutdown()
             refuse("devices", "the same on all processes",
                    f"{len(jax.local_devices())} of {n} on process {flags.process}")
-    elif tpu and importlib.util.find_spec("libtpu"):
+    elif tpu and libtpu:
         jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
 
 
@@ -1118,11 +1144,12 @@ EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint:
 
 def main(arguments):
     """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
+    from configs import plan, report
     if not arguments or {"--help", "-h"} & set(arguments):
-        print(describe_keys())
+        print(report.describe_keys())
         return 0
     logging.getLogger("absl").setLevel(logging.CRITICAL)    # orbax logs stacks; ours is one line
-    from configs import plan, report
+    keep_line.file = None
     try:
         flags, overrides = read_flags(arguments[1:])
         c, t = load_config(arguments[0], overrides)
@@ -1148,19 +1175,23 @@ def main(arguments):
         print_error(f"a peer is lost, or the network: {one_line(error)}")
         return 75
     except KeyboardInterrupt:
-        print_error("interrupted; what was saved is there, and the same command goes on")
+        print_error("interrupted; what was saved is there. Run the same command to go on")
         return 130
 
 
 if __name__ == "__main__":
     sys.modules["train"] = sys.modules["__main__"]              # what configs/ imports
-    signal.signal(signal.SIGTERM, signal.default_int_handler)   # ctrl-C, outside of stop_signals
+    if sys.getfilesystemencoding() != "utf-8":      # so that paths mean the same to all libraries
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.argv])
+    from configs import process
+    sys.stdout, sys.stderr = process.Screen(sys.stdout, 1), process.Screen(sys.stderr, 2)
+    process.catch_signals(signal.default_int_handler)           # outside of stop_signals
     # after a failed read or write, threads of orbax report to a closed event loop, with stacks
     sys.unraisablehook = lambda e, show=sys.unraisablehook: "is closed" in str(e) or show(e)
     code = main(sys.argv[1:])
+    process.catch_signals(lambda number, frame: None)
     if not code and jax.distributed.is_initialized():
         jax.distributed.shutdown()                              # leaves when all peers are done
     # a normal exit would wait for lost peers and failed writes, which print lines of their own
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stdout.flush()
+    sys.stdout.flush()
     os._exit(code)

@@ -7,9 +7,10 @@ Hardware: TPU v4, 1,024 chips (v4-2048). About 78 days at the published 1.5 M to
 Expect: Paloma macro 2.269 at 8 T tokens as preregistered, 2.224 after a cooldown from 6.55 T to 64 k tokens of
 context [cited: marin #6044]. Run by us: no.
 
-What differs from the run: its full-attention layers have no position encoding (NoPE) and its local layers rotate
-half of each head; here every layer rotates half. Its batch grew from 4,096 to 8,192 rows at step 15,000, with all
-rates times sqrt(2); here it stays. Its data, a mix that changes by phase, was not published: the mix of moe_129b.py stands in."""
+The model is the published one: `python configs/convert.py` reads its public weights. What differs from the run: its
+batch grew from 4,096 to 8,192 rows at step 15,000, with all rates times sqrt(2); here it stays. Its queries were scaled
+by 1.3 until the cooldown to 64 k tokens of context, from which the public weights and 1.5703 come. Its data, a mix that
+changes by phase, was not published: the mix of moe_129b.py stands in."""
 from configs.moe_129b import *
 
 seq_len = 8192                      # [cited: marin #6044], as are the sizes to expert_dim
@@ -21,8 +22,10 @@ shared_dim = 2560
 num_experts = 256
 expert_dim = 1280
 window = 2048                       # [cited: marin #6044]
-half_rope = True                    # [cited: marin #6044, of local layers]
+half_rope = True                    # on layers with a window [cited: marin #6044]
+nope_on_full = True                 # full layers have no position encoding [cited: marin #6044, snowball.py]
 last_layer_full = True              # [cited: marin #4976, #6044]
+qk_scale = 1.5703274                # 1.3 (1 + 0.1 ln(65536 / 8192)), of the public weights [cited: snowball.py]
 combine_sum = 2.5                   # [cited: marin #5951]
 router_z = 0.0                      # [cited: marin #5951]
 logit_z = 1e-4                      # back after large gradient norms in overtrained models [cited: marin #6044]

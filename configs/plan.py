@@ -5,8 +5,11 @@ Run:  python train.py CONFIG --plan [--compile] [--key=value ...]       (or pyth
 --plan is arithmetic on the weight table: seconds, on any machine. --compile asks the real TPU compiler, which
 needs libtpu (pip install "jax[tpu]") and no TPU; tests/hlo.py reads what it made. Both read the config key
 `topology`.
+A plan is a lower bound of time and memory, and says what it assumes; TPUs and single GPU nodes.
 Read: traffic, link_rates and hop_factor (the network), plan, show_plan, compile_plan."""
 
+import argparse
+import dataclasses
 import itertools
 import math
 import os
@@ -23,8 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
 
+import kernels
 import model
 import train
+from configs import launch
 from tests import hlo
 from train import MESH
 
@@ -34,33 +39,66 @@ GIB = 2**30
 class Chip(NamedTuple):
     kinds: tuple            # what jax calls the device
     flops: float            # dense bfloat16 FLOPs a second
-    memory: float           # bytes of high-bandwidth memory
+    memory: float           # bytes of its memory
     bandwidth: float        # bytes a second of that memory
-    link: float             # bytes a second, one direction of one ICI link; a torus axis has two
-    outside: float          # bytes a second to other slices, over the data center's network
-    compiler: dict          # what libtpu must know besides the shape
+    link: float             # bytes a second, one direction of one ICI link (a torus axis has two);
+                            # of a GPU: to all others of its node, NVLink through a switch or PCIe
+    outside: float = 0.0    # bytes a second to other slices, over the data center's network
+    compiler: dict = {}     # what libtpu must know besides the shape
+    tf32: float = 0.0       # FLOPs a second of float32 products as XLA makes them on a GPU: TF32
 
 
-# [cited: vendors' data sheets for FLOPs and memory, "How to scale your model" for the networks]
+# [cited: Google's and NVIDIA's data sheets, dense rates, half of what is printed "with sparsity";
+# "How to scale your model" for the networks; NVIDIA's Ada white paper for the RTX 4090]
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1.228e12, 45e9, 6.25e9,
                {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9, {}),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9, {}),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 1.640e12, 90e9, 12.5e9, {}),
-    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 0.0, 0.0, {}),
-    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 0.0, 0.0, {}),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 0.819e12, 45e9, 3.125e9),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2.765e12, 90e9, 6.25e9),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.25 * 2**30, 1.640e12, 90e9, 12.5e9),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2.039e12, 300e9, tf32=156e12),
+    "a100_40gb": Chip(("NVIDIA A100-SXM4-40GB",), 312e12, 40e9, 1.555e12, 300e9, tf32=156e12),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3.35e12, 450e9, tf32=494e12),
+    "h100_pcie": Chip(("NVIDIA H100 PCIe",), 756e12, 80e9, 2.0e12, 64e9, tf32=378e12),
+    "h100_nvl": Chip(("NVIDIA H100 NVL",), 835e12, 94e9, 3.9e12, 64e9, tf32=417e12),
+    "gh200": Chip(("NVIDIA GH200 480GB",), 990e12, 96e9, 4.0e12, 450e9, tf32=495e12),
+    "h200": Chip(("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9, tf32=494e12),
+    "b200": Chip(("NVIDIA B200",), 2250e12, 180e9, 7.7e12, 900e9, tf32=1125e12),
+    "rtx4090": Chip(("NVIDIA GeForce RTX 4090",), 165.2e12, 24 * 2**30, 1.008e12, 32e9, tf32=82.6e12),
 }
-PEAK_FLOPS = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
+# {(kind, compute_dtype): FLOPs a second}. A TPU's rate for float32 hangs on its precision: not here
+PEAK_FLOPS = {(kind, dtype): flops for chip in CHIPS.values() for kind in chip.kinds
+              for dtype, flops in (("bfloat16", chip.flops), ("float32", chip.tf32)) if flops}
+NODE = 8                # GPUs that one node has at most; networks between nodes are not modeled
+# MFU of mixtures of experts that is reached elsewhere: 14 to 17 % by Marin's 129B, 21.5 % by its
+# 67B, both on TPU v4 [cited: marin #4697, #6044]
+REACHED = 0.20
+
+
+def is_gpu(name):
+    return not name.startswith("v")
 
 
 def parse_topology(t):
-    """(slices, chip name, (x, y, z) of one slice) of `topology`. "2xv5p:8x8x8" is two slices."""
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w+):(\d+(?:x\d+)*)", t.topology)
+    """(slices, chip name, (x, y, z) of one slice) of `topology`: "2xv5p:8x8x8" is two slices, and
+    "v4-2048", Google's name, is "v4:8x8x16"."""
+    word, examples = t.topology, "--topology=h100:8, v6e:2x4, v4:8x8x16 (or v4-2048) or 2xv5p:8x8x8"
+    if not word:
+        train.refuse("topology", "the machine to plan for", "none", f"add {examples}")
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)(:|-)(\d+(?:x\d+)*)", word)
+    if found and (found[2] == "v5litepod" or found[3] == "-" and found[2] in {"v5e", *launch.KINDS}):
+        try:
+            word = "{0}x{2}".format(*launch.read_type(word))
+        except argparse.ArgumentTypeError as error:
+            raise train.ConfigError(f"topology: {error}") from None
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+?):([1-9]\d*(?:x[1-9]\d*)*)", word)
     if not match or match[2] not in CHIPS:
-        train.refuse("topology", f"such as 'v4:8x8x16' or '2xv5p:8x8x8', of the chips {', '.join(CHIPS)}",
-               repr(t.topology))
-    return int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
+        train.refuse("topology", f"one such as {examples}, of the chips {', '.join(CHIPS)}", repr(word))
+    slices, name, shape = int(match[1] or 1), match[2], tuple(map(int, match[3].split("x")))
+    if is_gpu(name) and (slices > 1 or len(shape) > 1 or shape[0] > NODE):
+        train.refuse("topology", f"{name}:1 to {name}:{NODE}, the GPUs of one node", repr(word),
+                     "networks between GPU nodes are not modeled")
+    return slices, name, shape
 
 
 def traffic(c, t, size):
@@ -132,10 +170,10 @@ def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = parse_topology(t)
     chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := train.mesh_error(c, t, chips):
+    if reason := train.mesh_error(c, t, chips) or kernels.misfit("tpu" if name[0] == "v" else "gpu", c):
         raise train.ConfigError(reason)
-    if chips > 1 and not chip.link:
-        train.refuse("topology", f"one {name} at most", chips, "GPU networks are not modeled")
+    if train.mesh_shape(t, chips)["replica"] % slices:
+        train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)
     size, tokens, remat = train.mesh_shape(t, chips), t.batch_size * c.seq_len, c.remat == "block"
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = train.abstract_state(c, t, mesh)
@@ -146,31 +184,44 @@ def plan(c, t):
 
     weights = bytes_held(state.params)
     inputs = remat * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
-    received, rate = traffic(c, t, size), link_rates(chip, slices, shape, size)
+    received, gpu = traffic(c, t, size), is_gpu(name)
+    rate = dict.fromkeys(MESH, chip.link) if gpu else link_rates(chip, slices, shape, size)
     seconds = {axis: 0.0 for axis in MESH if size[axis] > 1}
     for (axis, what), amount in received.items():
-        hops = hop_factor(size[axis]) if "ragged" in what else 1
+        hops = hop_factor(size[axis]) if "ragged" in what and not gpu else 1
         seconds[axis] += amount * hops / rate[axis]
-    ideal = count.mfu_flops * tokens / chips / chip.flops
+    peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
+    ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
     executed = ideal * (4 / 3 if remat else 1)
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
               "one after the other": executed + sum(seconds.values())}
+    if not seconds:
+        bounds = {"one chip": executed}
+    reached = min(REACHED, ideal / max(bounds.values()))
     return {"chips": chips, "mesh": size, "tokens_per_step": tokens, "tokens": tokens * t.steps,
             "count": count, "received": received, "seconds": seconds, "ideal": ideal,
             "memory": {"weights": weights, "moments": bytes_held(state.opt),
                        "gradients": weights * (2 if t.accumulate > 1 else 1),
                        "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
-            "executed": executed, "step": bounds,
+            "reached": reached, "executed": executed, "step": bounds,
+            "checkpoint": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
             "mfu": {how: ideal / bound for how, bound in bounds.items()}}
+
+
+def short(x, unit=1.0):
+    """A number in words: two decimals, or two digits if it is small."""
+    x = x / unit
+    return f"{x:,.2f}" if x >= 0.1 or not x else f"{x:.2g}"
 
 
 def show_plan(c, t, compile_too=False):
     """--plan: print `plan`, in seconds, on any machine; --compile: then compile. The exit code."""
     jax.config.update("jax_platforms", "cpu")       # a TPU that is here has no part in this
     p, (_, name, _) = plan(c, t), parse_topology(t)
+    check_kernels(c, name)
     chip, n, least = CHIPS[name], p["count"], sum(p["memory"].values())
-    print(f"model     {n.total / 1e9:.2f} B parameters, {n.active / 1e9:.2f} B active; "
-          f"{n.flops_per_token / 1e9:.2f} GFLOP a token, {n.mfu_flops / 1e9:.2f} with the head (MFU)")
+    print(f"model     {short(n.total, 1e9)} B parameters, {short(n.active, 1e9)} B active; "
+          f"{short(n.flops_per_token, 1e9)} GFLOP a token, {short(n.mfu_flops, 1e9)} with the head (MFU)")
     print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens, "
           f"{n.flops_per_token * p['tokens']:.2e} FLOP")
     print(f"machine   {p['chips']:,} x {name} ({t.topology}): "
@@ -180,12 +231,25 @@ def show_plan(c, t, compile_too=False):
           + " + ".join(f"{what} {amount / GIB:.2f}" for what, amount in p["memory"].items())
           + "; and a layer at work (--compile)")
     for (axis, what), amount in p["received"].items():
-        print(f"traffic   {axis:8s} {what:28s} {amount / 1e9:9.2f} GB a step and chip")
-    print(f"time      {p['ideal']:.2f} s of model FLOPs at the peak, {p['executed']:.2f} s with "
-          f"recomputation; " + ", ".join(f"{axis} {s:.2f} s" for axis, s in p["seconds"].items()))
-    for how, seconds in p["step"].items():
-        print(f"bound     {how:20s} {seconds:6.2f} s a step, MFU {100 * p['mfu'][how]:.1f} %, "
-              f"{seconds * t.steps / 3600:,.1f} hours")
+        print(f"traffic   {axis:8s} {what:28s} {short(amount, 1e9):>9s} GB a step and chip")
+    print(f"time      {short(p['ideal'])} s of model FLOPs at the peak, {short(p['executed'])} s with "
+          f"recomputation" + "".join(f", {axis} {short(s)} s" for axis, s in p["seconds"].items()))
+    rows = [("bound", how, seconds, p["mfu"][how]) for how, seconds in p["step"].items()]
+    rows.append(("likely", "at the MFU of others", p["ideal"] / p["reached"], p["reached"]))
+    for what, how, seconds, mfu in rows:
+        hours = seconds * t.steps / 3600
+        print(f"{what:9s} {how:20s} {short(seconds):>6s} s a step, MFU {100 * mfu:.1f} %, "
+              f"{short(hours)} hours, {short(hours * p['chips'])} chip-hours")
+    width = 2 if c.vocab_size <= 65536 else 4
+    kept = t.keep + (t.steps // t.keep_every if t.keep_every else 0)
+    print(f"data      {short(p['tokens'] * width, 1e9)} GB of shards ({width} bytes a token) on every host "
+          "if no token comes twice, and the text that they are made of")
+    print(f"saves     {short(p['checkpoint'], 1e9)} GB a checkpoint (weights and optimizer), "
+          f"{short(p['checkpoint'] * kept, 1e9)} GB for the {kept} that are kept")
+    how = "TF32" if is_gpu(name) else "one bfloat16 pass (XLA's default)"
+    how = "bfloat16" if c.compute_dtype == "bfloat16" else f"float32 in {how}"
+    print(f"assumes   products in {how} and links at the rates of the data sheets; no time for text, "
+          "evaluation, checkpoints and restarts")
     fit = "state and layer inputs fit"
     if least > chip.memory:
         fit = (f"does not fit: {(least - chip.memory) / GIB:.1f} GiB too much. Try more chips, a larger "
@@ -194,12 +258,29 @@ def show_plan(c, t, compile_too=False):
     return compile_plan(c, t) if compile_too else 0
 
 
+def check_kernels(c, name):
+    """ConfigError if a kernel cannot take the model's sizes: one layer, traced without data."""
+    one, shape = dataclasses.replace(c, num_layers=1), jax.ShapeDtypeStruct
+    batch = dict.fromkeys(("tokens", "targets", "segments"), shape((1, c.seq_len), jnp.int32))
+    batch["weights"] = shape((1, c.seq_len), jnp.float32)
+
+    def loss(params, batch):
+        bias_LE = jnp.zeros((1, c.num_experts))
+        return model.loss(params, bias_LE, batch, {"weight": 1.0, "tokens": 1}, one, platform="tpu")
+    try:
+        if not is_gpu(name):                # a GPU runs plain XLA where no kernel fits
+            jax.eval_shape(loss, jax.eval_shape(lambda: model.init(one, jax.random.key(0))), batch)
+    except ValueError as error:
+        raise train.ConfigError(f"no kernel of {name} takes these sizes: {error}; seq_len, and wide "
+                                "hidden_dim and expert_dim, must be multiples of 128") from None
+
+
 def compile_plan(c, t):
     """--plan --compile: trace the train step and compile it for `topology` by libtpu, without a TPU.
 
     Prints memory, traffic and a verdict (tests/hlo.py). The exit code."""
     slices, name, shape = parse_topology(t)
-    if not name.startswith("v"):
+    if is_gpu(name):
         train.refuse("topology", "a TPU to compile for", repr(t.topology), "on a GPU run the config there")
     from jax.experimental import topologies
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"              # libtpu must not look for a TPU, nor
@@ -217,7 +298,10 @@ def compile_plan(c, t):
                                  sharding=place)
     batch = dict.fromkeys(("tokens", "targets", "segments"), whole)
     batch["weights"] = whole.update(dtype=jnp.float32)
-    traced = train.make_train_step(c, t, mesh).trace(train.abstract_state(c, t, mesh), batch)
+    try:
+        traced = train.make_train_step(c, t, mesh).trace(train.abstract_state(c, t, mesh), batch)
+    except ValueError as error:             # a kernel that cannot take these sizes
+        raise train.ConfigError(f"no kernel of {name} takes this step: {error}") from None
     model_flops = model.count(c).mfu_flops * t.batch_size * c.seq_len / mesh.size
     executed = hlo.traced_flops(traced.jaxpr.jaxpr, mesh.size) / model_flops
     print(f"traced    in {time.time() - began:.0f} s; executes {executed:.2f} x the model's FLOPs "

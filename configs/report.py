@@ -6,9 +6,12 @@ Run:  python configs/report.py RUN_DIR        write the page anew, as train.py d
 curves says what is drawn: the numbers of metrics.jsonl and events.jsonl, as they are."""
 
 import base64
+import contextlib
 import html
+import inspect
 import json
 import math
+import re
 import resource
 import sys
 import time
@@ -28,6 +31,56 @@ import train
 from configs import plan
 
 
+def describe_keys():
+    """The text of --help, read from the comments beside the fields."""
+    lines = [train.__doc__]
+    pattern = r"^    (\w+): (\w+)(?:\[.*\])?(?: = (.*?))? +# (.*)$"
+    for cls in (model.ModelConfig, train.TrainConfig):
+        lines += ["", f"{cls.__name__}: {cls.__doc__}"]
+        source = re.sub(r"\n {8,}# ", " ", inspect.getsource(cls))      # comments of two lines
+        for name, kind, default, text in re.findall(pattern, source, re.MULTILINE):
+            lines.append(f"  {f'--{name}={default or kind.upper()}':30s} {text}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def progress(step, mixture, limit, heartbeat):
+    """Yields a function to call with the tokens that an evaluation has just scored. It shows a bar
+    on a terminal, else a line a minute, and tells the watchdog that something got done."""
+    from tqdm import tqdm
+    total, done, said = eval_tokens(mixture, limit), 0, time.monotonic()
+    quiet = not (train.is_main_process() and sys.stderr.isatty())
+
+    def scored(tokens):
+        nonlocal done, said
+        heartbeat()
+        done += tokens
+        bar.update(tokens)
+        if quiet and time.monotonic() > said + 60:
+            said = time.monotonic()
+            train.log(f"eval {step}: {done:,} of {total:,} tokens")
+    with tqdm(total=total, desc=f"eval {step}", unit=" tokens", leave=False, disable=quiet) as bar:
+        yield scored
+
+
+def eval_tokens(mixture, limit):
+    """Tokens that an evaluation scores. limit: of each domain, 0 is all."""
+    return sum(min(stream.tokens, limit or stream.tokens) for stream in mixture.heldout.values())
+
+
+def remarks(c, t, mixture, tokens):
+    """Lines on what a user might not expect of a run."""
+    often = (t.steps - 1) // t.eval_every * eval_tokens(mixture, t.eval_tokens)
+    last = eval_tokens(mixture, t.eval_tokens_final)
+    if max(often, last) > 0.3 * tokens:         # forward is a third of a training step
+        yield (f"note      evaluations score {often:,} tokens and the last one {last:,}: "
+               f"{(often + last) / tokens / 3:.0%} of the training's FLOPs on top; --eval_every, "
+               f"--eval_tokens and --eval_tokens_final bound them")
+    if mixture.tokenizer.vocab_size < 0.9 * c.vocab_size:
+        yield (f"note      {t.tokenizer!r} uses {mixture.tokenizer.vocab_size:,} of the "
+               f"{c.vocab_size:,} ids of vocab_size; the rows of the others are never used")
+
+
 def print_header(c, t, mesh, mixture):
     """The first screen of a run: model, data, optimizer, machine."""
     n, r, tokens = model.count(c), train.rates(c, t), t.steps * t.batch_size * c.seq_len
@@ -41,7 +94,8 @@ def print_header(c, t, mesh, mixture):
             f"optimizer {t.optimizer}, rates of recipe {t.recipe}: matrices {r.matrix_lr:.4g}, "
             f"Adam {r.adam_lr:.4g}, beta2 {r.beta2:.4g}, eps {r.eps:.3g}",
             f"machine   {mesh.size} x {mesh.devices.flat[0].device_kind}, processes "
-            f"{jax.process_count()}, jax {jax.__version__}, commit {train.git_commit()}"):
+            f"{jax.process_count()}, jax {jax.__version__}, commit {train.git_commit()}",
+            *remarks(c, t, mixture, tokens)):
         train.log(line)
 
 
@@ -63,7 +117,8 @@ def memory_in_use(device):
     if stats := device.memory_stats():
         used, limit = stats["peak_bytes_in_use"], stats["bytes_limit"]
         return f"hbm {used / 2**30:.1f}/{limit / 2**30:.0f}G"
-    return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}G"
+    unit = 2**30 if sys.platform == "darwin" else 2**20         # bytes on macOS, else KiB
+    return f"mem {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f}G"
 
 
 def line(c, t, mesh, row, skipped):
@@ -72,7 +127,8 @@ def line(c, t, mesh, row, skipped):
     device = mesh.local_devices[0]
     loss, ema, gnorm = (math.nan if row[key] is None else row[key]
                         for key in ("loss", "ema", "gnorm"))
-    peak = (t.peak_flops or plan.PEAK_FLOPS.get(device.device_kind, 0.0)) * mesh.size
+    known = plan.PEAK_FLOPS.get((device.device_kind, c.compute_dtype), 0.0)
+    peak = (t.peak_flops or known) * mesh.size
     mfu = f"{100 * model.count(c).mfu_flops * speed / peak:.1f}%" if peak else "-"
     eta = int(row["seconds"] * (steps - step))
     parts = [f"step {step:>{len(str(steps))}}/{steps} {100 * step / steps:5.1f}%",
@@ -166,12 +222,13 @@ def write_result(c, t, run, mixture, domains):
     n, rows = model.count(c), train.read_rows(run / "metrics.jsonl")
     tokens = t.steps * t.batch_size * c.seq_len
     speeds = [row["tokens_per_second"] for row in rows]
+    part = f"first {t.eval_tokens_final:,} tokens of" if t.eval_tokens_final else "whole"
     result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens,
               "params": n.params, "total_params": n.total, "tokens": tokens, **domains["macro"],
               "domains": domains, "bytes_per_token": mixture.bytes_per_token, "seed": t.seed,
               "commit": train.git_commit(), "tokens_per_second": float(np.median(speeds)),
               "seconds": sum(row["seconds"] * row["steps"] for row in rows),
-              "eval": f"whole held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
+              "eval": f"{part} held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
     if c.num_experts:
         last = np.mean([row["maxvio"] for row in rows if row["step"] > 0.9 * t.steps])
         floor = balance.sampling_floor(t.batch_size * c.seq_len, c.num_experts, c.experts_per_token)
@@ -245,7 +302,7 @@ def report(run):
     """Write run/plots/*.png and run/report.html from the files in a run directory."""
     plt = scaling.pyplot()
     rows, events = train.read_rows(run / "metrics.jsonl"), train.read_rows(run / "events.jsonl")
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     (run / "plots").mkdir(exist_ok=True)
     panels = curves(rows, events, result.get("maxvio_floor"))
     draw_curves(plt, panels, run / "plots/training.png")
@@ -257,15 +314,18 @@ def report(run):
         parts.append(f'<img style="max-width:100%" src="data:image/png;base64,{image}">')
     for name in ("result.json", "sample.txt", "config.json", "events.jsonl"):
         if (run / name).exists():
-            text = html.escape((run / name).read_text())
+            text = html.escape((run / name).read_text(encoding="utf-8"))
             parts.append(f"<h2>{name}</h2><pre>{text}</pre>")
     train.write(run / "report.html", "".join(parts))
 
 
 def replay(c, t, step):
     """--replay STEP: print what was in the batch of that step, and what came of it."""
-    if not 1 <= step <= t.steps:
-        train.refuse("--replay", f"a step from 1 to {t.steps}", step)
+    steps, file = t.steps, Path(t.run_dir, "config.json")
+    if file.exists():
+        steps = json.loads(file.read_text(encoding="utf-8"))["train"]["steps"]
+    if not 1 <= step <= steps:
+        train.refuse("--replay", f"a step from 1 to {steps}", step)
     mixture = train.open_data(c, t)
     batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
     print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, "

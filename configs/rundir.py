@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -116,7 +117,7 @@ IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
 RUNTIME = ("exchange", "remat")     # of the model: the 129B run took up "ragged" late [marin #4697]
 SHAPING = ("steps", "recipe", "adam_lr", "matrix_lr", "lr_scale", "adam_lr_scale", "weight_decay",
            "beta1", "beta2", "eps", "momentum", "schedule", "warmup", "decay", "min_lr_ratio",
-           "clip", "skip_sigma")    # of the training: may change while steps are left, and is told
+           "clip", "skip_sigma", "init_from", "keep_optimizer")   # may change while steps are left
 
 
 def describe_run(c, t):
@@ -236,8 +237,21 @@ def enter(c, t, mixture, checkpoints, stack, fresh):
         check_start(t, check_run(c, t, mixture, checkpoints), checkpoints)
 
 
-RUN_FILES = ("config.json", "*.jsonl", "result*.json", "report*.html", "sample*.txt", "plots",
-             "tokenizer.tiktoken*", "diff*.patch", "checkpoints")
+def check_memory(c, t, mesh):
+    """ConfigError if this machine cannot hold the state and its gradients: on a CPU, XLA would wait
+    for ever for memory that it cannot have."""
+    size = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+               for a in jax.tree.leaves(train.abstract_state(c, t, mesh))) * len(mesh.local_devices)
+    try:
+        if mesh.devices.flat[0].platform == "cpu":
+            np.empty(size * 4 // 3, np.uint8)       # asks for it, and touches none of it
+    except MemoryError:
+        train.refuse("memory", f"{size * 4 / 3 / 2**30:.1f} GiB for weights, gradients and moments",
+                     "less", "choose a smaller model")
+
+
+RUN_FILES = ("config.json", "*.jsonl", "result*.json", "report*.html", "sample*.txt", "log.txt",
+             "plots", "tokenizer.tiktoken*", "diff*.patch", "checkpoints")
 
 
 def move_aside(run, folder):
@@ -248,6 +262,27 @@ def move_aside(run, folder):
             (place / old).mkdir(exist_ok=True)
             path.rename(place / old / path.name)
             train.log(f"fresh     {path} is now {place / old / path.name}")
+
+
+def saver(run, checkpoints, config, kept):
+    """A function that begins to save a state, and says what came of that. kept: whether one is
+    saved already; if the first one cannot be, the run ends, for nothing would be kept of it."""
+    def save(state):
+        nonlocal kept
+        check_lock(checkpoints.folder)
+        if train.is_main_process():
+            train.sync(run / "metrics.jsonl", run / "events.jsonl", run)
+        before = checkpoints.saved
+        if failed := checkpoints.save(state, config) or not kept and checkpoints.wait():
+            train.log_event(run, "save_failed", why=failed)
+            if not kept:
+                raise train.TemporaryError(f"{checkpoints.folder}: the first checkpoint could not "
+                                           f"be written, so nothing would be kept ({failed})")
+            train.log(f"warning   a checkpoint could not be written ({failed}); going on")
+        elif before not in (None, checkpoints.saved) or not kept:
+            train.log_event(run, "saved", step=checkpoints.saved if not kept else before)
+        kept = True
+    return save
 
 
 def keep_results(run, step, steps):

@@ -13,6 +13,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def send(number):
     return strike
 
 
+def send_often(number):
+    """Ten times within a second, from outside of the main thread: wrapper and scheduler both forward it."""
+    def often():
+        for _ in range(10):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+
+    def strike(call):
+        threading.Thread(target=often, daemon=True).start()
+        return call()
+    return strike
+
+
 def full_disk(call):
     """No file may grow past 100 bytes from here on: what a full disk does, for a user without a disk to fill."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -150,6 +164,7 @@ def lose_lock(call):
 
 def inject(name, when):
     at_batch = {"kill": send(signal.SIGKILL), "term": send(signal.SIGTERM), "int": send(signal.SIGINT),
+                "hup": send(signal.SIGHUP), "terms": send_often(signal.SIGTERM),
                 "nan": weights(float("nan")), "inf": weights(float("inf")), "noise": noise, "stall": stall,
                 "lock-removed": lose_lock}
     at_eval = {"kill-in-eval": send(signal.SIGKILL), "term-in-eval": send(signal.SIGTERM)}

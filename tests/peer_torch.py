@@ -15,6 +15,8 @@ of tensors.
 B batch  S sequence  T tokens  D hidden  N query heads  M key/value heads  G=N/M  H head dim
 E experts  K experts per token  V vocabulary  L layers."""
 import argparse
+import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -56,6 +58,63 @@ def to_numpy(weights, what=lambda w: w):
         "layers": {name: np.stack([array(p[name]) for p in layers]) for name in layers[0]}}
 
 
+def from_public(folder):
+    """(config, weights, bias_LE) of a directory in Marin's public schema, read by the names that
+    snowball.py gives (#7227) and with torch's own reader: no line of configs/convert.py."""
+    from safetensors.torch import load_file
+    found = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        found |= load_file(path)
+    said = json.loads(Path(folder, "config.json").read_text())
+    c = model.ModelConfig(
+        vocab_size=said["vocab_size"], seq_len=said["max_position_embeddings"],
+        hidden_dim=said["hidden_size"], num_layers=said["num_hidden_layers"],
+        num_heads=said["num_attention_heads"], num_kv_heads=said["num_key_value_heads"],
+        head_dim=said["head_dim"], shared_dim=said["shared_expert_intermediate_size"],
+        num_experts=said["num_experts"], experts_per_token=said["num_experts_per_tok"],
+        expert_dim=said["moe_intermediate_size"], window=said["sliding_window"],
+        qk_scale=said["qk_mult"], rope_theta=said["rope_theta"], half_rope=True, nope_on_full=True,
+        last_layer_full=True, combine_sum=2.5, router_z=0.0)
+    matrix = lambda name: found.pop(f"{name}.weight").mT
+    def norm(site, gain, gate):
+        return {f"{site}_norm_gain_D": found.pop(f"{gain}.weight"),
+                f"{site}_norm_down_DU": matrix(f"{gate}.down_proj"),
+                f"{site}_norm_up_UD": matrix(f"{gate}.up_proj")}
+    layers = []
+    for i in range(c.num_layers):
+        at = f"model.layers.{i}."
+        layers.append(
+            norm("attn", f"{at}input_layernorm", f"{at}attn_gated_norm")
+            | norm("mlp", f"{at}post_attention_layernorm", f"{at}mlp_gated_norm")
+            | {ours: matrix(at + theirs) for ours, theirs in {
+                "query_DQ": "self_attn.q_proj", "key_DP": "self_attn.k_proj",
+                "value_DP": "self_attn.v_proj", "out_QD": "self_attn.o_proj",
+                "head_gate_DN": "self_attn.attn_gate", "router_DE": "mlp.router",
+                "gate_EDF": "mlp.experts.gate_proj", "up_EDF": "mlp.experts.up_proj",
+                "down_EFD": "mlp.experts.down_proj", "shared_gate_DZ": "shared_expert.gate_proj",
+                "shared_up_DZ": "shared_expert.up_proj",
+                "shared_down_ZD": "shared_expert.down_proj"}.items()})
+    w = (norm("embed", "model.embed_norm", "model.embed_gated_norm")
+         | norm("final", "model.norm", "model.final_gated_norm")
+         | {"embed_VD": found.pop("model.embed_tokens.weight"), "head_DV": matrix("lm_head"),
+            "layers": layers})
+    bias_LE = torch.stack([found.pop(f"model.layers.{i}.mlp.router.bias")
+                           for i in range(c.num_layers)])
+    assert not found, sorted(found)
+    return c, w, bias_LE
+
+
+@torch.no_grad()
+def greedy(w, bias_LE, c, prompt, n):
+    """The prompt's n likeliest next tokens, one after another, each from the whole text anew."""
+    tokens = [*prompt]
+    for _ in range(n):
+        row = dataclasses.replace(c, seq_len=len(tokens), window=c.window or c.seq_len // 2)
+        batch = {"tokens": torch.tensor([tokens]), "segments": torch.ones(1, len(tokens), dtype=int)}
+        tokens.append(int(forward(w, bias_LE, batch, row)[0][-1].argmax()))
+    return tokens[len(prompt):]
+
+
 # ------------------------------------------------------------------------------------------ forward
 
 def gated_norm(x_TD, w, site):
@@ -94,7 +153,8 @@ def attention(a_TD, p, masks, segment_BS, rotation, full, c):
     k_BSMH, v_BSMH = heads("key_DP", M), heads("value_DP", M)
     if c.partial_key_offset and full:
         k_BSMH = key_offset(k_BSMH, segment_BS)
-    qk_norm = lambda x_BSNH: rope(F.rms_norm(x_BSNH, (H,), eps=1e-6).transpose(1, 2), *rotation)
+    turn = (lambda x_BNSH: x_BNSH) if full and c.nope_on_full else lambda x: rope(x, *rotation)
+    qk_norm = lambda x_BSNH: turn(F.rms_norm(x_BSNH, (H,), eps=1e-6).transpose(1, 2))
     q_BNSH, k_BMSH = qk_norm(heads("query_DQ", N)) * c.qk_scale, qk_norm(k_BSMH)
     y_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2),
                                             attn_mask=masks[full], enable_gqa=N != M)
@@ -312,6 +372,8 @@ SHAPES = {      # sizes that differ from TINY's
                                 num_layers=4, hidden_dim=20, seq_len=33),
     "V2's model": dict(half_rope=True, last_layer_full=True, partial_key_offset=True,
                        combine_sum=2.5, router_z=0.0),
+    "the published 67B's model": dict(half_rope=True, last_layer_full=True, nope_on_full=True,
+                                      combine_sum=2.5, router_z=0.0, qk_scale=1.5703),
     "dense": dict(num_experts=0, experts_per_token=0, expert_dim=0, num_layers=2)}
 
 

@@ -4,6 +4,7 @@ Tokens are Python's, without comments, docstrings and line structure."""
 import ast
 import io
 import re
+import runpy
 import sys
 import tokenize
 from pathlib import Path
@@ -244,3 +245,12 @@ def test_no_test_imports_a_test_module(path):
     forbidden = [name for name in found if name.split(".")[-1].startswith("test_")
                  or name.split(".")[-1] == "conftest"]
     assert not forbidden, forbidden
+
+
+@pytest.mark.parametrize("name", ["balance", "moe", "model"])
+def test_a_file_that_shows_itself_has_help_and_refuses_other_words(name, monkeypatch, capsys):
+    for words, code, says in ((["--help"], 0, f"python {name}.py"), (["arena"], 2, "arguments: arena")):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        assert ended.value.code == code and says in "".join(capsys.readouterr())

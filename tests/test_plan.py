@@ -1,8 +1,10 @@
 """The plan: arithmetic against the published run, the network's model, and what is read of a compiled program."""
+import dataclasses
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -14,10 +16,12 @@ from jax.sharding import AxisType, PartitionSpec as Spec
 from jaxlib import _hlo
 
 import kernels
+import model
 import moe
 import train
 from tests import hlo
 from configs import plan
+from configs import report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,19 +100,93 @@ def test_an_all_to_all_loads_the_links_of_a_ring_as_planned(n):
 
 
 @pytest.mark.parametrize("overrides, words", [
-    (["--topology=v9:8x8"], "topology: expected such as"),
-    (["--topology="], "topology: expected such as"),
+    (["--topology=v9:8x8"], "topology: expected one such as"),
+    (["--topology="], "topology: expected the machine to plan for, found none; add --topology=h100:8,"),
+    (["--topology=v4:0x8x8"], "topology: expected one such as"),
+    (["--topology=0xv4:8x8x8"], "topology: expected one such as"),
+    (["--topology=v4-2047"], "topology: expected v4-N with N = 8, 16, 32, 64 or a multiple of 128"),
+    (["--topology=2xv5p:8x8x8"], "replicas: expected a multiple of the 2 slices, found 1"),
+    (["--topology=4xv4:4x8x8", "--replicas=2"], "replicas: expected a multiple of the 4 slices, found 2"),
+    (["--topology=h100:16"], "topology: expected h100:1 to h100:8, the GPUs of one node"),
+    (["--topology=2xh100:8"], "networks between GPU nodes are not modeled"),
+    (["--seq_len=1000"], "no kernel of v4 takes these sizes"),
     (["--topology=v4:8x8x12"], "batch_size / accumulate: expected a multiple of the 768 devices, found 2048"),
     (["--expert_parallel=128", "--batch_size=2048"], "expected axes that divide over the mesh, found 64 over 128"),
     (["--replicas=3"], "devices: expected a multiple of replicas x expert_parallel = 24"),
     (["--exchange=teleport"], "exchange: expected 'ring' or 'ragged'"),
     (["--capacity_factor=0"], "capacity_factor: expected a positive number, since exchange='ragged'"),
-    (["--topology=h200:1024"], "topology: expected one h200 at most, found 1024"),
+    (["--topology=h200:1024"], "topology: expected h200:1 to h200:8, the GPUs of one node"),
     (["--topology=h200:1", "--expert_parallel=1", "--compile"], "expected a TPU to compile for"),
 ])
 def test_bad_plans_are_one_line(capsys, overrides, words):
     assert train.main([str(ROOT / "configs/moe_129b.py"), "--plan", *overrides]) == 2
-    assert words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("google, ours", [("v4-2048", "v4:8x8x16"), ("2xv5p-1024", "2xv5p:8x8x8"),
+                                          ("v5litepod-16", "v5e:4x4"), ("v5litepod:2x4", "v5e:2x4"),
+                                          ("v5e-8", "v5e:2x4"), ("v6e-8", "v6e:2x4")])
+def test_a_topology_has_two_names(google, ours):
+    read = lambda word: plan.parse_topology(types.SimpleNamespace(topology=word))
+    assert read(google) == read(ours)
+
+
+def test_no_config_and_no_topology_ends_in_a_traceback():
+    """A plan, or a ConfigError."""
+    for name in ("smoke", "v2_d512", "moe_129b"):
+        c, t = train.load_config(ROOT / f"configs/{name}.py")
+        for machine in ("v4-8", "2xv4:2x2x1", "v5litepod-256", "h100:8", "a100:3", "v6e:1x1", "v4:1x1x7"):
+            for more in ({"replicas": 0}, {"replicas": 2, "expert_parallel": 2}):
+                try:
+                    p = plan.plan(c, dataclasses.replace(t, topology=machine, **more))
+                except train.ConfigError:
+                    continue
+                assert all(0 < x <= 1 for x in p["mfu"].values()) and 0 < p["reached"] <= 0.2
+
+
+def test_a_node_of_gpus_is_planned_with_one_rate_for_all_links():
+    """gpu_h200.py over 8 GPUs: weights and gradients of 1.2 B are gathered and scattered 16 times a step."""
+    p, one = numbers("gpu_h200", "--topology=h100:8"), numbers("gpu_h200", "--topology=h100:1")
+    assert p["mesh"]["data"] == 8 and p["executed"] == pytest.approx(one["executed"] / 8)
+    assert p["seconds"]["data"] == pytest.approx(sum(p["received"].values()) / 450e9)
+    tokens = numbers("gpu_h200", "--topology=h100:8", "--expert_parallel=8", "--exchange=ragged", "--capacity_factor=1.0")
+    moved = tokens["received"]["expert", "tokens, by ragged"]
+    rest = sum(amount for (axis, _), amount in tokens["received"].items() if axis == "expert") - moved
+    assert tokens["seconds"]["expert"] == pytest.approx((moved + rest) / 450e9), "a switch is no ring"
+
+
+def test_the_third_line_is_at_the_mfu_of_others_and_data_and_checkpoints_are_sized(capsys):
+    """14.5 hours on one GPU at 20 %, as README has it; 6.63e9 tokens of 2 bytes; 12 bytes a parameter."""
+    assert train.main([str(ROOT / "configs/gpu_h200.py"), "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"likely .* MFU 20.0 %, 14.5\d hours, 14.5\d chip-hours", out)
+    assert "data      13.26 GB of shards (2 bytes a token)" in out
+    assert re.search(r"saves     14.9\d GB a checkpoint .* 29.8\d GB for the 2 that are kept", out)
+    assert "assumes   products in bfloat16" in out and out.count("bound ") == 1
+    assert train.main([str(ROOT / "configs/smoke.py"), "--plan", "--topology=a100:1"]) == 0
+    out = capsys.readouterr().out
+    assert "assumes   products in float32 in TF32" in out and " 0.00 s" not in out and " 0.00 GB" not in out
+
+
+def test_float32_is_not_measured_against_the_peak_of_bfloat16():
+    """Data sheets: H100 SXM 989 and 494 (TF32), RTX 4090 165 and 83, dense. A TPU's float32 is not known."""
+    peak = plan.PEAK_FLOPS
+    assert peak["NVIDIA H100 80GB HBM3", "bfloat16"] == 989e12 == 2 * peak["NVIDIA H100 80GB HBM3", "float32"] + 1e12
+    assert peak["NVIDIA GeForce RTX 4090", "float32"] == 82.6e12 and ("TPU v4", "float32") not in peak
+    assert {"NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"} <= {kind for kind, _ in peak}
+
+
+@pytest.mark.parametrize("kind, dtype, mfu", [("NVIDIA H200", "bfloat16", "10.0%"), ("NVIDIA H200", "float32", "20.0%"),
+                                              ("TPU v4", "float32", "-"), ("a new card", "bfloat16", "-")])
+def test_the_log_line_knows_the_peak_of_the_type(kind, dtype, mfu):
+    c, t = train.load_config(ROOT / "configs/smoke.py", [f"--compute_dtype={dtype}"])
+    device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
+    mesh = types.SimpleNamespace(size=1, local_devices=[device])
+    speed = 0.1 * 989e12 / model.count(c).mfu_flops
+    row = dict.fromkeys(("loss", "ema", "gnorm", "lr", "maxvio", "drop", "seconds"), 1.0)
+    words = report.line(c, t, mesh, row | {"step": 1, "tokens_per_second": speed}, 0)
+    assert f"mfu {mfu} |" in words
 
 
 def test_compile_without_plan_does_not_train(capsys):

@@ -1,9 +1,11 @@
 """Runs from config to report: the run directory, resuming, and every bad input."""
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -12,9 +14,10 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import data
+import kernels
 import model
 import train
-from configs import report
+from configs import process, report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,7 +124,7 @@ def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(co
 
 # --------------------------------------------------------------------------------------- configs and bad input
 
-SCRIPTS = {"hopper", "plan", "report", "rundir"}          # in configs/, and no configs
+SCRIPTS = {"convert", "hopper", "launch", "plan", "process", "report", "rundir", "sample"}      # no configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in SCRIPTS]
 
 
@@ -217,6 +220,179 @@ def test_help_lists_every_key_with_default_and_meaning(capsys):
         for field in dataclasses.fields(cls):
             line = next(line for line in text.splitlines() if line.strip().startswith(f"--{field.name}="))
             assert len(line.split(maxsplit=1)[1]) > 3, f"{field.name} has no meaning"
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data_dir", "compiled_dir", "checkpoint_dir"])
+def test_a_path_is_what_the_user_means_and_never_a_folder_called_gs_or_tilde(config, load, key, monkeypatch, tmp_path):
+    """On the command line and in the config alike."""
+    monkeypatch.setenv("HOME", "/home/müller")
+    monkeypatch.chdir(tmp_path)
+    bucket = key in ("compiled_dir", "checkpoint_dir")
+    whole = str(tmp_path / "sub dir [1] é") if bucket else "sub dir [1] é"
+    for given, meant in (("~/x", "/home/müller/x"), ("~", "/home/müller"), ("/a~b/c", "/a~b/c"), ("sub dir [1] é", whole),
+                         ("gs://bucket/x", bucket and "gs://bucket/x"), ("gs:/bucket/x", None), ("s3://bucket/x", None),
+                         ("hdfs://x", None), ("~nobody-of-that-name/x", None)):
+        other = config.parent / "other.py"
+        other.write_text(config.read_text() + f"{key} = {given!r}\n", encoding="utf-8")
+        for where, path, keys in (("command line", config, {key: given}), (other, other, {})):
+            if meant:
+                assert getattr(load(path, **keys)[1], key) == meant
+            else:
+                with pytest.raises(train.ConfigError, match=f"{where}: {key}: expected a directory.*, found "):
+                    load(path, **keys)
+    assert load(config, checkpoint_dir="")[1].checkpoint_dir == "", "the default is a folder of the run"
+
+
+def test_a_checkpoint_dir_that_cannot_be_written_is_refused_before_training(config, capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert train.main([str(config), f"--checkpoint_dir={tmp_path}/file/x"]) == 2
+    assert "checkpoint_dir: expected a directory or bucket that can be read and written" in capsys.readouterr().err
+    t = train.load_config(config, ["--checkpoint_dir=gs://no-such-bucket-xyz/r"])[1]
+    checkpoints = train.Checkpoints(t)
+    def no_answer(seconds, act):
+        raise TimeoutError(f"no answer in {seconds} s")
+    monkeypatch.setattr(process, "within", no_answer)
+    with pytest.raises(train.TemporaryError, match="gs://no-such-bucket-xyz/r: TimeoutError: no answer in 60 s"):
+        checkpoints.steps()
+
+
+@pytest.mark.parametrize("name", ["a [1] ~é", "[*]", "{a,b}?"])
+def test_a_checkpoint_in_any_folder_can_be_read_again(tmp_path, name):
+    """Orbax used to take [1] for a pattern, find none of what it had written, and leave it unreadable."""
+    t = types.SimpleNamespace(run_dir=str(tmp_path / name), checkpoint_dir="", keep=2, keep_every=0)
+    checkpoints = train.Checkpoints(t)
+    checkpoints.open()
+    leaves = {"w": jnp.arange(6.0)}
+    assert checkpoints.attempt(lambda: checkpoints.manager.save(3, args=checkpoints.ocp.args.Composite(
+        state=checkpoints.ocp.args.StandardSave(leaves), record=checkpoints.ocp.args.JsonSave(
+            {"step": 3, "config": {"seed": 0}, "arrays": {"w": int(train.checksum(leaves["w"]))}})))) == ""
+    checkpoints.close()
+    assert checkpoints.steps() == [3]
+    found, why = train.Checkpoints(t).read(3, {"w": jax.ShapeDtypeStruct((6,), jnp.float32)})
+    assert not why and (found[0] == leaves["w"]).all()
+
+
+@pytest.mark.slow
+def test_a_first_save_that_fails_ends_the_run(config, capsys, monkeypatch):
+    """Orbax raises ValueError for a path that it does not like, and would do so at every save."""
+    import orbax.checkpoint as ocp
+    def fail(self, *args, **kwargs):
+        raise ValueError("Checkpoint path should be absolute")
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    assert train.main([str(config), "--num_layers=1", "--devices=1", "--save_every=1"]) == 75
+    assert "the first checkpoint could not be written, so nothing would be kept" in capsys.readouterr().err
+    assert len(train.read_rows(config.parent / "run" / "metrics.jsonl")) == 1
+
+
+def test_a_config_may_import_loop_and_compute(config, load, tmp_path, monkeypatch):
+    (config.parent / "base.py").write_text(config.read_text() + "batch_size = 16\n")
+    child = config.parent / "child.py"
+    child.write_text("from math import sqrt, pi\nimport os.path as where\nfrom base import *\nimport math\n"
+                     "def half(x):\n    return x // 2\nfor i, (j, k) in ((1, (2, 3)),):\n    num_layers = i\n"
+                     "_mine = 5\ntable = {1: 2}\nsteps = half(int(sqrt(100)) + _mine)\nwith open(__file__) as f:\n    pass\n")
+    before = list(sys.path)
+    c, t = load(child)
+    assert (c.num_layers, t.steps, t.batch_size) == (1, 7, 16) and sys.path == before
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "base.py").write_text(config.read_text() + "batch_size = 24\n")
+    (other / "child.py").write_text("from base import *\n")
+    assert load(other / "child.py")[1].batch_size == 24, "a base of the same name in another folder is another base"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("my_rate = 3", "unknown config key 'my_rate'; .*; a name of your own begins with _: _my_rate"),
+    ("stepz = [5]", "unknown config key 'stepz'; did you mean 'steps'?"),
+    ("learning_rate = 1e-3", "did you mean 'adam_lr' and 'matrix_lr'?"),
+    ("import sys; sys.exit(0)", "not a runnable config file: SystemExit"),
+    ("batch_size = 7\naccumulate = 2", "tiny.py: accumulate: expected a divisor of batch_size=7"),
+    ("from nowhere import x", "ModuleNotFoundError")])
+def test_a_name_that_is_no_key_is_a_typo(config, load, line, words):
+    config.write_text(config.read_text() + line + "\n")
+    with pytest.raises(train.ConfigError, match=words):
+        load(config)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["smoke"], r"smoke: expected a config file, found none; did you mean .*configs/smoke.py\?"),
+    (["configs/smok.py"], r"did you mean .*configs/smoke.py\?"),
+    (["--config=configs/smoke.py"], r"did you mean .*configs/smoke.py\?"),
+    (["--steps=3"], "expected a config file, found none; it comes first"),
+    (["gs://b/x.py"], "expected a config file, found none"),
+    (["CONFIG", "--steps", "3"], "found '--steps'; write --steps=3"),
+    (["CONFIG", "--batch-size=16"], "write --batch_size=16"),
+    (["CONFIG", "steps=3"], "write --steps=3"),
+    (["CONFIG", "--seed"], "write --seed=VALUE"),
+    (["CONFIG", "--learning_rate=0.1"], "unknown config key 'learning_rate'; did you mean 'adam_lr' and 'matrix_lr'.$"),
+    (["CONFIG", "--learning_rate", "0.1"], "did you mean 'adam_lr' and 'matrix_lr'"),
+    (["CONFIG", "--experts_per_token=5"], "command line: experts_per_token: expected 1 to num_experts=4, found 5"),
+    (["CONFIG", "--batch_size=0"], "command line: batch_size: expected a positive number"),
+    (["CONFIG", "--replay"], "argument --replay: expected a value, found nothing"),
+    (["CONFIG", "--compute_dtype=bf16"], "command line: compute_dtype: expected 'float32' or 'bfloat16'")])
+def test_a_command_line_that_is_almost_right_is_told_what_to_write(config, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(ROOT)
+    assert train.main([str(config) if word == "CONFIG" else word for word in arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(words, line), line
+
+
+def test_replay_counts_the_steps_of_the_run_not_of_the_config(config, capsys):
+    run = config.parent / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"train": {"steps": 2}}')
+    assert train.main([str(config), "--replay=3"]) == 2
+    assert "--replay: expected a step from 1 to 2, found 3" in capsys.readouterr().err
+    assert train.main([str(config), "--steps=4", "--replay", "2"]) == 0
+    assert capsys.readouterr().out.startswith("step 2: 8 rows of 32 tokens")
+
+
+@pytest.mark.parametrize("platform, keys, words", [
+    ("tpu", dict(seq_len=1000), "seq_len on a TPU: expected a multiple of 128, found 1000"),
+    ("tpu", dict(seq_len=1024, hidden_dim=1300), "hidden_dim: expected a multiple of 128, found 1300"),
+    ("METAL", {}, "JAX_PLATFORMS='METAL': expected one of 'cpu', 'gpu', 'tpu'"),
+    ("tpu", dict(seq_len=1024), None), ("gpu", {}, None), ("cpu", {}, None),
+    ("tpu", dict(seq_len=1024, hidden_dim=1300, num_experts=0, experts_per_token=0, expert_dim=0), None)])
+def test_what_a_kernel_cannot_take_is_one_line(config, load, platform, keys, words):
+    c, t = load(config, **keys)
+    device = types.SimpleNamespace(platform=platform, device_kind=platform)
+    if words:
+        with pytest.raises(train.ConfigError, match=words):
+            train.make_mesh(c, t, [device])
+    assert kernels.misfit(platform, c) is None or words
+
+
+def test_the_plan_says_what_a_kernel_cannot_take(config, capsys):
+    assert train.main([str(config), "--plan", "--topology=v4:2x2x1", "--seq_len=1000"]) == 2
+    assert capsys.readouterr().err == "train.py: seq_len on a TPU: expected a multiple of 128, found 1000\n"
+
+
+def test_help_joins_a_comment_of_two_lines(monkeypatch):
+    source = ("class C:\n    steps: int = 3               # how many,\n"
+              "                                 # and no more\n    seed: int = 0                # other\n")
+    monkeypatch.setattr(report.inspect, "getsource", lambda cls: source)
+    text = report.describe_keys()
+    assert re.search(r"--steps=3 +how many, and no more\n", text) and re.search(r"--seed=0 +other", text)
+
+
+def test_windows_is_refused_in_one_line():
+    program = "import sys; sys.modules['fcntl'] = None; import train"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "train.py: needs Linux or macOS; on Windows run it in WSL\n" and done.returncode
+
+
+def test_libtpu_without_a_tpu_is_not_asked(monkeypatch):
+    """Its five lines of complaint open every run otherwise."""
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda key, value: asked.append((key, value)))
+    monkeypatch.setattr(train.Path, "glob", lambda self, pattern: [])
+    flags, t = types.SimpleNamespace(coordinator=None, processes=None, process=None), types.SimpleNamespace(
+        heartbeat_seconds=100)
+    for installed, want in ((("libtpu",), [("jax_platforms", "cpu")]), (("libtpu", "jax_plugins"), []), ((), [])):
+        asked.clear()
+        monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name in installed or None)
+        monkeypatch.setattr(train.jax, "config", types.SimpleNamespace(jax_platforms=None, update=lambda *a: asked.append(a)))
+        train.init_distributed(flags, t)
+        assert asked == want, installed
 
 
 @pytest.mark.slow

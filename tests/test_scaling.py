@@ -15,7 +15,7 @@ import pytest
 import model
 import scaling
 import train
-from configs.ladder import bias, plan, surface
+from configs.ladder import bias, outlier, plan, surface
 from configs.ladder.speedup import speedup
 from scaling import BadInput, FitConfig, Run, analyse
 
@@ -436,7 +436,8 @@ def test_bad_headers_files_and_options(tmp_path, capsys):
                            (["fit", good, "--plot", tmp_path / "x.docx", "--draws", "9"], "a picture ending"),
                            (["fit", "--runs", tmp_path], "a finished run"),
                            (["speedup", "--base", "1,2"], "required"),
-                           (["plan", "--flops", "1e9"], "at least 10 steps"), (["ladder"], "--budgets"),
+                           (["plan", "--flops", "1e9"], "--config"),
+                           (["plan", "--flops", "1e9", "--config", ROOT / "configs/smoke.py"], "at least 10 steps"), (["ladder"], "--budgets"),
                            (["ladder", "--run", tmp_path / "no"], "No such file"),
                            (["ladder", "--run", good], "a ladder's table")):
         refused(words, message, capsys)
@@ -523,6 +524,42 @@ def test_run_directories_fit_as_tables_do(tmp_path, capsys):
         (folders[0] / "result.json").write_text(broken)
         with pytest.raises(BadInput):
             scaling.read_run_dir(folders[0])
+
+
+def test_a_result_older_than_its_config_is_refused(tmp_path):
+    run = Run(6e15, 1e6, 1e9, 3.0)
+    folder = finished_run(tmp_path / "r", run)
+    config = dict(model=dict(seq_len=100), counts=dict(params=1e6, flops_per_token=6e6),
+                  train=dict(tokenizer="bytes", steps=1000, batch_size=10_000, seed=0))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert scaling.read_run_dir(folder).loss == 3.0
+    config["train"]["steps"] = 2000
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="older than the config"):
+        scaling.read_run_dir(folder)
+
+
+def test_wrong_units_swapped_columns_and_other_separators(tmp_path, capsys):
+    path = tmp_path / "runs.csv"
+    ladder_csv(path, lambda rows: [[C, repr(float(N) / 1e6), D, y] for C, N, D, y in rows])
+    refused(["fit", path], "are params in millions?", capsys)
+    ladder_csv(path, head="flops,tokens,params,loss")
+    refused(["fit", path], "params and tokens swapped?", capsys)
+    ladder_csv(path, head="train_flops,params,tokens,loss")
+    refused(["fit", path], "add flops (C = 6 N D", capsys)
+    assert len(scaling.read_csv(path, rename={"flops": "train_flops"})) == 25
+    path.write_text(Path(ladder_csv(path)).read_text().replace(",", ";"))
+    assert len(scaling.read_csv(path)) == 25
+
+
+@pytest.mark.parametrize("i, shift", [(0, 3.0), (29, 0.3)])
+def test_a_diverged_run_at_an_edge_is_named(i, shift):
+    runs = bias.simulate(bias.SURFACES["Chinchilla"], 4, budgets=10.0**np.arange(17, 22), points=6, noise=2e-3,
+                         rng=np.random.default_rng(0))
+    runs[i] = replace(runs[i], loss=runs[i].loss + shift)
+    fit = scaling.fit_law(runs, FitConfig())
+    found = outlier.suspect(runs, fit, FitConfig(), [1e23])
+    assert found["run"] == runs[i] and found["losses"][0] == pytest.approx(2.0050, abs=0.02)
 
 
 # ----------------------------------------------------------------------------------------------- registration

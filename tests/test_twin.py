@@ -26,9 +26,10 @@ FIVE = model.ModelConfig(
     shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12, gated_norm_rank=4)
 V2 = dataclasses.replace(FIVE, half_rope=True, last_layer_full=True, partial_key_offset=True,
                          combine_sum=2.5, router_z=0.0)
+PUBLISHED = dataclasses.replace(V2, partial_key_offset=False, nope_on_full=True, qk_scale=1.5703)
 DENSE = dataclasses.replace(FIVE, num_experts=0, experts_per_token=0, expert_dim=0)
 CONFIGS = {"v1": FIVE, "v2": V2, "window of 3": dataclasses.replace(FIVE, window=3),
-           "dense": DENSE}
+           "the published 67B": PUBLISHED, "dense": DENSE}
 
 # ------------------------------------------------- the twin: x, a, q, k, v are one token's vector
 
@@ -68,8 +69,10 @@ def attention(a, p, segment, i, c):
         for t in range(S):
             starts = t == 0 or segment[t - 1] != segment[t]
             key[t][:, H // 2:] = 0 if starts else own[t - 1][:, H // 2:]
-    query = [[1.3 * rope(rms(q, 1e-6), t, c.half_rope) for q in query[t]] for t in range(S)]
-    key = [[rope(rms(k, 1e-6), t, c.half_rope) for k in key[t]] for t in range(S)]
+    scale, turned = 1.5703 if c.nope_on_full else 1.3, not (full and c.nope_on_full)
+    turn = lambda x, t: rope(rms(x, 1e-6), t * turned, c.half_rope)         # angle 0: not at all
+    query = [[scale * turn(q, t) for q in query[t]] for t in range(S)]
+    key = [[turn(k, t) for k in key[t]] for t in range(S)]
     added = []
     for t in range(S):
         heads = []
@@ -253,6 +256,7 @@ def errors(totals_of):
 
 
 @pytest.mark.parametrize("name", ["v1", "v2", "dense",
+                                  pytest.param("the published 67B", marks=pytest.mark.slow),
                                   pytest.param("window of 3", marks=pytest.mark.slow)])
 def test_the_model_equals_its_twin(name, errors):
     found = errors(CONFIGS[name])
@@ -268,6 +272,7 @@ MUTANTS = {
     "theta": dict(rope_theta=5e3),
     "combine_sum": dict(combine_sum=2.4),
     "window": dict(window=11),
+    "no RoPE on full layers": dict(nope_on_full=True),
     "router z": dict(router_z=0.0),
     "logit z": dict(logit_z=0.0),
     "the last layer has a window": dict(last_layer_full=False),

@@ -11,6 +11,7 @@ rows of a ladder, change their base, and blank the results."""
 import math
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import threading
@@ -70,11 +71,11 @@ def words_of(keys):
     return [f"--{key}={value}" for key, value in keys.items()]
 
 
-def load(base, keys):
+def load(base, keys, words=()):
     """(ModelConfig, TrainConfig) of a config file with some keys replaced, else BadInput."""
     import train                                        # and with it jax: only planning needs them
     try:
-        return train.load_config(base, words_of(keys))
+        return train.load_config(base, [*words_of(keys), *words])
     except ValueError as error:
         raise BadInput(base, "a config of train.py", error, "correct it") from None
 
@@ -161,14 +162,14 @@ def plan_ladder(budgets, out, base, rule=Rule(), widths=7, span=4.0, seeds=(0,))
                 end = f"_s{seed}" if seed else ""
                 name = f"{Path(base).stem}_c{C:.6g}_d{width}{end}".replace("+", "")
                 keys = keys | ({"seed": seed} if seed else {}) | {"run_dir": f"out/{label}_{name}"}
-                row = {"config": name, "base": str(base), "overrides": " ".join(words_of(keys)),
+                row = {"config": name, "base": str(base), "overrides": shlex.join(words_of(keys)),
                        "planned_flops": f"{C:g}".replace("+", ""), "width": str(width)}
                 old = table.setdefault(name, row)
                 same = all(old[key] == row[key] for key in ("base", "overrides"))
                 need(same, f"{out}: {name}", "the run that this command plans", "another", "choose a new --out")
                 names.append(name)
     write_table(out, columns, list(table.values()))
-    print(f"{len(names)} runs in {out}; train those not yet done:  python scaling.py ladder --run {out}")
+    print(f"{len(names)} runs in {out}; train those not yet done:  python scaling.py ladder --run {shlex.quote(str(out))}")
     return names
 
 
@@ -178,6 +179,24 @@ def write_table(path, columns, rows):
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(scaling.csv_text(columns, rows))
     os.replace(partial, path)
+
+
+NOT_TRAINING = {"run_dir", "data_dir", "compiled_dir", "checkpoint_dir", "devices", "replicas", "topology",
+                "expert_parallel", "accumulate", "peak_flops", "log_every", "eval_every", "eval_tokens",
+                "save_every", "save_minutes", "keep", "keep_every", "stuck_minutes", "heartbeat_seconds",
+                "prompt", "sample_tokens", "temperature", "exchange", "remat"}
+
+
+def need_same(base, words, folder):
+    """BadInput if the run in `folder` was trained by another config than the row's."""
+    import json
+    from dataclasses import asdict
+    was, now = scaling.read_json(folder / "config.json"), [asdict(part) for part in load(base, {}, words)]
+    for part, values in zip(("model", "train"), json.loads(json.dumps(now))):
+        for key, value in values.items():
+            before = (was.get(part) or {}).get(key, value)
+            need(key in NOT_TRAINING or before == value, folder, f"a run with {key}={value!r}, as its row says",
+                 f"{before!r}", "give the row another --run_dir")
 
 
 def run_ladder(path, jobs=1):
@@ -194,19 +213,25 @@ def run_ladder(path, jobs=1):
     def train(row):
         if failed.is_set():
             return
-        words = row["overrides"].split()
+        words = shlex.split(row["overrides"])
         folders = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
         need(folders, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
         result = Path(folders[0]) / "result.json"
-        command = [sys.executable, str(ROOT / "train.py"), row["base"], *words]
+        code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
+        command = [sys.executable, str(code), row["base"], *words]
+        if result.parent.is_dir() and any(result.parent.glob("*.json")):
+            need_same(row["base"], words, result.parent)
         print(row["config"], flush=True)
         if not result.is_file() and subprocess.run(command).returncode:
             failed.set()
             raise BadInput(row["config"], "train.py to finish", "a failure",
                            "correct it and give this command again")
         found = scaling.read_json(result)
+        number(found.get("loss"), result, "loss")
         domains = found.pop("domains", {})
-        found |= {f"loss_{name}": domains[name]["loss"] for name in domains if name != "macro"}
+        domains.pop("macro", None)
+        found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
+        found["eval_bytes"] = sum(domain["bytes"] for domain in domains.values())
         with filling:
             row |= found
             names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
@@ -223,11 +248,13 @@ def rule_of(a):
 
 
 def plan_command(a):
-    path = a.out or f"configs/plan_{a.flops:.6g}.py".replace("+", "")
+    need(a.config, "--config", "the base, such as configs/smoke.py", "none", "give it")
+    path = a.out or f"plan_{a.flops:.6g}.py".replace("+", "")
     widths, config = widths_of(a.config, rule_of(a))
     text = config_text(a.flops, plan(a.flops, widths, config, rule_of(a)), a.config, path)
-    scaling.write_new(path, text)
-    print(text + f"written to {path}")
+    if a.out:
+        scaling.write_new(path, text)
+    print(text + (f"written to {path}" if a.out else "not written: --out FILE does"))
 
 
 def ladder_command(a):
@@ -236,12 +263,13 @@ def ladder_command(a):
     if a.run:
         run_ladder(a.run, a.jobs)
     else:
+        need(a.config, "--config", "the base, such as configs/smoke.py", "none", "give it")
         plan_ladder(a.budgets, a.out, a.config, rule_of(a), a.widths, a.span, a.seeds)
 
 
 def add_planning(add):
     """The options that `plan` and `ladder` share."""
-    add("--config", default="configs/moe_129b.py", help="the base, for all but the sizes (%(default)s)")
+    add("--config", help="the base, for all but the sizes")
     add("--batch", type=scaling.count, default=0, metavar="B", help="sequences, instead of the rule")
     add("--law", type=number, nargs=2, default=(), metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
     add("--count-head", action="store_true", help="C with the output head in every model")
@@ -255,7 +283,7 @@ def add_commands(command):
     """Add `plan` and `ladder` to the commands of scaling.py."""
     add = command("plan", plan_command, "the compute-optimal config of a budget")
     add("--flops", type=number, required=True, metavar="C", help="the budget")
-    add("--out", help="the config file to write; default configs/plan_C.py")
+    add("--out", help="the config file to write; without it nothing is written")
     add_planning(add)
     add = command("ladder", ladder_command, "plan an isoFLOP grid as a table of runs, or train it")
     add("--budgets", type=number, nargs="+", metavar="C", help="training FLOPs")

@@ -267,8 +267,9 @@ def move_aside(run, folder):
 def saver(run, checkpoints, config, kept):
     """A function that begins to save a state, and says what came of that. kept: whether one is
     saved already; if the first one cannot be, the run ends, for nothing would be kept of it."""
+    told = None
     def save(state):
-        nonlocal kept
+        nonlocal kept, told
         check_lock(checkpoints.folder)
         if train.is_main_process():
             train.sync(run / "metrics.jsonl", run / "events.jsonl", run)
@@ -279,8 +280,11 @@ def saver(run, checkpoints, config, kept):
                 raise train.TemporaryError(f"{checkpoints.folder}: the first checkpoint could not "
                                            f"be written, so nothing would be kept ({failed})")
             train.log(f"warning   a checkpoint could not be written ({failed}); going on")
-        elif before not in (None, checkpoints.saved) or not kept:
-            train.log_event(run, "saved", step=checkpoints.saved if not kept else before)
+        else:
+            done = before if kept else checkpoints.saved        # the first one has been waited for
+            if done not in (None, told) and (before != checkpoints.saved):
+                train.log_event(run, "saved", step=done)
+            told = done
         kept = True
     return save
 

@@ -5,6 +5,7 @@ Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, rep
       python train.py RUN_DIR --sample --prompt="ROMEO."    continue a text; needs no data
       python train.py --compare RUN_DIR RUN_DIR ...         what differs, and what came of it
       python train.py CONFIG --replay 120                   show the batch of step 120
+      python train.py CONFIG --fresh                        move an old run aside and start anew
       python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 try:
-    import fcntl
+    import fcntl                    # noqa: F401  (configs/rundir.py needs it)
 except ImportError:
     raise SystemExit("train.py: needs Linux or macOS; on Windows run it in WSL") from None
 
@@ -69,6 +70,9 @@ class CorruptCheckpoint(RuntimeError):
 
 class TemporaryError(RuntimeError):
     """What failed may work the next time, and what was saved is sound. Exit code 75."""
+
+
+ANEW = "choose another --run_dir, or add --fresh, which moves the old run aside"
 
 
 def refuse(where, expected, found, advice=""):
@@ -304,6 +308,14 @@ def mesh_error(c, t, n):
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
+def use_cpu_devices(n):
+    """Let jax make n devices of this machine's CPU, unless it has made them already."""
+    if n > 1024:                                    # they take memory and threads, and minutes
+        refuse("devices", "at most 1024 on a CPU", n)
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", n)
+
+
 def local_devices(c, t):
     """The devices of this machine that the run uses: all accelerators; or as many CPU devices as
     can share the batch, at most one a core: XLA runs most operations of a CPU on one core."""
@@ -311,8 +323,7 @@ def local_devices(c, t):
         return max((n for n in range(1, most + 1) if not mesh_error(c, t, n)), default=most)
     from configs import process
     kernels.keep_freed_memory()
-    with contextlib.suppress(RuntimeError):         # a backend already runs: take its devices
-        jax.config.update("jax_num_cpu_devices", t.devices or most_that_fit(process.usable_cores()))
+    use_cpu_devices(t.devices or most_that_fit(process.usable_cores()))
     if t.compiled_dir:
         jax.config.update("jax_compilation_cache_dir", t.compiled_dir)
     devices = jax.devices()
@@ -650,35 +661,6 @@ def evaluate(state, eval_step, mixture, c, t, mesh, limit=None, done=lambda toke
     return domains | {"macro": macro}
 
 
-def make_sampler(c, t, tokenizer):
-    """A function (params, bias_LE, prompt, n, seed) -> text, on one device. Slow: no cache."""
-    c, one = serving(c), jax.devices()[0]
-    @jax.jit
-    def next_token(params, bias_LE, window_S, length, key):
-        segment_S = (jnp.arange(c.seq_len) < length).astype(jnp.int32)
-        logits_V = model.logits(params, bias_LE, window_S[None], segment_S[None], c, at=length - 1,
-                                platform=one.platform)
-        logits_V = jnp.where(jnp.arange(c.vocab_size) < tokenizer.vocab_size, logits_V, -jnp.inf)
-        if k := min(t.top_k, c.vocab_size) if t.temperature else 1:
-            best_K, ids_K = lax.top_k(logits_V, k)
-            logits_V = jnp.full_like(logits_V, -jnp.inf).at[ids_K].set(best_K)
-        return jax.random.categorical(key, logits_V / (t.temperature or 1.0))
-    def sample(params, bias_LE, prompt, n, seed=0):
-        params, bias_LE = jax.device_put((params, bias_LE), one)
-        tokens = [int(i) for i in tokenizer.encode(prompt)]
-        for i in range(n):
-            window_S, recent = np.zeros(c.seq_len, np.int32), tokens[-c.seq_len:] or [tokenizer.eot]
-            window_S[:len(recent)] = recent
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            new = int(next_token(params, bias_LE, window_S, len(recent), key))
-            if new != tokenizer.eot:
-                tokens.append(new)
-            elif tokens:
-                break
-        return tokenizer.decode(tokens)
-    return sample
-
-
 # ------------------------------------------------------------------------------------ checkpoint
 
 def leaves_by_name(tree):
@@ -713,6 +695,19 @@ def checksums(leaves):
 def all_agree(fine):
     """Whether all processes say so: what each has read for itself is decided on together."""
     return bool(multihost_utils.process_allgather(np.array(fine)).all())
+
+
+def gather(value):
+    """[value of process 0, value of process 1, ...], of anything that JSON can hold."""
+    if not jax.distributed.is_initialized():
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
+
+
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
@@ -753,9 +748,9 @@ class Checkpoints:
             record = json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
             if record["step"] == step and record["config"].keys() and record["arrays"].keys():
                 return record
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError("it has been altered")
+        except Exception as error:              # whatever damage to a small file can lead to
             raise ValueError(f"its record cannot be read ({one_line(error)})") from None
-        raise ValueError("its record has been altered")
 
     def read(self, step, wanted):
         """(leaves, "") of one checkpoint; or (None, why it is not to be trusted), for all processes
@@ -765,6 +760,9 @@ class Checkpoints:
             # The handler itself: the manager's restore has a barrier, at which the other processes
             # would wait for one that could not read its part.
             handler, sums = self.ocp.StandardCheckpointHandler(), self.record(step)["arrays"]
+            if wanted.keys() != sums.keys():
+                raise ConfigError(f"only this code has {sorted(wanted.keys() - sums.keys())}, only "
+                                  f"the checkpoint has {sorted(sums.keys() - wanted.keys())}")
             leaves = handler.restore(self.folder / str(step) / "state", args=args)
         except Exception as error:              # whatever orbax and tensorstore raise about damage
             why = one_line(error)
@@ -786,26 +784,34 @@ class Checkpoints:
             self.broken[step] = why
         if self.broken:
             why = "; ".join(f"step {step}: {why}" for step, why in self.broken.items())
+            if "ConfigError" in why:
+                refuse(self.folder, "the arrays of this code", why, f"use that code, or {ANEW}")
             raise CorruptCheckpoint(
                 f"{self.folder}: none of {len(self.broken)} checkpoints can be trusted, and "
-                f"nothing was touched. {why}. To start anew choose another --run_dir")
+                f"nothing was touched. {why}. To start anew, {ANEW}")
 
     def open(self, clean=True):
         """Get ready to write: clear what killed writers left, move broken checkpoints aside."""
         from configs import process
-        options = self.ocp.CheckpointManagerOptions(
-            max_to_keep=self.t.keep, keep_period=self.t.keep_every or None,
-            cleanup_tmp_directories=clean, enable_async_checkpointing=True)
         if clean:
             self.reach(lambda: process.probe(self.folder))
-        try:
-            for step in set(self.broken) & set(self.steps()) if is_main_process() else ():
-                (self.folder / str(step)).rename(self.folder / f"broken-{step}-{time.time_ns()}")
-            all_agree(True)                     # the others wait for that
-            self.manager = self.ocp.CheckpointManager(self.folder, options=options)
-        except OSError as error:
-            refuse("checkpoint_dir", "a directory that can be written",
-                   f"{self.folder} ({error.strerror})")
+        while self.broken:
+            path = self.folder / str(self.broken.popitem()[0])
+            if is_main_process():
+                path.rename(f"{path.parent}/broken-{path.name}-{time.time_ns()}")
+        all_agree(True)                         # the others wait for that
+        # threads that make directories would wait for minutes for one that could not
+        mode = self.ocp.AsyncOptions(create_directories_asynchronously=False,
+                                     post_finalization_callback=self.sync)
+        options = self.ocp.CheckpointManagerOptions(
+            max_to_keep=self.t.keep, keep_period=self.t.keep_every or None,
+            cleanup_tmp_directories=clean, async_options=mode)
+        self.manager = self.ocp.CheckpointManager(self.folder, options=options)
+
+    def sync(self, pattern=UNFINISHED, files="**/*"):
+        """Called when all files of a checkpoint are written, and before it is committed."""
+        for path in Path(self.folder).glob(pattern):            # none in a bucket
+            sync(*path.glob(files), path, path.parent)
 
     def save(self, state, config):
         """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
@@ -823,8 +829,11 @@ class Checkpoints:
         return self.attempt(lambda: self.manager.save(step, args=items)) or wrong
 
     def wait(self):
-        """Wait until what save began is written. Returns what went wrong, or ""."""
-        return self.attempt(lambda: self.manager.wait_until_finished())
+        """Wait until what save began is on the disk. Returns what went wrong, or ""."""
+        def finish():
+            self.manager.wait_until_finished()
+            self.sync(str(self.saved), "*.txt")                 # the commit mark
+        return self.attempt(finish)
 
     def attempt(self, write):
         """Run a write of orbax. Returns what went wrong (a full disk, a bucket out of reach), or
@@ -834,9 +843,7 @@ class Checkpoints:
             return ""
         except Exception as error:
             wrong, self.saved = f"step {self.saved}: {one_line(error)}", None
-        with contextlib.suppress(Exception):
-            self.manager.close()
-        for path in self.folder.glob("*.orbax-checkpoint-tmp*") if is_main_process() else ():
+        for path in self.folder.glob(UNFINISHED) if is_main_process() else ():
             with contextlib.suppress(OSError):  # its threads may still write: so clean=False
                 path.rmtree(missing_ok=True)
         self.open(clean=False)
@@ -860,15 +867,34 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def sync(*paths):
+    """See to it that files, and names in directories, outlive a loss of power."""
+    for path in paths:
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError:             # some network file systems cannot do this for a directory
+            if not os.path.isdir(path):
+                raise
+        finally:
+            os.close(number)
+
+
 def write(path, text, append=False):
-    """Append to a file, or replace it in one motion, so that a reader never sees half of it."""
+    """Append to a file; or replace it in one motion that outlives a loss of power, so that a reader
+    never sees half of it."""
     if not is_main_process():
         return
+    from configs import rundir
+    rundir.check_lock(Path(path).parent)
     try:
         target = Path(path) if append else Path(path).with_suffix(".tmp")
-        with open(target, "a" if append else "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        target.replace(path)
+        with open(target, "ab" if append else "wb") as file:
+            file.write(text.encode(errors="replace"))
+        if not append:
+            sync(target)
+            target.replace(path)
+            sync(target.parent)
     except OSError as error:
         raise TemporaryError(f"{path}: cannot be written ({error.strerror}); what was saved before "
                              f"is sound, and the same command goes on") from None
@@ -894,22 +920,6 @@ def log_event(run, event, **facts):
     write(run / "events.jsonl", json_lines([row]), append=True)
 
 
-@contextlib.contextmanager
-def run_lock(run):
-    """Make a run directory and hold its lock. ConfigError if another process trains there."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / "lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
-    except BlockingIOError:
-        raise ConfigError(f"{run}: another process is training there; wait for it, stop it, or "
-                          f"choose another --run_dir") from None
-    except OSError as error:
-        refuse("run_dir", "a directory that can be written", f"{run} ({error.strerror})")
-    with lock:
-        yield
-
-
 def git(*words):
     """What git says of this code; "" without git, or outside of a repository."""
     try:
@@ -928,52 +938,6 @@ def git_commit():
         return archived
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     return (git("describe", "--always").strip() or "unknown") + ("-dirty" if changed else "")
-
-
-IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
-RUNTIME = ("exchange", "remat")     # of the model: the 129B run took up "ragged" late [marin #4697]
-
-
-def identity(config):
-    """Of the content of a config.json, what must not change within a run."""
-    fixed = {key: value for key, value in config["model"].items() if key not in RUNTIME}
-    return fixed | {key: config["train"][key] for key in IMMUTABLE} | {"data": config["data"]}
-
-
-def check_run(c, t, mixture, checkpoints):
-    """The content of config.json. Writes nothing; ConfigError if run_dir holds another run."""
-    file, steps = Path(t.run_dir, "config.json"), checkpoints.steps()
-    versions = {package.__name__: package.__version__ for package in (jax, np, optax)}
-    now = {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
-           "data": mixture.sha256, "counts": model.count(c)._asdict(), "commit": git_commit(),
-           "versions": versions | {"python": sys.version.split()[0]}}
-    then = wanted = identity(now)
-    try:
-        if file.exists():
-            then = identity(json.loads(file.read_bytes()))
-        elif steps:                             # a new machine, which has the checkpoints only
-            then = identity(checkpoints.record(steps[0])["config"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        refuse(file, "the config of a run", "something else", "choose another --run_dir")
-    for key, value in wanted.items():
-        if then.get(key) != value:
-            raise ConfigError(f"{t.run_dir}: holds a run with {key}={then.get(key)!r}, found {key}="
-                              f"{value!r}; a run cannot change this: choose another --run_dir")
-    if steps and steps[0] > t.steps:
-        refuse("steps", f"at least {steps[0]}, reached by the run in {t.run_dir}", t.steps)
-    return now
-
-
-def write_config(run, now):
-    """Write config.json; what changed since the last start becomes an event and a printed line."""
-    file = run / "config.json"
-    old = json.loads(file.read_bytes()) if file.exists() else now
-    before, after = (config["model"] | config["train"] for config in (old, now))
-    changed = {k: [before.get(k), v] for k, v in after.items() if before.get(k) != v}
-    if changed:
-        log_event(run, "config_changed", keys=changed)
-        log("changed   " + ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
-    write(file, json.dumps(now, indent=1))
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -1012,18 +976,21 @@ def stuck(run, t):
     log_event(run, "stuck", seconds=seconds)
 
 
-def train(c, t):
+def train(c, t, fresh=False):
     """Run or resume a run to its end. Returns what result.json says; None if a signal came."""
-    from configs import process, report
-    began, run, mesh, mixture = time.time(), Path(t.run_dir), make_mesh(c, t), open_data(c, t)
-    lock = run_lock(run) if is_main_process() else contextlib.nullcontext()
-    with (lock, contextlib.closing(Checkpoints(t)) as checkpoints,
+    from configs import process, report, rundir, sample
+    began, run, config = time.time(), Path(t.run_dir), rundir.describe_run(c, t)
+    rundir.everywhere(lambda: rundir.agree(rundir.flat(config)))
+    mesh, mixture = rundir.everywhere(lambda: (make_mesh(c, t), open_data(c, t)))
+    config["data"] = mixture.sha256
+    with (contextlib.ExitStack() as stack, contextlib.closing(Checkpoints(t)) as checkpoints,
           process.watchdog(60 * t.stuck_minutes, lambda: stuck(run, t)) as heartbeat):
+        rundir.everywhere(lambda: rundir.enter(c, t, mixture, checkpoints, stack, fresh))
+        rundir.check_memory(c, t, mesh)
         keep_line.file = run / "log.txt"
-        config = check_run(c, t, mixture, checkpoints)
         state = checkpoints.restore(c, t, mesh)
         write(run / "events.jsonl", json_lines(read_rows(run / "events.jsonl")))    # no torn line
-        write_config(run, config)
+        rundir.write_config(c, t, config, checkpoints)
         report.print_header(c, t, mesh, mixture)
         for step, why in checkpoints.broken.items():
             log_event(run, "broken_checkpoint", step=step, why=why)
@@ -1033,6 +1000,7 @@ def train(c, t):
             state = first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
         report.keep_sources(run, mixture.tokenizer, start)
+        rundir.keep_results(run, start, t.steps)
         log_event(run, "resume" if start else "start", step=start)
         log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
@@ -1045,16 +1013,7 @@ def train(c, t):
             log(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
             return domains
-        kept = start > 0
-        def save(state):
-            nonlocal kept
-            if failed := checkpoints.save(state, config) or not kept and checkpoints.wait():
-                log_event(run, "save_failed", why=failed)
-                if not kept:
-                    raise TemporaryError(f"{checkpoints.folder}: the first checkpoint could not be "
-                                         f"written, so nothing would be kept ({failed})")
-                log(f"warning   a checkpoint could not be written ({failed}); going on")
-            kept = True
+        save = rundir.saver(run, checkpoints, config, start > 0)
         with process.stop_signals() as stop_signal:
             state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat,
                                  stop_signal)
@@ -1073,8 +1032,8 @@ def train(c, t):
             return None
         result = report.write_result(c, t, run, mixture, domains)
         if t.sample_tokens and jax.process_count() == 1:    # one device has to hold all weights
-            sample = make_sampler(c, t, mixture.tokenizer)
-            text = sample(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.sample_seed)
+            draw = sample.make_sampler(c, mixture.tokenizer, t.temperature, t.top_k)
+            text = draw(state.params, state.bias_LE, t.prompt, t.sample_tokens, t.sample_seed)
             write(run / "sample.txt", text)
             log(f"sample\n{text}\n")
         log_event(run, "done", step=t.steps)
@@ -1129,7 +1088,7 @@ def open_data(c, t):
 def read_flags(words):
     """(flags that are no config keys, the words that are left)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("sample", "plan", "compile"):
+    for name in ("sample", "plan", "compile", "fresh"):
         parser.add_argument(f"--{name}", action="store_true")
     for name, kind in dict(replay=int, processes=int, process=int, coordinator=str).items():
         parser.add_argument(f"--{name}", type=kind)
@@ -1150,9 +1109,13 @@ def init_distributed(flags, t):
     if told != [None] * 3:
         if None in told or not 0 <= flags.process < flags.processes:
             refuse("--coordinator, --processes, --process", "all three, I below N", told)
-        jax.config.update("jax_num_cpu_devices", max(1, t.devices // flags.processes))
+        use_cpu_devices(max(1, t.devices // flags.processes))
         jax.distributed.initialize(*told, heartbeat_timeout_seconds=seconds)
-        jax.devices()               # so that make_mesh takes these, and does not ask for its own
+        n = len(jax.devices())      # so that make_mesh takes these, and does not ask for its own
+        if n != flags.processes * len(jax.local_devices()):
+            jax.distributed.shutdown()
+            refuse("devices", "the same on all processes",
+                   f"{len(jax.local_devices())} of {n} on process {flags.process}")
     elif tpu and libtpu:
         jax.distributed.initialize(heartbeat_timeout_seconds=seconds)
 
@@ -1184,12 +1147,16 @@ def main(arguments):
         if flags.sample:
             return report.sample(c, t, overrides)
         init_distributed(flags, t)
-        train(c, t)
+        train(c, t, flags.fresh)
         return 0
     except tuple(EXIT_CODES) as error:
         print_error(one_line(error) if isinstance(error, OSError) else error)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            print_error(f"out of memory; choose a larger --accumulate or a smaller model "
+                        f"({one_line(error)})")
+            return 2
         if jax.process_count() == 1:
             raise
         print_error(f"a peer is lost, or the network: {one_line(error)}")
@@ -1210,7 +1177,8 @@ if __name__ == "__main__":
     sys.unraisablehook = lambda e, show=sys.unraisablehook: "is closed" in str(e) or show(e)
     code = main(sys.argv[1:])
     process.catch_signals(lambda number, frame: None)
-    if code:
-        # a normal exit would wait for lost peers and failed writes, which print lines of their own
-        sys.stdout.flush()
-        os._exit(code)
+    if not code and jax.distributed.is_initialized():
+        jax.distributed.shutdown()                              # leaves when all peers are done
+    # a normal exit would wait for lost peers and failed writes, which print lines of their own
+    sys.stdout.flush()
+    os._exit(code)

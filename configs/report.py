@@ -168,9 +168,20 @@ class Log:
 
     def __init__(self, run, c, t, mesh, start, rows_of):
         self.run, self.c, self.t, self.mesh, self.rows_of = run, c, t, mesh, rows_of
-        kept = [row for row in train.read_rows(run / "metrics.jsonl")
-                if is_metrics(row) and row["step"] <= start]
-        train.write(run / "metrics.jsonl", train.json_lines(kept))      # later steps come again
+        rows, kept, ahead = train.read_rows(run / "metrics.jsonl"), [], []
+        for row in rows:
+            (kept if is_metrics(row) and row["step"] <= start else ahead).append(row)
+        if ahead:
+            train.write(run / "metrics-ahead.jsonl", train.json_lines(ahead), append=True)
+            train.log_event(run, "metrics_ahead", steps=[row.get("step") for row in ahead])
+            train.log(f"metrics   rows that are damaged or later than step {start}: {len(ahead)}, "
+                      f"now in metrics-ahead.jsonl; those steps are taken again")
+        train.write(run / "metrics.jsonl", train.json_lines(kept))
+        known = sum(row["steps"] for row in kept)
+        if known != start:
+            train.log_event(run, "metrics_lost", steps=start - known)
+            train.log(f"metrics   metrics.jsonl covers {known} of {start} steps; averages, times "
+                      f"and pictures are of these only")
         self.ema = kept[-1]["ema"] if kept else None
         self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
         self.rates, self.count = train.rates(c, t), model.count(c)
@@ -301,9 +312,11 @@ def kept_tokenizer(t):
 def sample(c, t, overrides):
     """--sample: continue t.prompt from the newest sound checkpoint. The run directory is enough;
     a config file only says which one it is. Raises ConfigError if there is nothing to sample."""
+    from configs import rundir
+    from configs import sample as sampling
     if Path(t.run_dir, "config.json").exists():
         (c, t), own = train.load_config(t.run_dir, overrides), train.load_config(t.run_dir)
-        asked, kept = (train.identity({"model": vars(c), "train": vars(t), "data": ""})
+        asked, kept = (rundir.identity({"model": vars(c), "train": vars(t), "data": ""})
                        for c, t in ((c, t), own))
         for key in (key for key in asked if asked[key] != kept[key]):
             train.refuse(key, f"{kept[key]!r}, as in {t.run_dir}", repr(asked[key]),
@@ -315,7 +328,7 @@ def sample(c, t, overrides):
     tokenizer = kept_tokenizer(t)
     if tokenizer is None:               # an older run, or checkpoints without a run directory
         mixture = train.open_data(c, t)
-        train.check_run(c, t, mixture, checkpoints)
+        rundir.check_run(c, t, mixture, checkpoints)
         tokenizer = mixture.tokenizer
     one = dataclasses.replace(t, devices=1, replicas=1, expert_parallel=1)
     state = checkpoints.restore(c, t, train.make_mesh(train.serving(c), one))
@@ -325,7 +338,7 @@ def sample(c, t, overrides):
     seen = f", of which the model sees the last {c.seq_len}" if length > c.seq_len else ""
     print(f"sample    {t.run_dir}, step {int(state.step)}, prompt of {length} tokens{seen}",
           file=sys.stderr)
-    text = train.make_sampler(c, t, tokenizer)(
+    text = sampling.make_sampler(c, tokenizer, t.temperature, t.top_k)(
         state.params, state.bias_LE, t.prompt, t.sample_tokens or 200, t.sample_seed)
     train.log(text)
     return 0

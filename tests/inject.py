@@ -50,9 +50,10 @@ def go(config, run, *fault, keys=()):
                           timeout=600, env=ENVIRONMENT)
 
 
-def checksums(run, step=STEPS):
-    """The checksums of all arrays of a checkpoint, as written beside them."""
-    return json.loads((run / "checkpoints" / str(step) / "record" / "metadata").read_text())["arrays"]
+def checksums(run, step=STEPS, folder=None):
+    """The checksums of all arrays of a checkpoint, as written beside them. folder: checkpoint_dir."""
+    folder = folder or run / "checkpoints"
+    return json.loads((folder / str(step) / "record" / "metadata").read_text())["arrays"]
 
 
 def outcome(run):
@@ -154,10 +155,18 @@ def stall(call):
     time.sleep(1000)
 
 
+def lose_lock(call):
+    """Remove the lock file of the run directory, as people do with lock files."""
+    (run,) = [word.partition("=")[2] for word in sys.argv if word.startswith("--run_dir=")]
+    Path(run, "lock").unlink()
+    return call()
+
+
 def inject(name, when):
     at_batch = {"kill": send(signal.SIGKILL), "term": send(signal.SIGTERM), "int": send(signal.SIGINT),
                 "hup": send(signal.SIGHUP), "terms": send_often(signal.SIGTERM),
-                "nan": weights(float("nan")), "inf": weights(float("inf")), "noise": noise, "stall": stall}
+                "nan": weights(float("nan")), "inf": weights(float("inf")), "noise": noise, "stall": stall,
+                "lock-removed": lose_lock}
     at_eval = {"kill-in-eval": send(signal.SIGKILL), "term-in-eval": send(signal.SIGTERM)}
     at_write = {"kill-in-preparation": send(signal.SIGKILL), "term-in-preparation": send(signal.SIGTERM),
                 "full-in-preparation": full_disk}

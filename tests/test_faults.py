@@ -5,6 +5,7 @@ After a fault either the same command ends in the state and the logged losses of
 place ("stopped"). Anything else is "lost" and fails. Tests say so with record_property; the counts are printed at the
 end of the session.
 pytest tests/test_faults.py runs a few; -m "slow or not slow" runs them all: minutes."""
+import errno
 import fcntl
 import json
 import os
@@ -22,8 +23,9 @@ import jax
 import numpy as np
 import pytest
 
+import data
 import train
-from configs import report
+from configs import report, rundir
 from tests.inject import ENVIRONMENT, SAVE, STEPS, checksums, command, events, go, outcome, saved_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -290,16 +292,43 @@ def test_a_clock_that_goes_backwards(run_config, plain, record_property, tmp_pat
     record_property("survived", "clock going backwards")
 
 
-def test_a_second_trainer_is_refused(run_config, plain, record_property, tmp_path):
+def test_a_second_trainer_is_refused(tmp_path):
     """Quick form: the lock is held by this process. The slow form below has two real trainers."""
-    run = copy(plain, tmp_path)
-    with open(run / "lock", "w") as lock:
+    tmp_path.joinpath("lock").write_text("process 7")
+    with open(tmp_path / "lock", "r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(train.ConfigError, match="another process is training there"):
-            with train.run_lock(run):
+        with pytest.raises(train.ConfigError, match="another process is training there .process 7.*--checkpoint_dir"):
+            with rundir.folder_lock(tmp_path, "checkpoint_dir"):
                 pass
-    with train.run_lock(run):
-        pass
+    with rundir.folder_lock(tmp_path), rundir.folder_lock(tmp_path / "." / ""):     # run_dir is checkpoint_dir
+        assert rundir.lock_file(tmp_path) in rundir.LOCKS
+    assert not rundir.LOCKS
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda lock: lock.write_bytes(b"process 7\xff"),
+                                  lambda lock: lock.rename(lock.with_name("lock-2"))])
+def test_a_lock_that_was_taken_away_ends_all_writing(tmp_path, harm):
+    with rundir.folder_lock(tmp_path):
+        train.log_event(tmp_path, "start")
+        harm(tmp_path / "lock")
+        with pytest.raises(train.ConfigError, match="lock: expected the lock of process .*this one writes no more"):
+            train.log_event(tmp_path, "saved")
+    assert [e["event"] for e in train.read_rows(tmp_path / "events.jsonl")] == ["start"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with rundir.folder_lock(tmp_path):
+        with rundir.folder_lock(tmp_path):
+            pass
+        (tmp_path / "lock").write_text("process 7 of another machine")
+        rundir.LOCKS[rundir.lock_file(tmp_path)] = "process 6"                      # ... that started before
+        with pytest.raises(train.ConfigError, match="found process 7"):
+            rundir.check_lock(tmp_path)
+    assert "no locks here (" in capsys.readouterr().out
 
 
 @slow
@@ -312,11 +341,251 @@ def test_two_trainers_on_one_run_directory(run_config, plain, record_property, t
         while len(train.read_rows(run / "metrics.jsonl")) < 4:
             time.sleep(0.2)
         stopped(go(run_config, run), 2, "another process is training there")
+        other = [f"--checkpoint_dir={run}/checkpoints"]
+        stopped(go(run_config, tmp_path / "other", keys=other), 2, "training there.*another --checkpoint_dir")
     finally:
         first.kill()
         first.wait()
     goes_on(run_config, run, plain)
     record_property("stopped", "two trainers on one run directory")
+
+
+@slow
+def test_a_lock_that_is_removed_stops_the_trainer(run_config, plain, record_property, tmp_path):
+    record_property("injected", "lock file removed while a trainer works")
+    run = tmp_path / "run"
+    stopped(go(run_config, run, "lock-removed=7"), 2, "this one writes no more")
+    assert saved_steps(run) == [4] and [r["step"] for r in train.read_rows(run / "metrics.jsonl")] == [*range(1, 7)]
+    goes_on(run_config, run, plain)
+    record_property("stopped", "lock file removed while a trainer works")
+
+
+@slow
+def test_a_run_whose_checkpoints_are_not_found_is_not_begun_anew(run_config, plain, record_property, tmp_path):
+    """The command without its --checkpoint_dir, then with other rates on those checkpoints, then as it was."""
+    for name in ("checkpoints not found", "checkpoints of another run"):
+        record_property("injected", name)
+    run, keys = tmp_path / "run", [f"--checkpoint_dir={tmp_path}/states"]
+    assert go(run_config, run, "kill=11", keys=keys).returncode == -signal.SIGKILL
+    before = (run / "metrics.jsonl").read_bytes()
+    stopped(go(run_config, run), 2, f"was saved.*none in {run}/checkpoints.*it was {tmp_path}/states.*--fresh")
+    stopped(go(run_config, tmp_path / "b", keys=[*keys, "--matrix_lr=0.1"]), 2,
+            "states: holds a run with matrix_lr=0.0, found matrix_lr=0.1; its checkpoints are of the run in")
+    assert (run / "metrics.jsonl").read_bytes() == before and not (tmp_path / "b" / "config.json").exists()
+    again = go(run_config, run, keys=keys)
+    assert again.returncode == 0 and "now in metrics-ahead.jsonl; those steps are taken again" in again.stdout
+    assert checksums(run, folder=tmp_path / "states") == checksums(plain)
+    for name in ("checkpoints not found", "checkpoints of another run"):
+        record_property("stopped", name)
+
+
+# ----------------------------------------------------------------------------- whether a run may start: no training
+
+MIXTURE = data.Mixture([], None, None, "0" * 64, {}, 0, 1.0, 2048)
+START = {"steps": 40, "save_every": 5}
+
+
+def hand_made(config, run, saved=(), written=True, rows=0, files=(), **keys):
+    """A run directory with records of checkpoints, and no arrays. keys: what the run had been started with."""
+    c, t = train.load_config(config, [f"--{k}={v}" for k, v in (START | {"run_dir": run} | keys).items()])
+    now = rundir.describe_run(c, t) | {"data": MIXTURE.sha256}
+    for step in saved:
+        record = Path(train.Checkpoints(t).folder, f"{step}/record/metadata")
+        record.parent.mkdir(parents=True)
+        record.write_text(json.dumps({"step": step, "config": now, "arrays": {".step": 7}}))
+    Path(t.run_dir).mkdir(parents=True, exist_ok=True)
+    if written:
+        Path(t.run_dir, "config.json").write_text(json.dumps(now))
+    logged = {"metrics.jsonl": train.json_lines({"step": i + 1} for i in range(rows))}
+    for name, text in (logged | dict(files)).items():
+        Path(t.run_dir, name).write_text(text)
+    return Path(t.run_dir)
+
+
+def start(config, run, **keys):
+    """What train.train checks before it restores a state."""
+    c, t = train.load_config(config, [f"--{k}={v}" for k, v in (START | {"run_dir": run} | keys).items()])
+    checkpoints = train.Checkpoints(t)
+    now = rundir.check_run(c, t, MIXTURE, checkpoints)
+    rundir.check_start(t, now, checkpoints)
+    rundir.write_config(c, t, now, checkpoints)
+
+
+SAVED = {"events.jsonl": '{"event": "saved", "step": 20}\n'}
+REFUSED = {
+    "no checkpoint any more": (dict(rows=23, files=SAVED), {}, "state of step 20 was saved, the last row of "
+                               "metrics.jsonl is of step 23.*found none in"),
+    "no checkpoint and no events any more": (dict(rows=23), {}, "last row of metrics.jsonl is of step 23.*found none in"),
+    "a finished run without checkpoints": (dict(rows=40, files={"result.json": "{}"}), {},
+                                           "none in .*configs/report.py"),
+    "a finished run, other rates": (dict(saved=[40]), dict(matrix_lr=0.001),
+                                    "matrix_lr=0.0, found matrix_lr=0.001; it is finished.*raise --steps"),
+    "a run cut short": (dict(saved=[20]), dict(steps=20), "steps=40, found steps=20; it is finished"),
+    "checkpoints of another run": (dict(saved=[20], written=False, checkpoint_dir="X"),
+                                   dict(run_dir="b", checkpoint_dir="X", adam_lr=0.1), "X: holds a run with adam_lr=0.0"),
+    "checkpoints of another run, beside a config.json": (
+        dict(saved=[20], run_dir="a", checkpoint_dir="X", matrix_lr=0.2), dict(checkpoint_dir="X"), "are of the run in a"),
+    "checkpoints of another model": (dict(saved=[20], written=False, head_dim=16), {}, "head_dim=16, found head_dim=8"),
+    "damaged, and no record": (dict(written=False, files={"config.json": "{"}), {}, "expected the config of a run")}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_start_that_disagrees_with_its_directories_is_refused_and_changes_nothing(
+        run_config, tmp_path, monkeypatch, name):
+    made, now, words = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    hand_made(run_config, **{"run": "run"} | made)
+    if "beside" in name:
+        hand_made(run_config, "run")
+    files = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    before = files()
+    with pytest.raises(train.ConfigError, match=words) as error:
+        start(run_config, **{"run": "run"} | now)
+    said = str(error.value)
+    assert "delete" not in said and ("--run_dir" in said or "--checkpoint_dir" in said)
+    assert files() == before
+
+
+def test_other_text_is_refused_by_the_name_of_its_mixture(run_config, tmp_path, monkeypatch):
+    run = hand_made(run_config, tmp_path / "run", saved=[20])
+    monkeypatch.setitem(globals(), "MIXTURE", MIXTURE._replace(sha256="1" * 64))
+    words = "mixture=.*nonsense.*sha256 000000000000.*found mixture=.*111111111111"
+    with pytest.raises(train.ConfigError, match=words):
+        start(run_config, run)
+
+
+GOES_ON = {
+    "killed before the first save": (dict(rows=7), {}, ""),
+    "other rates while steps are left": (dict(saved=[20]), dict(matrix_lr=0.001), "matrix_lr: 0.0 -> 0.001"),
+    "more steps": (dict(saved=[40]), dict(steps=80), r"steps: 40 -> 80(.|\n)*rates  .*after step 40 .*0.00 -> 0."),
+    "the same run elsewhere": (dict(saved=[20], checkpoint_dir="X"), dict(run_dir="b", checkpoint_dir="X"), ""),
+    "a damaged config.json": (dict(saved=[20], written=False, files={"config.json": ""}), {}, "restored .*step 20"),
+    "how it is computed": (dict(saved=[40]), dict(remat="block", devices=2, log_every=7), "remat: 'none' -> 'block'")}
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_a_start_that_goes_on_says_what_has_changed(run_config, tmp_path, monkeypatch, capsys, name):
+    made, now, words = GOES_ON[name]
+    monkeypatch.chdir(tmp_path)
+    run = hand_made(run_config, **{"run": "run"} | made)
+    Path("b").mkdir()
+    start(run_config, **{"run": "run"} | now)
+    assert re.search(words, capsys.readouterr().out)
+    if words:
+        assert "config" in train.read_rows(run / "events.jsonl")[0]["event"]
+
+
+def test_other_code_and_versions_are_told(run_config, tmp_path, monkeypatch, capsys):
+    run = hand_made(run_config, tmp_path / "run", saved=[20], steps=20)
+    monkeypatch.setattr(train, "git_commit", lambda: "abcdef1-dirty")
+    monkeypatch.setattr(train.optax, "__version__", "9.9")
+    before = rundir.read_config(run)
+    start(run_config, run, steps=20)
+    assert rundir.read_config(run)["commit"] == before["commit"], "no step is left: those that were taken count"
+    capsys.readouterr()
+    (run / "events.jsonl").unlink()
+    start(run_config, run)
+    said = capsys.readouterr().out
+    assert re.search("changed .*commit: '.*' -> 'abcdef1-dirty'", said) and "-> '9.9'" in said
+    (event,) = events(run, "config_changed")
+    assert event["keys"].keys() == {"commit", "optax", "steps"}
+
+
+def test_every_key_may_change_in_one_way():
+    """A new key of TrainConfig has to be put into one of the lists, or named here as one that shapes nothing."""
+    free = {"mixture", "tokenizer", "accumulate", "data_dir", "run_dir", "compiled_dir", "devices", "replicas",
+            "expert_parallel", "topology", "peak_flops", "log_every", "eval_every", "eval_tokens", "save_every",
+            "save_minutes", "keep", "keep_every", "checkpoint_dir", "max_skips", "stuck_minutes", "heartbeat_seconds",
+            "prompt", "sample_tokens", "temperature", "eval_tokens_final", "init_tokenizer"}
+    fields = {field.name for field in train.dataclasses.fields(train.TrainConfig)}
+    assert fields == free | set(rundir.SHAPING) | set(rundir.IMMUTABLE)
+    assert len(free) + len(rundir.SHAPING) + len(rundir.IMMUTABLE) == len(fields)
+
+
+def test_fresh_moves_a_run_aside_and_results_keep_their_steps(run_config, tmp_path):
+    run = hand_made(run_config, tmp_path / "run", saved=[20, 40], rows=3, files=SAVED | {"note.txt": "mine"})
+    c, t = train.load_config(run_config)
+    for name in ("result.json", "report.html", "sample.txt"):
+        (run / name).write_text(json.dumps({"tokens": 40 * t.batch_size * c.seq_len}))
+    rundir.keep_results(run, 40, 40)
+    assert (run / "result.json").exists(), "no step is left: they are this run's"
+    rundir.keep_results(run, 45, 80)
+    (run / "result.json").write_text("{}")
+    rundir.keep_results(run, 40, 80)
+    kept = {"result-step40.json", "report-step40.html", "sample-step40.txt", "result-step40-again.json"}
+    assert kept < {path.name for path in run.iterdir()} and not (run / "result.json").exists()
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    rundir.move_aside(run, run / "checkpoints")
+    assert sorted(path.name[:4] for path in run.iterdir()) == ["note", "old-"]
+    (old,) = run.glob("old-*")
+    after = {path.relative_to(old): path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    assert after | {Path("note.txt"): b"mine"} == before
+    start(run_config, run)
+
+
+def test_metrics_that_disagree_with_the_checkpoint_are_told_and_kept(run_config, tmp_path, capsys):
+    c, t = train.load_config(run_config)
+    row = dict(loss=3.0, ema=3.0, gnorm=1.0, skipped=0, lr=0.1, adam_lr=0.1, tokens_per_second=9.0)
+    rows = [row | {"seconds": 0.1, "steps": 1} | {"step": i} for i in range(1, 8)]
+    (tmp_path / "metrics.jsonl").write_text(train.json_lines(rows))
+    report.Log(tmp_path, c, t, None, 7, None)
+    assert not capsys.readouterr().out and not (tmp_path / "events.jsonl").exists()
+    report.Log(tmp_path, c, t, None, 5, None)
+    assert "later than step 5: 2" in capsys.readouterr().out and events(tmp_path, "metrics_ahead")[0]["steps"] == [6, 7]
+    assert train.read_rows(tmp_path / "metrics-ahead.jsonl") == rows[5:]
+    (tmp_path / "metrics.jsonl").write_text(train.json_lines([rows[0], rows[4]]))
+    report.Log(tmp_path, c, t, None, 5, None)
+    assert "covers 2 of 5 steps" in capsys.readouterr().out and events(tmp_path, "metrics_lost")[0]["steps"] == 3
+
+
+def test_processes_of_one_run_that_disagree_are_refused(monkeypatch):
+    monkeypatch.setattr(train, "gather", lambda facts: [facts, facts | {"seed": 1}])
+    with pytest.raises(train.ConfigError, match="processes 0 and 1 of this run disagree: seed=0 and seed=1"):
+        rundir.agree({"seed": 0, "data_dir": "x"})
+    monkeypatch.setattr(train, "gather", lambda facts: [facts, facts])
+    rundir.agree({"seed": 0})
+
+
+def test_what_counts_has_been_synced(run_config, tmp_path, monkeypatch):
+    """Files and the names of files, before a name says that they are whole."""
+    run, done, fsync = tmp_path / "run", [], os.fsync
+    c, t = train.load_config(run_config, [f"--run_dir={run}"])
+    w = jax.numpy.ones(3)
+    state = train.State(jax.numpy.int32(0), {"w": w}, {"m": w}, w, w)
+    run.mkdir()
+    monkeypatch.setattr(os, "fsync", lambda n: (done.append(os.readlink(f"/proc/self/fd/{n}")), fsync(n)))
+    train.write(run / "config.json", "{}")
+    assert done == [str(run / "config.tmp"), str(run)]
+    checkpoints = train.Checkpoints(t)
+    checkpoints.open()
+    del done[:]
+    assert checkpoints.save(state, {}) == "" and checkpoints.wait() == ""
+    checkpoints.close()
+    folder = run / "checkpoints"
+    early = {path.replace(".orbax-checkpoint-tmp", "") for path in done if "checkpoint-tmp" in path}
+    files = {str(path) for path in folder.rglob("*")}
+    assert files - early == {f"{folder}/0/commit_success.txt"}
+    assert f"{folder}/0/commit_success.txt" in done and done[-1] == str(folder)
+
+
+def test_arrays_of_other_code_are_not_called_damaged(run_config, plain, tmp_path):
+    run = copy(plain, tmp_path)
+    for step in (4, 8, 12):
+        path = run / f"checkpoints/{step}/record/metadata"
+        record = json.loads(path.read_text())
+        record["arrays"][".params['gain_D']"] = record["arrays"].pop(".params['head_DV']")
+        path.write_text(json.dumps(record))
+    c, t = train.load_config(run_config, [f"--run_dir={run}"])
+    with pytest.raises(train.ConfigError, match="only this code has .*head_DV.*, only the checkpoint has .*gain_D"):
+        train.Checkpoints(t).restore(c, t, train.make_mesh(c, t))
+
+
+@pytest.mark.parametrize("keys, words", [
+    (["--devices=100000", "--batch_size=100000"], "at most 1024 on a CPU, found 100000"),
+    (["--vocab_size=1000000000000"], "memory: expected .* GiB for weights")])
+def test_what_no_machine_has_is_refused_before_it_is_waited_for(run_config, tmp_path, capsys, keys, words):
+    assert train.main([str(run_config), f"--run_dir={tmp_path / 'run'}", *keys]) == 2
+    assert re.search(words, capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------------------- shards
@@ -556,10 +825,10 @@ def test_a_new_machine_finds_the_config_in_the_checkpoints(run_config, plain, tm
     """With checkpoint_dir in a bucket the run directory is gone with the machine, the run is not."""
     c, t = train.load_config(run_config, [f"--run_dir={tmp_path}/new", f"--checkpoint_dir={plain}/checkpoints"])
     mixture = train.open_data(c, t)
-    assert train.check_run(c, t, mixture, train.Checkpoints(t))["data"] == mixture.sha256
+    assert rundir.check_run(c, t, mixture, train.Checkpoints(t))["data"] == mixture.sha256
     c = train.dataclasses.replace(c, head_dim=16)
     with pytest.raises(train.ConfigError, match="holds a run with head_dim=8, found head_dim=16"):
-        train.check_run(c, t, mixture, train.Checkpoints(t))
+        rundir.check_run(c, t, mixture, train.Checkpoints(t))
 
 
 def test_buckets_are_not_paths(run_config):

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import data
 import scaling
 import train
-from configs import report
+from configs import report, rundir
 
 CONFIG = """
 mixture = (("t.txt", 1.0),)
@@ -331,13 +331,13 @@ def make(name, folder):
         c, t = tiny(folder)
         mixture = data.Mixture([], None, None, "0" * 64, {}, 0, 1.0, 2048)
         checkpoints = train.Checkpoints(t)
-        now = train.check_run(c, t, mixture, checkpoints)
+        now = rundir.check_run(c, t, mixture, checkpoints)
         Path(t.run_dir).mkdir()
         path = Path(t.run_dir, "config.json")
         path.write_text(json.dumps(now))
 
         def read():
-            checked = train.check_run(c, t, mixture, checkpoints)
+            checked = rundir.check_run(c, t, mixture, checkpoints)
             return checked
         good = [(other, now) for other in rewritten(path.read_bytes())]
         return Format(path, read, lambda result, _: result == now, good)

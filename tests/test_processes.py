@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import train
+from configs import rundir
 from tests.inject import ENVIRONMENT, checksums, command, events, go, saved_steps
 
 pytestmark = pytest.mark.slow
@@ -24,16 +25,17 @@ def free_port():
 
 
 class Cluster:
-    """N processes of one run. The last may have a fault in it."""
+    """N processes of one run. The last may have a fault in it, or other keys."""
 
-    def __init__(self, config, run, n, *fault, keys=()):
+    def __init__(self, config, run, n, *fault, keys=(), last=(), folders=(None,) * 9):
         address, self.log = f"localhost:{free_port()}", [run.parent / f"{run.name}-{i}.log" for i in range(n)]
         self.processes = []
         for i in range(n):
             words = command(config, run, *(fault if i == n - 1 else ()), keys=[
-                f"--coordinator={address}", f"--processes={n}", f"--process={i}", "--heartbeat_seconds=10", *keys])
+                f"--coordinator={address}", f"--processes={n}", f"--process={i}", "--heartbeat_seconds=10", *keys,
+                *(last if i == n - 1 else ())])
             self.processes.append(subprocess.Popen(words, env=ENVIRONMENT, stdout=open(self.log[i], "w"),
-                                                   stderr=subprocess.STDOUT))
+                                                   stderr=subprocess.STDOUT, cwd=folders[i]))
 
     def ends(self):
         try:
@@ -117,8 +119,34 @@ def test_a_part_that_one_process_cannot_read_is_refused_by_all(run_config, tmp_p
 
 def test_a_refusal_by_process_0_ends_all(run_config, tmp_path):
     run, keys = tmp_path / "run", ["--devices=2"]
-    with train.run_lock(run):
+    with rundir.folder_lock(run):
         cluster = Cluster(run_config, run, 2, keys=keys)
         codes = cluster.ends()
-    assert codes[0] == 2 and codes[1] != 0, (codes, cluster.said())
-    assert "is training there" in cluster.log[0].read_text()
+    assert codes == [2, 2], (codes, cluster.said())
+    assert all("is training there" in log.read_text() for log in cluster.log)
+
+
+@pytest.mark.parametrize("last, words", [(["--seed=1"], "processes 0 and 1 of this run disagree: seed=0 and seed=1"),
+                                         (["--mixture=(('/nowhere/*.txt', 1.0),)"], "disagree: mixture="),
+                                         (["--devices=4"], "devices: expected the same on all processes")])
+def test_processes_that_disagree_all_stop_before_a_step(run_config, tmp_path, record_property, last, words):
+    record_property("injected", "processes of one run that disagree")
+    run = tmp_path / "run"
+    cluster = Cluster(run_config, run, 2, keys=["--devices=2"], last=last)
+    codes = cluster.ends()
+    assert codes == [2, 2], (codes, cluster.said())
+    assert all(words in log.read_text() for log in cluster.log), cluster.said()
+    assert not (run / "metrics.jsonl").exists()
+    record_property("stopped", "processes of one run that disagree")
+
+
+def test_what_one_process_lacks_stops_all(run_config, tmp_path):
+    """A text that only the second host cannot read."""
+    texts = [tmp_path / "here", tmp_path / "there"]
+    for folder in texts:
+        folder.mkdir()
+    (texts[0] / "text.txt").write_text("a b c d e f g h " * 4000)
+    keys = ["--devices=2", "--mixture=(('text.txt', 1.0),)", f"--data_dir={tmp_path}/data"]
+    cluster = Cluster(run_config, tmp_path / "run", 2, keys=keys, folders=texts)
+    assert cluster.ends() == [2, 2], cluster.said()
+    assert all("text.txt" in log.read_text() and "process 1" in log.read_text() for log in cluster.log), cluster.said()

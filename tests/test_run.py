@@ -60,7 +60,7 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(
                  "plots/training.png", "plots/experts.png"):
         assert (run / name).stat().st_size > 0, name
     assert [r["step"] for r in train.read_rows(run / "metrics.jsonl")] == [2, 3, 4, 6]
-    assert {e["event"] for e in train.read_rows(run / "events.jsonl")} == {"start", "eval", "done"}
+    assert {e["event"] for e in train.read_rows(run / "events.jsonl")} == {"start", "saved", "eval", "done"}
     assert straight["tokens"] == 6 * 8 * 32 and set(straight["domains"]) == {"nonsense", "macro"}
 
     drawn_is_what_was_logged(run, straight)
@@ -84,7 +84,7 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(
     logged = [[(r["step"], r["loss"], r["ema"]) for r in of_run] for of_run in rows]
     assert logged[0] == logged[1]
     assert [e["event"] for e in train.read_rows(Path(cut) / "events.jsonl")] == [
-        "start", "stopped", "resume", "eval", "done"]
+        "start", "saved", "stopped", "resume", "saved", "eval", "done"]
 
     # a finished run started again trains no further; how it is computed may change, and is noted; what may not
     before = (run / "metrics.jsonl").read_text()
@@ -124,7 +124,8 @@ def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(co
 
 # --------------------------------------------------------------------------------------- configs and bad input
 
-SCRIPTS = {"compare", "convert", "hopper", "launch", "plan", "process", "report", "sample"}       # no configs
+SCRIPTS = {"compare", "convert", "foreign", "hopper", "launch", "plan", "process", "report", "rundir", "sample",
+           "text"}                                                                                      # no configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in SCRIPTS]
 
 

@@ -11,6 +11,7 @@ import pytest
 import data
 import model
 import train
+from configs import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = dict(num_experts=0, experts_per_token=0, expert_dim=0)
@@ -357,12 +358,13 @@ def test_evaluation_reads_the_state_and_scores_every_held_out_byte(config, load,
 
 
 def test_sampling_continues_the_prompt_and_is_reproducible(config, load):
-    c, t = load(config, temperature=0.0)
-    sample = train.make_sampler(c, t, data.load_tokenizer("bytes"))
+    c, _ = load(config)
+    tokenizer = data.load_tokenizer("bytes")
+    draw = sample.make_sampler(c, tokenizer, temperature=0)
     params, bias_LE, prompt = init(c), jnp.zeros((2, 4)), "to be or not to be, that is"
-    long = sample(params, bias_LE, prompt, 40)                  # past the window of 32
+    long = draw(params, bias_LE, prompt, 40)                  # past the window of 32
     assert long.startswith(prompt) and len(long) > 40
-    assert long == sample(params, bias_LE, prompt, 40)
-    assert "end_of_text" not in sample(params, bias_LE, "", 4), "an empty prompt begins a document"
-    likeliest = train.make_sampler(c, dataclasses.replace(t, temperature=0.8, top_k=1), data.load_tokenizer("bytes"))
+    assert long == draw(params, bias_LE, prompt, 40)
+    assert "end_of_text" not in draw(params, bias_LE, "", 4), "an empty prompt begins a document"
+    likeliest = sample.make_sampler(c, tokenizer, top_k=1)
     assert long == likeliest(params, bias_LE, prompt, 40, seed=7)

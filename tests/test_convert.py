@@ -76,6 +76,7 @@ def test_there_and_back_is_bit_equal(published, tmp_path):
     assert_equal(convert.open_weights(tmp_path / "ours"), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_model_without_a_public_name_gets_our_schema(name, tmp_path):
     state = save(OTHERS[name], tmp_path / "run")

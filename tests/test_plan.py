@@ -109,7 +109,7 @@ def test_an_all_to_all_loads_the_links_of_a_ring_as_planned(n):
     (["--topology=4xv4:4x8x8", "--replicas=2"], "replicas: expected a multiple of the 4 slices, found 2"),
     (["--topology=h100:16"], "topology: expected h100:1 to h100:8, the GPUs of one node"),
     (["--topology=2xh100:8"], "networks between GPU nodes are not modeled"),
-    (["--seq_len=1000"], "no kernel of v4 takes these sizes"),
+    (["--seq_len=1000"], "seq_len on a TPU: expected a multiple of 128, found 1000"),
     (["--topology=v4:8x8x12"], "batch_size / accumulate: expected a multiple of the 768 devices, found 2048"),
     (["--expert_parallel=128", "--batch_size=2048"], "expected axes that divide over the mesh, found 64 over 128"),
     (["--replicas=3"], "devices: expected a multiple of replicas x expert_parallel = 24"),
@@ -178,7 +178,7 @@ def test_float32_is_not_measured_against_the_peak_of_bfloat16():
 
 
 @pytest.mark.parametrize("kind, dtype, mfu", [("NVIDIA H200", "bfloat16", "10.0%"), ("NVIDIA H200", "float32", "20.0%"),
-                                              ("TPU v4", "float32", "-"), ("a new card", "bfloat16", "-")])
+                                              ("TPU v4", "float32", ""), ("a new card", "bfloat16", "")])
 def test_the_log_line_knows_the_peak_of_the_type(kind, dtype, mfu):
     c, t = train.load_config(ROOT / "configs/smoke.py", [f"--compute_dtype={dtype}"])
     device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
@@ -186,7 +186,7 @@ def test_the_log_line_knows_the_peak_of_the_type(kind, dtype, mfu):
     speed = 0.1 * 989e12 / model.count(c).mfu_flops
     row = dict.fromkeys(("loss", "ema", "gnorm", "lr", "maxvio", "drop", "seconds"), 1.0)
     words = report.line(c, t, mesh, row | {"step": 1, "tokens_per_second": speed}, 0)
-    assert f"mfu {mfu} |" in words
+    assert f"mfu {mfu} |" in words if mfu else "mfu" not in words
 
 
 def test_compile_without_plan_does_not_train(capsys):

@@ -248,7 +248,7 @@ def test_a_path_is_what_the_user_means_and_never_a_folder_called_gs_or_tilde(con
 def test_a_checkpoint_dir_that_cannot_be_written_is_refused_before_training(config, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert train.main([str(config), f"--checkpoint_dir={tmp_path}/file/x"]) == 2
-    assert "checkpoint_dir: expected a directory or bucket that can be read and written" in capsys.readouterr().err
+    assert "checkpoint_dir: expected a directory that can be written" in capsys.readouterr().err
     t = train.load_config(config, ["--checkpoint_dir=gs://no-such-bucket-xyz/r"])[1]
     checkpoints = train.Checkpoints(t)
     def no_answer(seconds, act):
@@ -316,11 +316,11 @@ def test_a_name_that_is_no_key_is_a_typo(config, load, line, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["smoke"], r"smoke: expected a config file, found none; did you mean .*configs/smoke.py\?"),
+    (["smoke"], r"smoke: expected a config file or a run directory, found none; did you mean .*configs/smoke.py\?"),
     (["configs/smok.py"], r"did you mean .*configs/smoke.py\?"),
     (["--config=configs/smoke.py"], r"did you mean .*configs/smoke.py\?"),
-    (["--steps=3"], "expected a config file, found none; it comes first"),
-    (["gs://b/x.py"], "expected a config file, found none"),
+    (["--steps=3"], "expected a config file or a run directory, found none; it comes first"),
+    (["gs://b/x.py"], "expected a config file or a run directory, found none"),
     (["CONFIG", "--steps", "3"], "found '--steps'; write --steps=3"),
     (["CONFIG", "--batch-size=16"], "write --batch_size=16"),
     (["CONFIG", "steps=3"], "write --steps=3"),

@@ -32,8 +32,8 @@ def weights(c):
     return jax.tree.map(jnp.asarray, (model.map_params(draw, c), bias_LE))
 
 
-@pytest.mark.parametrize("name", [name if name == "two layers" else
-                                  pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_logits_with_a_cache_are_those_of_the_whole_text(name):
     c = CONFIGS[name]
     params, bias_LE = weights(c)

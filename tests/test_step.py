@@ -357,6 +357,7 @@ def test_evaluation_reads_the_state_and_scores_every_held_out_byte(config, load,
     assert found["bpb"] == pytest.approx(bits / found["bytes"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sampling_continues_the_prompt_and_is_reproducible(config, load):
     c, _ = load(config)
     tokenizer = data.load_tokenizer("bytes")

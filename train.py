@@ -1127,7 +1127,7 @@ EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint:
 
 def main(arguments):
     """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
-    from configs import compare, plan, report
+    from configs import compare, plan, report, sample
     if not arguments or {"--help", "-h"} & set(arguments):
         print(report.describe_keys())
         return 0
@@ -1137,6 +1137,8 @@ def main(arguments):
         if "--compare" in arguments:
             return compare.main([word for word in arguments if word != "--compare"])
         flags, overrides = read_flags(arguments[1:])
+        if flags.sample and [*Path(arguments[0]).expanduser().glob("*.safetensors")]:
+            return sample.from_weights(arguments[0], overrides)
         c, t = load_config(arguments[0], overrides)
         if flags.compile and not flags.plan:
             refuse("--compile", "together with --plan", "it alone", "it would train")

@@ -355,14 +355,19 @@ def shapes(c):
     return found
 
 
-def tokenizer_hash(folder):
-    """The hash of the tokenizer that stands in a run or in a converted directory, or None."""
+def tokenizer_name(folder):
+    """What data.load_tokenizer takes for a run or a converted directory; None if it has none."""
     if Path(folder, "tokenizer.tiktoken").is_file():
-        return data.load_tokenizer(folder).sha256
+        return str(folder)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        if config.get("train", config)["tokenizer"] == "bytes":
-            return data.load_tokenizer("bytes").sha256
+        return "bytes" if config.get("train", config)["tokenizer"] == "bytes" else None
+
+
+def tokenizer_hash(folder):
+    """The hash of the tokenizer that stands in a run or in a converted directory, or None."""
+    name = tokenizer_name(folder)
+    return name and data.load_tokenizer(name).sha256
 
 
 # ------------------------------------------------------------------------------- what is written
@@ -443,7 +448,7 @@ def convert(source, out, dtype="float32"):
                         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
         said = public_config(c) if public else {"schema": OURS, "model": dataclasses.asdict(c)}
         said["dtype"] = dtype
-        if tokenizer_hash(weights.folder) == data.load_tokenizer("bytes").sha256:
+        if tokenizer_name(weights.folder) == "bytes":
             said["tokenizer"] = "bytes"
         train.write(scratch / "config.json", json.dumps(said, indent=1))
     kind = "the public schema" if public else "our own schema"

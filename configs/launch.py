@@ -250,6 +250,8 @@ def watch(pod, pause):
 
 def keep(pod, words, retries, pause):
     """Run until it is done, 1 + retries times at most. The exit code."""
+    if "--fresh" in words:
+        raise Refused("--fresh: expected with `run` only, for `keep` repeats its command", 2)
     if pod.dry:
         begin(pod, words, 0)
         pod.look()

@@ -1,18 +1,22 @@
-"""Continue a text, one token at a time, with a cache of keys and values: python train.py --sample.
+"""Continue a text, one token at a time, with a cache of keys and values.
+
+    python train.py RUN_DIR --sample --prompt="ROMEO."          also a directory of convert.py
 
 Needs weights, a config and a tokenizer, never the corpus. What a token costs does not grow with the
 text: a window layer keeps its window, a full layer the last seq_len tokens, and of the experts only
 the K that a token is sent to are read. The definition is model.logits over the whole text; equal
 tokens at temperature 0 are tested.
-Read: make_sampler -> advance -> layer -> Cache.   C rows of a cache; other letters as in model.py."""
+Read: from_weights -> make_sampler -> advance -> layer -> Cache.   C rows of a cache; other letters as in model.py."""
 
 import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+import data
 import kernels
 import model
 import moe
@@ -134,3 +138,25 @@ def make_sampler(c, tokenizer, temperature=0.8, top_k=0):
             tokens.append(int(new))
         return tokenizer.decode(itertools.dropwhile(lambda i: i == tokenizer.eot, tokens))
     return sample
+
+
+def from_weights(folder, overrides):
+    """--sample of a directory of safetensors. Of the keys, prompt, sample_tokens, sample_seed,
+    temperature, top_k and tokenizer count. ConfigError if the directory names no tokenizer."""
+    from configs import convert
+    weights, keys = convert.open_weights(folder), dict(map(train.read_override, overrides))
+    name = keys.get("tokenizer") or convert.tokenizer_name(folder)
+    if not name:
+        train.refuse(folder, "a tokenizer.tiktoken", "none", "name one with --tokenizer=")
+    defaults = dict(mixture=(("none", 1.0),), steps=1, batch_size=1, tokenizer=str(name))
+    t = train.TrainConfig(**defaults | keys)
+    stacks = {}
+    for path, layer, _ in weights.names:
+        stacks.setdefault(path, []).append(weights.read(path, layer))
+    layered = lambda path: path.startswith("layers/")
+    params = model.map_params(
+        lambda path, _: np.stack(stacks[path]) if layered(path) else stacks[path][0], weights.config)
+    bias_LE = np.stack(stacks.get("bias_LE", [np.zeros(1)] * weights.config.num_layers))
+    draw = make_sampler(weights.config, data.load_tokenizer(name), t.temperature, t.top_k)
+    train.log(draw(params, bias_LE, t.prompt, t.sample_tokens, t.sample_seed))
+    return 0

@@ -11,12 +11,12 @@ import pytest
 import data
 import model
 import train
-from configs import convert
+from configs import convert, sample
 
 safetensors = pytest.importorskip("safetensors", reason="needs: pip install safetensors")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
-TINY = dict(vocab_size=61, seq_len=24, hidden_dim=16, num_layers=5, num_heads=4, num_kv_heads=2,
+TINY = dict(vocab_size=300, seq_len=24, hidden_dim=16, num_layers=5, num_heads=4, num_kv_heads=2,
             head_dim=8, shared_dim=24, num_experts=8, experts_per_token=2, expert_dim=12)
 PUBLISHED = model.ModelConfig(**TINY, **convert.FAMILY, qk_scale=1.5703274, router_z=0.0)
 OTHERS = {"v1": model.ModelConfig(**TINY, gated_norm_rank=4),
@@ -114,6 +114,21 @@ def test_bfloat16_rounds_the_weights_and_leaves_the_bias(published, tmp_path):
               tmp_path / "half/model.safetensors")
     np.testing.assert_array_equal(convert.open_weights(tmp_path / "half").read("bias_LE", 1),
                                   state.bias_LE[1].astype("bfloat16").astype(np.float32))
+
+
+def test_a_converted_directory_can_be_sampled_from(published, tmp_path, capsys):
+    """As the run can, with the same text; its tokenizer is in it."""
+    _, state, source = published
+    public = tmp_path / "public"
+    shutil.copytree(source, public)
+    words = ["--sample", "--prompt=ab", "--sample_tokens=9", "--temperature=0"]
+    assert train.main([str(public), *words]) == 0
+    want = sample.make_sampler(PUBLISHED, data.load_tokenizer("bytes"), temperature=0)(
+        state.params, state.bias_LE, "ab", 9)
+    assert want in capsys.readouterr().out
+    (public / "config.json").write_text((public / "config.json").read_text().replace("bytes", "x"))
+    assert train.main([str(public), *words]) == 2
+    assert "expected a tokenizer.tiktoken, found none" in capsys.readouterr().err
 
 
 def test_many_files_with_an_index_and_experts_one_by_one(published, tmp_path, monkeypatch):
@@ -241,7 +256,7 @@ def test_what_does_not_fit_is_named(published, tmp_path):
     run, *_ = published
     wider = dataclasses.replace(PUBLISHED, hidden_dim=32, num_heads=8)
     for c, keys, message in (
-            (wider, {}, r"init_from: embed_VD: expected shape \(61, 32\), found \(61, 16\) in .*"
+            (wider, {}, r"init_from: embed_VD: expected shape \(300, 32\), found \(300, 16\) in .*"
                         r"it has hidden_dim=16, num_heads=4"),
             (OTHERS["v1"], {}, "init_from: embed_norm_down_DU: expected shape .*gated_norm_rank=128"),
             (PUBLISHED, dict(keep_optimizer=True, optimizer="adamw"), "this optimizer"),

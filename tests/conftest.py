@@ -2,6 +2,7 @@
 fixtures that several test files share. A fixture that is a function says its arguments."""
 import json
 import os
+import signal
 import sys
 import tempfile
 import types
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"    # eight CPU devices, whatever else the machine has
+signal.signal(signal.SIGHUP, signal.SIG_DFL)        # nohup ignores it, and what tests start inherits that
 COMPILED = tempfile.TemporaryDirectory(prefix="compiled-")
 
 import jax

@@ -4,7 +4,7 @@ Several good files of each format must be read exactly as they were written. The
 Two outcomes are allowed: the reader's own one-line error, or a result that is right as far as anyone can tell:
 the original if a hash covers the file, else ids in the vocabulary, numbers in range, texts that are strings. Any
 other exception, a hang or unbounded memory is a bug. The quick tests try 20 cases of each format, the slow ones
-10,000 (20 minutes of one core). Needs hypothesis; without it all is skipped."""
+4,000 (eight minutes of one core), `-m endurance` 10,000. Needs hypothesis; without it all is skipped."""
 import gzip
 import json
 import math
@@ -443,7 +443,8 @@ def test_a_metrics_row_that_is_no_number_is_left_out(key, value, tmp_path):
     assert [row["step"] for row in train.read_rows(format.path)] == [1, 2, 3]
 
 
-CASES = [pytest.param(20, id="quick"), pytest.param(10_000, id="slow", marks=pytest.mark.slow)]
+CASES = [pytest.param(20, id="quick"), pytest.param(4_000, id="slow", marks=pytest.mark.slow),
+         pytest.param(10_000, id="endurance", marks=pytest.mark.endurance)]
 
 
 @pytest.mark.parametrize("name", BINARY + TEXTUAL)

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import struct
@@ -389,8 +388,6 @@ def write_safetensors(path, tensors):
             value = np.ascontiguousarray(make(), DTYPES[dtype][1])
             assert value.shape == tuple(shape)
             file.write(value.reshape(-1).view(np.uint8))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def files_of(tensors):
@@ -427,7 +424,7 @@ def convert(source, out, dtype="float32"):
         return (file_name(path, layer, public), "float32" if path == "bias_LE" else dtype, stored,
                 make(path, layer, shape))
     files = files_of([tensor(*entry) for entry in weights.names])
-    with new_directory(out) as scratch:
+    with data.atomic_directory(out) as scratch:
         where = {}
         for i, tensors in enumerate(files, 1):
             name = (f"model-{i:05d}-of-{len(files):05d}" if len(files) > 1 else "model")
@@ -456,20 +453,6 @@ def convert(source, out, dtype="float32"):
           f"{dtype}, in {kind}")
 
 
-@contextlib.contextmanager
-def new_directory(out):
-    """A directory beside `out`, which becomes `out` if the block succeeds, else goes away."""
-    scratch = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        scratch.rename(out)
-    except OSError as error:
-        train.refuse(out, "a directory that can be written", train.one_line(error))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -479,7 +462,7 @@ def main(words):
     options = parser.parse_args(words)
     try:
         convert(options.source, options.to, options.dtype)
-    except train.ConfigError as error:
+    except (train.ConfigError, data.DataError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2
 

@@ -33,15 +33,16 @@ from jax import lax
 
 
 class Rule(NamedTuple):
-    """How experts are chosen and how balance is kept. Each field is described in its comment. A
-    rule's only state is its bias: one with a memory would need a field of train.State as well."""
+    """How experts are chosen and how balance is kept. Each field is described in its comment."""
     # (logits_TE, bias_E, K) -> (expert_TK, margin_TE); an expert id of E: no expert in this slot
     select: Callable
-    # (margin_LTE, valid_T, bias_LE, K, axis, rate, platform) -> new bias_LE; None: it never moves
+    # (margin_LTE, valid_T, bias_LE, K, axis, rate, platform) -> new bias_LE; None: it never moves.
+    # A rule with a memory is also given its arrays, and returns (new bias_LE, *new arrays)
     next_bias: Callable | None = None
     rate: float = 0.0               # the default step size of a rule that has one
     # (prob_LTE, margin_LTE, valid_T, tokens, K, axis, rate) -> this device's share; None: no loss
     loss: Callable | None = None
+    memory: int = 0                 # arrays [L,E] that it keeps beside its bias, zeros at first
 
 
 def top_k(score_TE, bias_E, K):
@@ -218,7 +219,9 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
 
     Call it once, after all layers: then the layer loop has no collective of it, and nothing waits
     for it before the next step. A layer with a margin that is not finite keeps its bias, so that a
-    NaN does not outlive its step. rate: 0 takes the rule's own. axis, platform: see kth_largest."""
+    NaN does not outlive its step. rate: 0 takes the rule's own. axis, platform: see kth_largest.
+    bias_LE: for a rule with a memory (bias_LE, *memory), which comes back so; the bias alone begins
+    with an empty memory."""
     known = rule_named(rule)
     L, _, E = margin_LTE.shape
     if K == E or known.next_bias is None:
@@ -227,9 +230,13 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
     broken_L = jnp.sum(broken_LTE, axis=(1, 2), dtype=jnp.int32)
     here = jnp.sum(valid_T, dtype=jnp.int32)
     tokens, broken_L = _sum_devices((here, broken_L), axis)
-    new_LE = known.next_bias(margin_LTE, valid_T, bias_LE, K, axis, rate or known.rate, platform)
-    kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(new_LE), axis=1)
-    return jnp.where(kept_L[:, None], bias_LE, new_LE), kept_L
+    old, *memory = bias_LE if isinstance(bias_LE, tuple) else (bias_LE,)
+    memory = memory or [jnp.zeros_like(old)] * known.memory
+    new = known.next_bias(margin_LTE, valid_T, old, K, axis, rate or known.rate, platform, *memory)
+    new = new if isinstance(new, tuple) else (new,)
+    kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(jnp.stack(new)), axis=(0, 2))
+    new = tuple(jnp.where(kept_L[:, None], *pair) for pair in zip((old, *memory), new))
+    return new if isinstance(bias_LE, tuple) else new[0], kept_L
 
 
 def auxiliary_loss(rule, prob_LTE, margin_LTE, valid_T, tokens, K, axis=None, rate=0.0):

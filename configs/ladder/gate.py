@@ -2,21 +2,30 @@
 
     python scaling.py gate my_config.py                     a config: the base's keys with some changed
     python scaling.py gate --optimizer=muonh --warmup=0.01  keys of the command line
+    python scaling.py gate my_idea.patch                    a diff of this checkout (git diff > my_idea.patch)
     python scaling.py gate ../my_fork                       another checkout: the same config, edited code
     python scaling.py gate ../my_fork --budgets 3e11 1e12 3e12 --seeds 4 --json verdict.json
 
-Both sides get the same seeds, the same order of the data and, at each budget, the same training FLOPs
-by their own model.count. Losses are compared in pairs of equal seeds; the ladder's law turns a loss into
-compute. Step times are measured in turns. Runs are kept in --out, a row each, and are not trained again.
+Both sides get the same seeds, the same order of the data, the sizes that suit the base and, at each
+budget, the same training FLOPs by their own model.count. Losses are compared in pairs of equal seeds; the
+ladder's law turns a loss into compute. Step times are measured in turns. Runs are kept in --out, a row of
+runs.csv each, under the name of their code and config, and are not trained again.
 
 Verdict: "holds" if even the lower 95 % bound of the compute speed-up over all budgets is above 1 and no
-budget speaks against it; "does not hold" if the upper bound is below WORTH; else "undecided".
-Exit codes: 0 holds, 1 does not hold, 3 undecided, 2 bad input."""
+budget speaks against it; "does not hold" if the upper bound is below WORTH, or if training diverges; else
+"undecided". Choose the seeds before you look: to add some until it holds finds more than is there.
+Exit codes: 0 holds, 1 does not hold, 3 undecided, 2 bad input. How often it errs: calibrate.py."""
 
+import ast
+import hashlib
+import itertools
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +41,7 @@ from scaling import need  # noqa: E402
 
 BASE = "configs/ladder/rungs/c_moe_v1.py"
 BUDGETS = 3e11, 1e12
+RULE = plan.Rule(batch=16, law=(0.1267, 0.5933), head=True, unit=8, aspect=32.0, group=1)  # the rungs'
 WORTH = 1.05                            # a speed-up below this is not worth an edit [assumed]
 VERDICTS = {"holds": 0, "does not hold": 1, "undecided": 3}
 
@@ -43,33 +53,69 @@ class Side(NamedTuple):
     checkout: Path                      # whose train.py runs
     config: str
     keys: tuple                         # --key=value
+    name: str                           # how its runs and its verdict are called
 
 
-def sides_of(words, base):
+def sides_of(words, base, out):
     """(base, variant) from what stands on the command line."""
     keys = tuple(word for word in words if word.startswith("--"))
     rest = [word for word in words if not word.startswith("--")]
-    need(len(rest) + len(keys) >= 1 and len(rest) <= 1, "gate", "a config, a checkout or --key=value",
+    need(len(rest) + len(keys) >= 1 and len(rest) <= 1, "gate", "a config, a patch, a checkout or --key=value",
          " ".join(words) or "nothing", "see scaling.py gate --help")
-    own, fork = Side(ROOT, str(ROOT / base), ()), Path(rest[0]).resolve() if rest else ROOT
+    own = Side(ROOT, str(ROOT / base), (), Path(base).stem)
+    name = "_".join([*(Path(word).resolve().stem for word in rest), *(word[2:] for word in keys)])
+    name = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in name)
     if not rest:
-        return own, own._replace(keys=keys)
-    if fork.is_dir():
-        need((fork / "train.py").is_file() and (fork / base).is_file(), rest[0],
-             f"a checkout with train.py and {base}", "none", "name the top folder of the fork")
-        return own, Side(fork, str(fork / base), keys)
-    need(fork.is_file(), rest[0], "a config, a checkout or --key=value", "no such file", "correct it")
-    return own, Side(ROOT, str(fork), keys)
+        return own, own._replace(keys=keys, name=name)
+    fork = Path(rest[0]).resolve()
+    need(fork.exists(), rest[0], "a config, a patch, a checkout or --key=value", "no such file", "correct it")
+    if fork.is_file() and fork.suffix not in (".patch", ".diff"):
+        return own, Side(ROOT, str(fork), keys, name)
+    folder = fork if fork.is_dir() else patched(fork, out)
+    need((folder / "train.py").is_file() and (folder / base).is_file(), rest[0],
+         f"a checkout with train.py and {base}", "none", "name the top folder of the fork")
+    return own, Side(folder, str(folder / base), keys, name)
+
+
+def patched(patch, out):
+    """The folder of a copy of this checkout with a patch applied; made anew, since both can change."""
+    folder = Path(out).resolve() / f"fork_{patch.stem}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy2(path, folder)
+    for part in ("configs", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.png", "*.csv"))
+    # git must not find the repository around the folder: it would skip what lies outside of it
+    apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    done = subprocess.run(["git", "apply", str(patch)], cwd=folder, env=apart, capture_output=True, text=True)
+    need(done.returncode == 0, patch, "a patch that fits this checkout", done.stderr.strip(),
+         "make it anew by git diff")
+    return folder
+
+
+def digest(checkout, config):
+    """8 letters that change with what the seven files do and with the config that a worker has read.
+    Comments do not count, docstrings do."""
+    trees = [ast.dump(ast.parse(path.read_bytes())) for path in sorted(Path(checkout).glob("*.py"))]
+    return hashlib.sha256("\n".join([*trees, config]).encode()).hexdigest()[:8]
 
 
 # A process of one side's own code: for each line of JSON on its input, one on its output.
 WORKER = """
-import json, sys, time
+import hashlib, json, sys, time
 checkout, config = sys.argv[1:3]
 sys.path.insert(0, checkout)
 import jax
 import data, model, train
 from tests import hlo
+
+def heldout_sha256(mixture):            # of the text, whatever tokens stand for it
+    digest = hashlib.sha256()
+    for name, stream in sorted(mixture.heldout.items()):
+        digest.update(repr((name, mixture.tokenizer.decode(stream.read(0, stream.tokens)))).encode())
+    return digest.hexdigest()
+
 for line in sys.stdin:
     keys, take = json.loads(line)
     if take == 0:                       # a new run: what it costs by its own count
@@ -79,7 +125,7 @@ for line in sys.stdin:
             print(json.dumps({"error": str(error)}), flush=True)
             continue
         n, tokens = model.count(c), t.batch_size * c.seq_len
-        said = {"flops": n.mfu_flops * tokens, "total": n.total, "tokens": tokens}
+        said = {"flops": n.mfu_flops * tokens, "total": n.total, "tokens": tokens, "config": repr((c, t))}
     elif take == 1:                     # make its step, once, and look at it
         mesh = train.make_mesh(c, t)
         state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
@@ -91,7 +137,7 @@ for line in sys.stdin:
         traced = step.trace(state, batch)
         memory = traced.lower().compile().memory_analysis()
         said = {"executed": hlo.traced_flops(traced.jaxpr.jaxpr) * mesh.size,
-                "tokenizer": mixture.tokenizer.sha256, "bytes_per_token": mixture.bytes_per_token,
+                "tokenizer": mixture.tokenizer.sha256, "heldout": heldout_sha256(mixture),
                 "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes}
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
@@ -118,9 +164,9 @@ class Worker:
         self.process.stdin.write(json.dumps([[*keys, *self.side.keys], take]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        need(line, self.side.config, "a step of this code", "a failure", "see the lines above")
+        need(line, self.side.name, "a step of this code", "a failure", "see the lines above")
         said = json.loads(line)
-        need("error" not in said, self.side.config, "a config of train.py", said.get("error"), "correct it")
+        need("error" not in said, self.side.name, "a config of train.py", said.get("error"), "correct it")
         return said
 
     def close(self):
@@ -130,19 +176,62 @@ class Worker:
 
 # ---------------------------------------------------------------------------------- what is trained
 
-def planned(side, worker, C, sizes, seeds, out, name):
-    """Rows of the table for one side and budget: as many steps as C takes by the side's own count."""
+class Budget(NamedTuple):
+    """How one side spends C training FLOPs."""
+    side: Side
+    C: float
+    label: str                          # of its runs, without the seed
+    keys: dict                          # sizes and steps
+    flops: float                        # of a step, by its own count
+
+
+def planned(worker, C, sizes):
+    """A Budget of this side: as many steps as C takes by its own count."""
     cost = worker.ask(0, plan.words_of(sizes | {"steps": 1000}))
     steps = round(C / cost["flops"])
     need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", steps, "raise the budget")
-    rows = []
-    for seed in seeds:
-        label = f"{name}_c{C:.6g}_s{seed}".replace("+", "")
-        keys = sizes | {"steps": steps, "seed": seed, "run_dir": str(Path(out).resolve() / label)}
-        rows.append({"config": label, "base": side.config, "checkout": str(side.checkout),
-                     "overrides": " ".join([*plan.words_of(keys), *side.keys]),
-                     "planned_flops": f"{steps * cost['flops']:.6g}", "loss": "", "seed": str(seed)})
-    return rows, cost
+    code = digest(worker.side.checkout, worker.ask(0, plan.words_of(sizes | {"steps": steps}))["config"])
+    label = f"{worker.side.name[:60]}-{code}_c{C:.6g}".replace("+", "")
+    return Budget(worker.side, C, label, sizes | {"steps": steps}, cost["flops"])
+
+
+def row_of(budget, seed, out):
+    """The row of a ladder's table for one seed of a Budget."""
+    name = f"{budget.label}_s{seed}"
+    keys = budget.keys | {"seed": seed, "run_dir": str(Path(out).resolve() / name)}
+    return {"config": name, "base": budget.side.config, "checkout": str(budget.side.checkout),
+            "overrides": " ".join([*plan.words_of(keys), *budget.side.keys]),
+            "planned_flops": f"{budget.keys['steps'] * budget.flops:.6g}", "loss": "", "seed": str(seed)}
+
+
+def merge(path, rows):
+    """Add rows to a table; those that are there keep their results, if they say the same."""
+    columns, table = ["config", "base", "checkout", "overrides", "planned_flops", "loss", "seed"], {}
+    if Path(path).is_file():
+        columns, old = scaling.read_table(path)
+        table = {row["config"]: row for row in old}
+    for row in rows:
+        old = table.setdefault(row["config"], row)
+        need(old["overrides"] == row["overrides"], f"{path}: {row['config']}", "the run that this command plans",
+             "another", "choose another --out")
+    plan.write_table(path, columns, [*table.values()])
+
+
+def train_pairs(a, budgets):
+    """Train both sides at every budget, seed by seed; return {budget's label: its losses by seed}.
+    With --minutes as many seeds as fit in, two at least: their number does not depend on losses."""
+    table, began, losses = Path(a.out) / "runs.csv", time.monotonic(), {}
+    for done in itertools.count(1):
+        rows = [row_of(budget, seed, a.out) for budget in budgets
+                for seed in (range(a.seeds) if not a.minutes else [done - 1])]
+        merge(table, rows)
+        found = plan.run_ladder(table, a.jobs, {row["config"] for row in rows})
+        for budget in budgets:
+            losses.setdefault(budget.label, []).extend(
+                found[row["config"]] for row in rows if row["config"].startswith(f"{budget.label}_s"))
+        spent = (time.monotonic() - began) / 60
+        if not a.minutes or done > 1 and spent * (done + 1) / done > a.minutes:
+            return losses
 
 
 def step_times(workers, rounds=8, steps=4):
@@ -178,7 +267,8 @@ def compare(budgets, law):
         base, variant = map(np.array, budgets[C])
         mean, half = log_gain.mean(), t * sd / math.sqrt(log_gain.size)
         difference = variant - base
-        rows.append({"flops": C, "seeds": int(log_gain.size), "difference": float(difference.mean()),
+        rows.append({"flops": C, "seeds": int(log_gain.size), "base": float(base.mean()),
+                     "variant": float(variant.mean()), "difference": float(difference.mean()),
                      "standard_error": float(difference.std(ddof=1) / math.sqrt(difference.size))
                      if difference.size > 1 else None, "speedup": math.exp(mean),
                      "at_least": math.exp(mean - half), "at_most": math.exp(mean + half)})
@@ -216,100 +306,82 @@ def more_seeds(mean, sd, runs, budgets):
 
 # --------------------------------------------------------------------------------------- the command
 
-def unit_of(results):
-    """The key under which losses of both sides compare: nats if tokenizers are equal, else bits per byte."""
-    evals = {row["eval"] for row in results}
-    sizes = {row["eval_bytes"] for row in results}
-    need(len(sizes) == 1, "gate", "one held-out text", f"texts of {sorted(sizes)} bytes",
-         "give both sides the same mixture")
-    return "loss" if len(evals) == 1 else "bpb"
+def unit_of(facts, names):
+    """The key under which the losses of both sides compare: nats per token if they have one tokenizer,
+    else bits per byte. BadInput if they are not scored on the same text."""
+    need(facts[0]["heldout"] == facts[1]["heldout"], names[1], f"the held-out text of {names[0]}", "another",
+         "give both sides the same held-out text")
+    return "loss" if facts[0]["tokenizer"] == facts[1]["tokenizer"] else "bpb"
 
 
 def gate(a):
     """Train, compare, print; returns the exit code."""
-    base, variant = sides_of(a.fork + a.rest, a.base)
-    workers, rule = [Worker(base), Worker(variant)], plan.Rule(batch=16, head=True, unit=8, aspect=28.0)
+    sides = sides_of(a.fork + a.rest, a.base, a.out)
+    workers = [Worker(side) for side in sides]
     try:
-        widths, config = plan.widths_of(ROOT / a.base, rule)
-        table, rows, costs = Path(a.out) / "runs.csv", [], {}
-        for C in a.budgets:
-            sizes = plan.plan(C, widths, config, rule)
+        widths, config = plan.widths_of(ROOT / a.base, RULE)
+        budgets = []
+        for C in sorted(a.budgets):
+            sizes = plan.plan(C, widths, config, RULE)
             sizes.pop("steps")
-            for side, worker, name in zip((base, variant), workers, ("base", variant_name(a))):
-                more, costs[name] = planned(side, worker, C, sizes, range(a.seeds), a.out, name)
-                rows += more
-        merge(table, rows)
-        plan.run_ladder(table, a.jobs)
-        for worker in workers:
-            worker.facts = worker.ask(1)
+            budgets += [planned(worker, C, sizes) for worker in workers]
+        need(budgets[0].label.rpartition("-")[2] != budgets[1].label.rpartition("-")[2], sides[1].name,
+             "another code or config than the base's", "the same", "edit it, and give the command again")
+        facts = [worker.ask(1) for worker in workers]
+        unit = unit_of(facts, [side.name for side in sides])
+        found = train_pairs(a, budgets)
         seconds = step_times(workers)
+    except plan.RunFailed as error:
+        if error.code != 3 or not error.name.startswith(sides[1].name[:60]):
+            raise
+        print(f"{error.name}: training diverged, see its log\nverdict       does not hold")
+        return VERDICTS["does not hold"]
     finally:
         for worker in workers:
             worker.close()
-    _, done = scaling.read_table(table)
-    return conclude(a, {row["config"]: row for row in done}, rows, workers, seconds, costs)
+    return conclude(a, budgets, found, unit, facts, seconds)
 
 
-def variant_name(a):
-    """A name for files: of the fork, and of what its keys are."""
-    words = [Path(word).stem if not word.startswith("--") else word[2:] for word in a.fork + a.rest]
-    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in "_".join(words))
-
-
-def merge(path, rows):
-    """Add rows to a table; those that are there keep their results, if they say the same."""
-    columns, table = ["config", "base", "checkout", "overrides", "planned_flops", "loss", "seed"], {}
-    if Path(path).is_file():
-        columns, old = scaling.read_table(path)
-        table = {row["config"]: row for row in old}
-    for row in rows:
-        old = table.setdefault(row["config"], row)
-        same = all(old[key] == row[key] for key in ("base", "checkout", "overrides"))
-        need(same, f"{path}: {row['config']}", "the run that this command plans", "another",
-             "choose another --out")
-    plan.write_table(path, columns, [*table.values()])
-
-
-def conclude(a, done, rows, workers, seconds, costs):
-    """Print the table and the verdict; returns the exit code."""
-    done = {row["config"]: done[row["config"]] for row in rows}
-    key, budgets = unit_of([*done.values()]), {}
-    for C in a.budgets:
-        ends = [f"_c{C:.6g}_s{seed}".replace("+", "") for seed in range(a.seeds)]
-        budgets[C] = tuple([float(done[name + end][key]) for end in ends]
-                           for name in ("base", variant_name(a)))
+def conclude(a, budgets, runs, unit, facts, seconds):
+    """Print the table and the verdict; returns the exit code. budgets: base and variant in turns, the
+    largest last. runs: of train_pairs. facts, seconds: of each side's step at the largest."""
+    losses = {base.C: tuple([float(run[unit]) for run in runs[side.label]] for side in (base, variant))
+              for base, variant in zip(budgets[::2], budgets[1::2])}
     law = scaling.Law(a.law[0], 1.0, a.law[1]) if a.law else figures.registered_law()
-    if key == "bpb":
-        scale = float(done[rows[0]["config"]]["bpb"]) / float(done[rows[0]["config"]]["loss"])
+    if unit == "bpb":
+        first = runs[budgets[0].label][0]
+        scale = float(first["bpb"]) / float(first["loss"])
         law = scaling.Law(law.E * scale, law.A * scale, law.alpha)
-    found = compare(budgets, law)
-    clock = seconds[0] / seconds[1] * costs[variant_name(a)]["flops"] / costs["base"]["flops"]
-    facts = [worker.facts for worker in workers]
-    found |= {"unit": key, "wall_clock": found["speedup"] * clock, "step_seconds": seconds,
+    base, variant = budgets[-2:]
+    found = compare(losses, law)
+    clock = seconds[0] / seconds[1] * variant.flops / base.flops
+    found |= {"name": variant.side.name, "against": base.side.name, "unit": unit, "losses": losses,
+              "wall_clock": found["budgets"][-1]["speedup"] * clock, "step_seconds": seconds,
               "memory_bytes": [fact["memory"] for fact in facts],
-              "executed_over_counted": [fact["executed"] / cost["flops"]
-                                        for fact, cost in zip(facts, costs.values())]}
-    show(found, variant_name(a))
+              "executed_over_counted": [fact["executed"] / side.flops for fact, side in zip(facts, (base, variant))]}
+    show(found)
     if a.json:
-        scaling.write_new(a.json, json.dumps(scaling.plain(found), indent=1) + "\n")
+        Path(a.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(a.json).write_text(json.dumps(scaling.plain(found), indent=1) + "\n")
     return VERDICTS[found["verdict"]]
 
 
-def show(found, name):
+def show(found):
     """Print what was found."""
     unit = "nats" if found["unit"] == "loss" else "bits per byte"
-    print(f"{name} against the base; a difference below zero is better")
+    print(f"{found['name']} against {found['against']}; a difference below zero is better")
     for row in found["budgets"]:
         error = f" +- {row['standard_error']:.4f}" if row["standard_error"] is not None else ""
-        print(f"C = {row['flops']:.3g}   {row['seeds']} seeds   difference {row['difference']:+.4f}{error} "
-              f"{unit}   compute speed-up {row['speedup']:.3f}, at least {row['at_least']:.3f}")
+        print(f"C = {row['flops']:.3g}   {row['seeds']} seeds   {row['variant']:.4f} - {row['base']:.4f} = "
+              f"{row['difference']:+.4f}{error} {unit}   compute speed-up {row['speedup']:.3f}, "
+              f"at least {row['at_least']:.3f}")
     print(f"all budgets   compute speed-up {found['speedup']:.3f}, {found['at_least']:.3f} to "
           f"{found['at_most']:.3f} (each bound holds in 95 of 100 cases)"
           + (f"; it changes by a factor of {found['trend']:.3f} per tenfold compute"
              if found["trend"] else ""))
     ours, theirs = found["step_seconds"]
-    print(f"wall clock    speed-up {found['wall_clock']:.3f}; a step takes {1e3 * theirs:.1f} ms, the base's "
-          f"{1e3 * ours:.1f} ms, in turns")
+    print(f"wall clock    speed-up {found['wall_clock']:.3f} at the largest budget; a step takes "
+          f"{1e3 * theirs:.1f} ms, the base's {1e3 * ours:.1f} ms, in turns")
     base, fork = (size / 2**20 for size in found["memory_bytes"])
     print(f"memory        {fork:.0f} MiB a step, the base {base:.0f} MiB")
     base, fork = found["executed_over_counted"]
@@ -322,12 +394,13 @@ def show(found, name):
 
 def add_commands(command):
     """Add `gate` to the commands of scaling.py."""
-    add = command("gate", gate, "train base and variant alike, and say whether an idea holds")
-    add("fork", nargs="*", help="a config, or the folder of another checkout; and --key=value")
+    add = command("gate", gate, "train base and variant alike, and say whether an idea holds", __doc__)
+    add("fork", nargs="*", help="a config, a patch, or the folder of another checkout; and --key=value")
     add("--base", default=BASE, help="the config that it is compared with (%(default)s)")
-    add("--budgets", type=scaling.number, nargs="+", default=BUDGETS, metavar="C", help="training FLOPs")
-    add("--seeds", type=scaling.count, default=3, metavar="N", help="of each side at each budget")
-    add("--jobs", type=scaling.count, default=2, metavar="N", help="runs at a time, one core each")
+    add("--budgets", type=scaling.number, nargs="+", default=BUDGETS, metavar="C", help="training FLOPs (3e11 1e12)")
+    add("--seeds", type=scaling.count, default=3, metavar="N", help="of each side at each budget (%(default)s)")
+    add("--minutes", type=scaling.number, metavar="M", help="instead: as many seeds as fit in, two at least")
+    add("--jobs", type=scaling.count, default=2, metavar="N", help="runs at a time, one core each (%(default)s)")
     add("--law", type=scaling.number, nargs=2, metavar=("E", "ALPHA"), help="instead of the ladder's")
     add("--out", default="out/gate", metavar="DIR", help="keeps the runs (%(default)s)")
     add("--json", metavar="FILE", help="everything, as JSON")

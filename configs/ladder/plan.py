@@ -199,15 +199,25 @@ def need_same(base, words, folder):
                  f"{before!r}", "give the row another --run_dir")
 
 
-def run_ladder(path, jobs=1):
+class RunFailed(BadInput):
+    """A run of a ladder that train.py ended with an exit code other than 0."""
+    def __init__(self, name, code):
+        super().__init__(name, "train.py to finish", f"exit code {code}", "correct it and give this command again")
+        self.name, self.code = name, code
+
+
+def run_ladder(path, jobs=1, only=None):
     """Train every run of a ladder's table that has no loss, cheapest first, each in its own process,
-    `jobs` at a time, and fill in its row; stop at a failure. A run cut short goes on from its checkpoint."""
+    `jobs` at a time, and fill in its row; stop at a failure. A run cut short goes on from its checkpoint.
+    only: names of runs, instead of all; then train.py's own lines stay in the run's log.txt. Returns
+    {name: row}."""
     columns, rows = scaling.read_table(path)
     missing = {"config", "base", "overrides", "planned_flops", "loss"} - {*columns}
     need(not missing, path, "a ladder's table", columns, "write it: ladder --budgets C ... --out TABLE.csv")
-    left = [row for row in rows if not row["loss"]]
+    chosen = [row for row in rows if only is None or row["config"] in only]
+    left = [row for row in chosen if not row["loss"]]
     left.sort(key=lambda row: (number(row["planned_flops"], path, "planned_flops"), row["config"]))
-    print(f"{path}: {len(rows) - len(left)} runs done, {len(left)} to go", flush=True)
+    print(f"{path}: {len(chosen) - len(left)} runs done, {len(left)} to go", flush=True)
     failed, filling = threading.Event(), threading.Lock()
 
     def train(row):
@@ -217,15 +227,16 @@ def run_ladder(path, jobs=1):
         folders = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
         need(folders, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
         result = Path(folders[0]) / "result.json"
-        code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
-        command = [sys.executable, str(code), row["base"], *words]
-        if result.parent.is_dir() and any(result.parent.glob("*.json")):
+        program = Path(row.get("checkout") or ROOT, "train.py")         # of another fork, in a gate's table
+        command = [sys.executable, str(program), row["base"], *words]
+        if only is None and result.parent.is_dir() and any(result.parent.glob("*.json")):
             need_same(row["base"], words, result.parent)
         print(row["config"], flush=True)
-        if not result.is_file() and subprocess.run(command).returncode:
+        quiet = None if only is None else subprocess.DEVNULL
+        code = 0 if result.is_file() else subprocess.run(command, stdout=quiet).returncode
+        if code:
             failed.set()
-            raise BadInput(row["config"], "train.py to finish", "a failure",
-                           "correct it and give this command again")
+            raise RunFailed(row["config"], code)
         found = scaling.read_json(result)
         number(found.get("loss"), result, "loss")
         domains = found.pop("domains", {})
@@ -239,6 +250,7 @@ def run_ladder(path, jobs=1):
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, left))
+    return {row["config"]: row for row in rows}
 
 
 # ---------------------------------------------------------------------------------------- command line

@@ -17,6 +17,7 @@ budget speaks against it; "does not hold" if the upper bound is below WORTH, or 
 Exit codes: 0 holds, 1 does not hold, 3 undecided, 2 bad input. How often it errs: calibrate.py."""
 
 import ast
+import contextlib
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +64,8 @@ def sides_of(words, base, out):
     rest = [word for word in words if not word.startswith("--")]
     need(len(rest) + len(keys) >= 1 and len(rest) <= 1, "gate", "a config, a patch, a checkout or --key=value",
          " ".join(words) or "nothing", "see scaling.py gate --help")
-    own = Side(ROOT, str(ROOT / base), (), Path(base).stem)
+    code = frozen(ROOT, out)
+    own = Side(code, str(code / base), (), Path(base).stem)
     name = "_".join([*(Path(word).resolve().stem for word in rest), *(word[2:] for word in keys)])
     name = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in name)
     if not rest:
@@ -70,27 +73,37 @@ def sides_of(words, base, out):
     fork = Path(rest[0]).resolve()
     need(fork.exists(), rest[0], "a config, a patch, a checkout or --key=value", "no such file", "correct it")
     if fork.is_file() and fork.suffix not in (".patch", ".diff"):
-        return own, Side(ROOT, str(fork), keys, name)
-    folder = fork if fork.is_dir() else patched(fork, out)
-    need((folder / "train.py").is_file() and (folder / base).is_file(), rest[0],
+        return own, Side(code, str(fork), keys, name)
+    need(fork.is_file() or (fork / "train.py").is_file() and (fork / base).is_file(), rest[0],
          f"a checkout with train.py and {base}", "none", "name the top folder of the fork")
-    return own, Side(folder, str(folder / base), keys, name)
+    code = frozen(fork, out) if fork.is_dir() else frozen(ROOT, out, fork)
+    return own, Side(code, str(code / base), keys, name)
 
 
-def patched(patch, out):
-    """The folder of a copy of this checkout with a patch applied; made anew, since both can change."""
-    folder = Path(out).resolve() / f"fork_{patch.stem}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for path in ROOT.glob("*.py"):
-        shutil.copy2(path, folder)
-    for part in ("configs", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.png", "*.csv"))
-    # git must not find the repository around the folder: it would skip what lies outside of it
-    apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
-    done = subprocess.run(["git", "apply", str(patch)], cwd=folder, env=apart, capture_output=True, text=True)
-    need(done.returncode == 0, patch, "a patch that fits this checkout", done.stderr.strip(),
-         "make it anew by git diff")
+def frozen(checkout, out, patch=None):
+    """A copy of the code of a checkout, with a patch applied if given, in a folder of `out` that is named
+    by its content: you can go on editing while runs wait for their turn."""
+    out = Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        scratch = Path(scratch) / "code"
+        scratch.mkdir()
+        for path in Path(checkout).glob("*.py"):
+            shutil.copy2(path, scratch)
+        for part in ("configs", "tests"):
+            shutil.copytree(Path(checkout) / part, scratch / part,
+                            ignore=shutil.ignore_patterns("__pycache__", "*.png", "*.csv", "test_*"))
+        if patch:
+            # git must not find the repository around the folder: it would skip what lies outside
+            apart = os.environ | {"GIT_CEILING_DIRECTORIES": str(scratch.parent)}
+            done = subprocess.run(["git", "apply", str(patch)], cwd=scratch, env=apart, capture_output=True, text=True)
+            need(done.returncode == 0, patch, "a patch that fits this checkout", done.stderr.strip(),
+                 "make it anew by git diff")
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        content = hashlib.sha256(b"".join(str(path.relative_to(scratch)).encode() + path.read_bytes() for path in files))
+        folder = out / f"code-{content.hexdigest()[:12]}"
+        with contextlib.suppress(OSError):          # it is there already
+            os.rename(scratch, folder)
     return folder
 
 

@@ -1,0 +1,173 @@
+"""Does the gate say what is so? Base against base, variants of known worth, and the ideas that were tried.
+
+    python configs/ladder/calibrate.py aa        base against base, 40 times at a tiny size: aa.csv
+    python configs/ladder/calibrate.py known     the gate's verdict on each variant of KNOWN: verdicts.csv
+    python configs/ladder/calibrate.py ideas     and on each patch in ideas/
+    python configs/ladder/calibrate.py show      the tables, from these two files
+
+All can be stopped and go on: a row is written as each run ends. They need the corpus, see corpus.py.
+
+Two runs of one code with one seed are equal to the bit, so the base meets itself with other first weights
+and the same data: no variant is worth less or more, and each pair differs as a harmless edit would make it
+differ. At most LIMIT of 40 gates may say "holds"; 2 are to be expected."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+sys.path.insert(0, str(ROOT))
+
+import scaling  # noqa: E402
+from configs.ladder import figures  # noqa: E402
+from configs.ladder import gate  # noqa: E402
+from configs.ladder import plan  # noqa: E402
+
+GATES, SEEDS, LIMIT = 40, 3, 3
+AA_BUDGETS = 3e10, 6e10                 # 76 and 152 steps of width 16: one second each
+AA_TOKENS = 32_768                      # of each held-out domain
+AA, VERDICTS = FOLDER / "aa.csv", FOLDER / "verdicts.csv"
+RUNGS, IDEAS = "configs/ladder/rungs", "configs/ladder/ideas"
+
+# name: (words of the gate, what is known). The rungs' table says so of MuonH (1.18 to 1.61 at these
+# budgets) and of four times the experts (1.01 to 1.24); the pilot's of rates 4 times off.
+KNOWN = {
+    "MuonH": ([f"{RUNGS}/e_muonh.py", "--base", f"{RUNGS}/d_more_experts.py"], "holds"),
+    "twice the experts": (["--num_experts=32"], "holds"),
+    "no QK-norm": (["configs/ladder/ideas/no_qk_norm.patch"], "does not hold"),
+    "rates 4 times higher": (["--lr_scale=4"], "does not hold"),
+    "rates 4 times lower": (["--lr_scale=0.25"], "does not hold"),
+}
+
+
+# ------------------------------------------------------------------------------ base against base
+
+def trainer(C):
+    """A function (seed, key of the weights) -> held-out loss of the base at a budget; compiles once."""
+    import jax
+
+    import data
+    import train
+    widths, config = plan.widths_of(ROOT / gate.BASE, gate.RULE)
+    sizes = plan.plan(C, widths, config, gate.RULE)
+    c, t = train.load_config(str(ROOT / gate.BASE), plan.words_of(sizes))
+    mesh, mixture = train.make_mesh(c, t), train.open_data(c, t)
+    make = jax.jit(lambda key: train.make_state(c, t, key), out_shardings=train.state_shardings(c, t, mesh))
+    step, score = train.make_train_step(c, t, mesh), train.make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
+
+    def run(seed, key):
+        state = make(jax.random.key(key))
+        for i in range(t.steps):
+            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, seed)
+            state, _ = step(state, train.to_global_batch(rows, mesh))
+        return train.evaluate(state, score, mixture, c, t, mesh, AA_TOKENS)["macro"]["loss"]
+    return run
+
+
+def base_against_base():
+    """Fill aa.csv: a row for each run, in the order of the gates."""
+    done = {(row["gate"], row["flops"], row["seed"], row["side"]) for row in read(AA)}
+    runs = {}
+    for number in range(GATES):
+        for C in AA_BUDGETS:
+            for seed in range(SEEDS * number, SEEDS * (number + 1)):
+                for side in ("base", "variant"):
+                    if (str(number), f"{C:g}", str(seed), side) in done:
+                        continue
+                    runs[C] = runs.get(C) or trainer(C)
+                    loss = runs[C](seed, seed + 100_000 * (side == "variant"))
+                    add(AA, {"gate": number, "flops": f"{C:g}", "seed": seed, "side": side, "loss": f"{loss:.6f}"})
+        print(f"gate {number}: {verdicts_of(read(AA))[-1]['verdict']}", flush=True)
+
+
+def verdicts_of(rows):
+    """What the gate finds in every whole gate of aa.csv."""
+    gates, law = {}, figures.registered_law()
+    for row in rows:
+        C = gates.setdefault(row["gate"], {}).setdefault(float(row["flops"]), {"base": [], "variant": []})
+        C[row["side"]].append(float(row["loss"]))
+    whole = [found for found in gates.values() if len(found) == len(AA_BUDGETS) and all(
+        len(losses) == SEEDS for sides in found.values() for losses in sides.values())]
+    return [gate.compare({C: (sides["base"], sides["variant"]) for C, sides in found.items()}, law)
+            for found in whole]
+
+
+# -------------------------------------------------------------------------------- through the gate
+
+def judge(tried, options):
+    """Run the gate on {name: (words, what is known)} and write each verdict into verdicts.csv."""
+    for name, (words, known) in tried.items():
+        path = ROOT / "out/gate/verdict.json"
+        code = scaling.main(["gate", *words, *options, "--json", str(path)])
+        if code == 2:
+            return 2
+        found = json.loads(path.read_text())
+        rows = {row["name"]: row for row in read(VERDICTS)}
+        rows[name] = {"name": name, "words": " ".join([*words, *options]), "known": known} | row_of(found)
+        VERDICTS.write_text(scaling.csv_text([*rows[name]], rows.values()))
+        print()
+    return 0
+
+
+def row_of(found):
+    """What verdicts.csv keeps of a gate's JSON."""
+    return {"verdict": found["verdict"], "more_seeds": found["more_seeds"] or "",
+            "seeds": found["budgets"][0]["seeds"], "budgets": " ".join(f"{row['flops']:g}" for row in found["budgets"]),
+            "differences": " ".join(f"{row['difference']:.4f}" for row in found["budgets"]),
+            "standard_errors": " ".join(f"{row['standard_error']:.4f}" for row in found["budgets"]),
+            "speedups": " ".join(f"{row['speedup']:.3f}" for row in found["budgets"]),
+            "speedup": f"{found['speedup']:.3f}", "at_least": f"{found['at_least']:.3f}",
+            "at_most": f"{found['at_most']:.3f}", "wall_clock": f"{found['wall_clock']:.3f}"}
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+def read(path):
+    return scaling.read_table(path)[1] if path.is_file() else []
+
+
+def add(path, row):
+    """Write a row behind the others, the names of the columns first."""
+    new = not path.is_file()
+    with open(path, "a", newline="") as file:
+        table = csv.DictWriter(file, [*row], lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerow(row)
+
+
+def show():
+    """Print both tables; return 1 if base against base holds too often."""
+    found = verdicts_of(read(AA))
+    count = {name: sum(row["verdict"] == name for row in found) for name in gate.VERDICTS}
+    below = sum(row["at_least"] < 1 for row in found)
+    print(f"Base against base, {len(found)} gates of {SEEDS} seeds at C = "
+          + " and ".join(f"{C:g}" for C in AA_BUDGETS) + ": " + ", ".join(f"{name} {n}" for name, n in count.items())
+          + f"; the lower bound is below 1, as is true, in {below}\n")
+    print(figures.markdown(["variant", "known", "verdict", "speed-up, bounds", "by budget", "clock"], [
+        (row["name"], row["known"], row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
+         f"{row['speedup']}, {row['at_least']} to {row['at_most']}", row["speedups"].replace(" ", ", "), row["wall_clock"])
+        for row in read(VERDICTS)]))
+    return int(count["holds"] > LIMIT)
+
+
+def main(words):
+    what, *options = words or ["--help"]
+    if what == "aa":
+        base_against_base()
+        return show()
+    if what in ("known", "ideas"):
+        patches = {path.stem: ([str(path.relative_to(ROOT))], "") for path in sorted((ROOT / IDEAS).glob("*.patch"))}
+        known = {words[0] for words, _ in KNOWN.values()}
+        ideas = {name: tried for name, tried in patches.items() if tried[0][0] not in known}
+        return judge(KNOWN if what == "known" else ideas, options)
+    if what == "show":
+        return show()
+    print(__doc__)
+    return 0 if what in ("--help", "-h") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

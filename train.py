@@ -521,8 +521,9 @@ def first_state(c, t, mesh, tokenizer):
     if t.init_from:
         from configs import convert
         return convert.begin(c, t, mesh, tokenizer)
-    return jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
-                   out_shardings=state_shardings(c, t, mesh))()
+    key = np.asarray(jax.random.key_data(jax.random.key(t.seed)))       # one program for all seeds
+    return jax.jit(lambda key: make_state(c, t, jax.random.wrap_key_data(key)),
+                   out_shardings=state_shardings(c, t, mesh))(key)
 
 
 def abstract_state(c, t, mesh):

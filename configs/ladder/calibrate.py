@@ -14,6 +14,7 @@ differ. At most LIMIT of 40 gates may say "holds"; 2 are to be expected."""
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,8 +27,9 @@ from configs.ladder import gate  # noqa: E402
 from configs.ladder import plan  # noqa: E402
 
 GATES, SEEDS, LIMIT = 40, 3, 3
-AA_BUDGETS = 3e10, 6e10                 # 76 and 152 steps of width 16: one second each
-AA_TOKENS = 32_768                      # of each held-out domain
+AA_BUDGETS = 3e9, 6e9                   # 32 and 63 steps of width 16: about a second each
+AA_RULE = replace(gate.RULE, batch=8)
+AA_TOKENS = 8_192                       # of each held-out domain
 AA, VERDICTS = FOLDER / "aa.csv", FOLDER / "verdicts.csv"
 RUNGS, IDEAS = "configs/ladder/rungs", "configs/ladder/ideas"
 
@@ -50,8 +52,8 @@ def trainer(C):
 
     import data
     import train
-    widths, config = plan.widths_of(ROOT / gate.BASE, gate.RULE)
-    sizes = plan.plan(C, widths, config, gate.RULE)
+    widths, config = plan.widths_of(ROOT / gate.BASE, AA_RULE)
+    sizes = plan.plan(C, widths, config, AA_RULE)
     c, t = train.load_config(str(ROOT / gate.BASE), plan.words_of(sizes))
     mesh, mixture = train.make_mesh(c, t), train.open_data(c, t)
     make = jax.jit(lambda key: train.make_state(c, t, key), out_shardings=train.state_shardings(c, t, mesh))

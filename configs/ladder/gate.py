@@ -150,7 +150,8 @@ for line in sys.stdin:
         traced = step.trace(state, batch)
         memory = traced.lower().compile().memory_analysis()
         said = {"executed": hlo.traced_flops(traced.jaxpr.jaxpr) * mesh.size,
-                "tokenizer": mixture.tokenizer.sha256, "heldout": heldout_sha256(mixture),
+                "tokenizer": mixture.tokenizer.sha256,
+                "heldout": f"{heldout_sha256(mixture)} {t.eval_tokens_final}",
                 "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes}
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
@@ -336,7 +337,7 @@ def gate(a):
         budgets = []
         for C in sorted(a.budgets):
             sizes = plan.plan(C, widths, config, RULE)
-            sizes.pop("steps")
+            sizes |= {"steps": 0, "eval_tokens_final": a.eval_tokens}
             budgets += [planned(worker, C, sizes) for worker in workers]
         need(budgets[0].label.rpartition("-")[2] != budgets[1].label.rpartition("-")[2], sides[1].name,
              "another code or config than the base's", "the same", "edit it, and give the command again")
@@ -413,6 +414,7 @@ def add_commands(command):
     add("--budgets", type=scaling.number, nargs="+", default=BUDGETS, metavar="C", help="training FLOPs (3e11 1e12)")
     add("--seeds", type=scaling.count, default=3, metavar="N", help="of each side at each budget (%(default)s)")
     add("--minutes", type=scaling.number, metavar="M", help="instead: as many seeds as fit in, two at least")
+    add("--eval-tokens", type=int, default=0, metavar="N", help="of each held-out domain; 0 is all (%(default)s)")
     add("--jobs", type=scaling.count, default=2, metavar="N", help="runs at a time, one core each (%(default)s)")
     add("--law", type=scaling.number, nargs=2, metavar=("E", "ALPHA"), help="instead of the ladder's")
     add("--out", default="out/gate", metavar="DIR", help="keeps the runs (%(default)s)")

@@ -1,6 +1,5 @@
 """Whether the gate says of an idea what is so, from losses whose truth is known."""
 import json
-import math
 import re
 from types import SimpleNamespace
 
@@ -77,7 +76,7 @@ def said(capsys, flops, seconds, unit="loss", **more):
     """What conclude prints and returns of two sides with these FLOPs and seconds a step."""
     facts = [{"memory": 2**20, "executed": f * more.get("over", (1, 1))[i]} for i, f in enumerate(flops)]
     sides = [gate.Side(gate.ROOT, "base.py", (), name) for name in ("base", "mine")]
-    budgets = [gate.Budget(side, 3e11, side.name, {}, f) for side, f in zip(sides, flops)]
+    budgets = [gate.Budget(side, None, 3e11, side.name, [], f) for side, f in zip(sides, flops)]
     runs = {name: [{"loss": loss, "bpb": bpb + 0.01 * seed} for seed in (0, 1)]
             for name, loss, bpb in (("base", 3.0, 2.0), ("mine", more.get("loss", 3.0), 2.0))}
     a = SimpleNamespace(law=(0.8, 0.1), json=more.get("json"))
@@ -117,15 +116,15 @@ def test_budgets_are_training_flops_not_active_parameters():
                                                  "head_dim": 24, "expert_dim": 16, "shared_dim": 24, "batch_size": 16}
     spent, tokens, parameters = [], [], []
     for keys in ((), ("--seq_len=256", "--batch_size=8")):
-        def ask(take, words):
+        def ask(name, words):
             c, t = plan.load(config, {}, [*words, *keys])
             parameters.append(model.count(c).params)
             return {"flops": model.count(c).mfu_flops * t.batch_size * c.seq_len, "config": ""}
         budget = gate.planned(SimpleNamespace(ask=ask, side=gate.Side(gate.ROOT, config, keys, "mine")), 3e11, sizes)
-        row = gate.row_of(budget, 1, "out")
-        assert "--seed=1" in row["overrides"] and row["overrides"].endswith(" ".join(keys))
-        spent.append(float(row["planned_flops"]))
-        tokens.append(budget.keys["steps"] * 16 * 128)
+        row = gate.row_of(budget, 1)
+        assert row["seed"] == "1" and row["overrides"].endswith(" ".join(keys))
+        spent.append(float(row["flops"]))
+        tokens.append(plan.load(config, {}, row["overrides"].split())[1].steps * 16 * 128)
     assert len({*parameters}) == 1 and 0.8 < tokens[1] / tokens[0] < 0.83
     assert max(spent) / min(spent) < 1.003
 
@@ -204,11 +203,42 @@ def test_agents_md_is_true():
     assert example == re.findall(r"^[+-] .*$", patch, re.M) and len(example) <= 5
 
 
-def test_a_table_of_other_runs_is_not_taken_for_these(tmp_path):
-    row = {"config": "base_c3e11_s0", "base": "b.py", "checkout": "/x", "overrides": "--seed=0",
-           "planned_flops": "3e11", "loss": "", "seed": "0"}
-    gate.merge(tmp_path / "runs.csv", [row])
-    gate.merge(tmp_path / "runs.csv", [row])
-    with pytest.raises(scaling.BadInput, match="the run that this command plans"):
-        gate.merge(tmp_path / "runs.csv", [row | {"overrides": "--seed=0 --clip=2"}])
-    assert math.isfinite(float(scaling.read_table(tmp_path / "runs.csv")[1][0]["planned_flops"]))
+def budget_of(label, losses, asked):
+    """A Budget whose runs end with these losses."""
+    def ask(name, words, seed, key):
+        asked.append((label, seed))
+        return {"loss": losses[seed], "bpb": losses[seed], "seconds": 1.0}
+    side = gate.Side(gate.ROOT, "b.py", (), label)
+    return gate.Budget(side, SimpleNamespace(ask=ask), 3e11, label, ["--steps=9"], 1e9)
+
+
+def test_what_is_in_the_table_is_not_trained_again(tmp_path):
+    asked, a = [], SimpleNamespace(out=tmp_path, jobs=2, seeds=2, minutes=None)
+    budgets = [budget_of("base-1", [3.0, 3.1, 3.2], asked), budget_of("mine-2", [2.9, None, 3.0], asked)]
+    found = gate.train_pairs(a, budgets)
+    assert len(asked) == 4 and [row["loss"] for row in found["mine-2"]] == [2.9, "diverged"]
+    found = gate.train_pairs(SimpleNamespace(**vars(a) | {"seeds": 3}), [budgets[0], budget_of("mine-3", [1, 2, 3], asked)])
+    assert asked[4:].count(("base-1", 2)) == 1 and len(asked) == 8      # other code, other runs
+    assert [float(row["loss"]) for row in found["base-1"]] == [3.0, 3.1, 3.2]
+    rows = scaling.read_table(tmp_path / "runs.csv")[1]
+    assert len(rows) == 8 and {row["flops"] for row in rows} == {"9e+09"}
+
+
+def test_minutes_decide_how_many_seeds_and_losses_do_not(tmp_path, monkeypatch):
+    clock, asked = iter(range(0, 10_000, 60)), []                       # a minute a seed
+    monkeypatch.setattr(gate.time, "monotonic", lambda: next(clock))
+    found = gate.train_pairs(SimpleNamespace(out=tmp_path, jobs=1, seeds=9, minutes=3.5),
+                             [budget_of("base-1", range(1, 9), asked)])
+    assert len(found["base-1"]) == 3
+
+
+@pytest.mark.slow
+def test_a_gate_of_two_tokenizers_trains_and_compares_bits_per_byte(config, tmp_path, capfd):
+    with open(config, "a") as file:
+        file.write("devices = 1\n")
+    code = scaling.main(["gate", "--tokenizer=bpe:260", "--vocab_size=260", "--base", str(config), "--budgets", "3e8",
+                         "--seeds", "2", "--out", str(tmp_path / "gate"), "--law", "0", "0.1"])
+    text = capfd.readouterr().out
+    assert code in gate.VERDICTS.values() and "bits per byte" in text and "2 seeds" in text, text
+    rows = scaling.read_table(tmp_path / "gate/runs.csv")[1]
+    assert len(rows) == 4 and len({row["loss"] for row in rows}) == 4   # seeds and sides differ

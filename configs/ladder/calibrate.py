@@ -47,25 +47,11 @@ KNOWN = {
 # ------------------------------------------------------------------------------ base against base
 
 def trainer(C):
-    """A function (seed, key of the weights) -> held-out loss of the base at a budget; compiles once."""
-    import jax
-
-    import data
-    import train
+    """A function (seed, key of the weights) -> held-out loss of the base at a budget."""
     widths, config = plan.widths_of(ROOT / gate.BASE, AA_RULE)
-    sizes = plan.plan(C, widths, config, AA_RULE)
-    c, t = train.load_config(str(ROOT / gate.BASE), plan.words_of(sizes))
-    mesh, mixture = train.make_mesh(c, t), train.open_data(c, t)
-    make = jax.jit(lambda key: train.make_state(c, t, key), out_shardings=train.state_shardings(c, t, mesh))
-    step, score = train.make_train_step(c, t, mesh), train.make_eval_step(c, mesh, mixture.tokenizer.bytes_V)
-
-    def run(seed, key):
-        state = make(jax.random.key(key))
-        for i in range(t.steps):
-            rows = data.batch_at(mixture, i, t.batch_size, c.seq_len, seed)
-            state, _ = step(state, train.to_global_batch(rows, mesh))
-        return train.evaluate(state, score, mixture, c, t, mesh, AA_TOKENS)["macro"]["loss"]
-    return run
+    sizes = plan.plan(C, widths, config, AA_RULE) | {"eval_tokens_final": AA_TOKENS}
+    worker = gate.Worker(gate.Side(ROOT, str(ROOT / gate.BASE), (), "base"))
+    return lambda seed, key: worker.ask("train", plan.words_of(sizes), seed, key)["loss"]
 
 
 def base_against_base():

@@ -9,7 +9,8 @@
 Both sides get the same seeds, the same order of the data, the sizes that suit the base and, at each
 budget, the same training FLOPs by their own model.count. Losses are compared in pairs of equal seeds; the
 ladder's law turns a loss into compute. Step times are measured in turns. Runs are kept in --out, a row of
-runs.csv each, under the name of their code and config, and are not trained again.
+runs.csv each, under the name of their code and config, and are not trained again. One process trains all
+seeds of a side and budget (worker.py), so a run has no directory.
 
 Verdict: "holds" if even the lower 95 % bound of the compute speed-up over all budgets is above 1 and no
 budget speaks against it; "does not hold" if the upper bound is below WORTH, or if training diverges; else
@@ -28,7 +29,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,78 +118,32 @@ def digest(checkout, config):
     return hashlib.sha256("\n".join([*trees, config]).encode()).hexdigest()[:8]
 
 
-# A process of one side's own code: for each line of JSON on its input, one on its output.
-WORKER = """
-import hashlib, json, sys, time
-checkout, config = sys.argv[1:3]
-sys.path.insert(0, checkout)
-import jax
-import data, model, train
-from tests import hlo
-
-def heldout_sha256(mixture):            # of the text, whatever tokens stand for it
-    digest = hashlib.sha256()
-    for name, stream in sorted(mixture.heldout.items()):
-        digest.update(repr((name, mixture.tokenizer.decode(stream.read(0, stream.tokens)))).encode())
-    return digest.hexdigest()
-
-for line in sys.stdin:
-    keys, take = json.loads(line)
-    if take == 0:                       # a new run: what it costs by its own count
-        try:
-            c, t = train.load_config(config, keys)
-        except ValueError as error:
-            print(json.dumps({"error": str(error)}), flush=True)
-            continue
-        n, tokens = model.count(c), t.batch_size * c.seq_len
-        said = {"flops": n.mfu_flops * tokens, "total": n.total, "tokens": tokens, "config": repr((c, t))}
-    elif take == 1:                     # make its step, once, and look at it
-        mesh = train.make_mesh(c, t)
-        state = jax.jit(lambda: train.make_state(c, t, jax.random.key(0)),
-                        out_shardings=train.state_shardings(c, t, mesh))()
-        mixture = train.open_data(c, t)
-        rows = data.batch_at(mixture, 0, t.batch_size, c.seq_len, t.seed)
-        batch = train.to_global_batch(rows, mesh, t.accumulate)
-        step = train.make_train_step(c, t, mesh)
-        traced = step.trace(state, batch)
-        memory = traced.lower().compile().memory_analysis()
-        said = {"executed": hlo.traced_flops(traced.jaxpr.jaxpr) * mesh.size,
-                "tokenizer": mixture.tokenizer.sha256,
-                "heldout": f"{heldout_sha256(mixture)} {t.eval_tokens_final}",
-                "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes}
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-    else:                               # the seconds of a step
-        start = time.perf_counter()
-        for _ in range(take):
-            state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        said = {"seconds": (time.perf_counter() - start) / take}
-    print(json.dumps(said), flush=True)
-"""
-
-
 class Worker:
-    """Asks one side's own code, in a process of its own."""
+    """Asks one side's own code, in a process of its own: see worker.py. It starts when it is first asked."""
 
     def __init__(self, side):
-        words = [sys.executable, "-c", WORKER, str(side.checkout), side.config]
-        self.side, self.process = side, subprocess.Popen(
-            words, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.side, self.process = side, None
 
-    def ask(self, take, keys=()):
-        """Send a request, see WORKER, and return the answer. BadInput if the code cannot give one."""
-        self.process.stdin.write(json.dumps([[*keys, *self.side.keys], take]) + "\n")
+    def ask(self, name, words, *more):
+        """What a method of worker.Runs returns. BadInput if the code cannot give an answer."""
+        if not self.process:
+            program = [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.side.checkout),
+                       self.side.config]
+            self.process = subprocess.Popen(program, cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE)
+        self.process.stdin.write(json.dumps([name, [[*words, *self.side.keys], *more]]) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        need(line, self.side.name, "a step of this code", "a failure", "see the lines above")
+        need(line, self.side.name, f"an answer to {name} from this code", "a failure", "see the lines above")
         said = json.loads(line)
-        need("error" not in said, self.side.name, "a config of train.py", said.get("error"), "correct it")
+        need("error" not in (said if isinstance(said, dict) else ()), self.side.name, "a config that trains",
+             isinstance(said, dict) and said.get("error"), "correct it")
         return said
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait()
 
 
 # ---------------------------------------------------------------------------------- what is trained
@@ -194,67 +151,73 @@ class Worker:
 class Budget(NamedTuple):
     """How one side spends C training FLOPs."""
     side: Side
+    worker: Worker
     C: float
     label: str                          # of its runs, without the seed
-    keys: dict                          # sizes and steps
+    words: list                         # sizes and steps
     flops: float                        # of a step, by its own count
 
 
 def planned(worker, C, sizes):
-    """A Budget of this side: as many steps as C takes by its own count."""
-    cost = worker.ask(0, plan.words_of(sizes | {"steps": 1000}))
-    steps = round(C / cost["flops"])
+    """A Budget of a worker's side: as many steps as C takes by its own count."""
+    flops = worker.ask("count", plan.words_of(sizes | {"steps": 1000}))["flops"]
+    steps = round(C / flops)
     need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", steps, "raise the budget")
-    code = digest(worker.side.checkout, worker.ask(0, plan.words_of(sizes | {"steps": steps}))["config"])
+    words = plan.words_of(sizes | {"steps": steps})
+    code = digest(worker.side.checkout, worker.ask("count", words)["config"])
     label = f"{worker.side.name[:60]}-{code}_c{C:.6g}".replace("+", "")
-    return Budget(worker.side, C, label, sizes | {"steps": steps}, cost["flops"])
+    return Budget(worker.side, worker, C, label, words, flops)
 
 
-def row_of(budget, seed, out):
-    """The row of a ladder's table for one seed of a Budget."""
-    name = f"{budget.label}_s{seed}"
-    keys = budget.keys | {"seed": seed, "run_dir": str(Path(out).resolve() / name)}
-    return {"config": name, "base": budget.side.config, "checkout": str(budget.side.checkout),
-            "overrides": " ".join([*plan.words_of(keys), *budget.side.keys]),
-            "planned_flops": f"{budget.keys['steps'] * budget.flops:.6g}", "loss": "", "seed": str(seed)}
+def row_of(budget, seed):
+    """The row of the table for one seed of a Budget."""
+    steps = int(budget.words[-1].partition("=")[2])
+    return {"config": f"{budget.label}_s{seed}", "base": budget.side.config, "checkout": str(budget.side.checkout),
+            "overrides": " ".join([*budget.words, *budget.side.keys]), "flops": f"{steps * budget.flops:.6g}",
+            "seed": str(seed), "loss": "", "bpb": ""}
 
 
-def merge(path, rows):
-    """Add rows to a table; those that are there keep their results, if they say the same."""
-    columns, table = ["config", "base", "checkout", "overrides", "planned_flops", "loss", "seed"], {}
-    if Path(path).is_file():
-        columns, old = scaling.read_table(path)
-        table = {row["config"]: row for row in old}
-    for row in rows:
-        old = table.setdefault(row["config"], row)
-        need(old["overrides"] == row["overrides"], f"{path}: {row['config']}", "the run that this command plans",
-             "another", "choose another --out")
-    plan.write_table(path, columns, [*table.values()])
+class Table:
+    """runs.csv of --out: a row for each run, written as a whole when one ends."""
+
+    def __init__(self, out):
+        self.path, self.lock, self.rows = Path(out) / "runs.csv", threading.Lock(), {}
+        if self.path.is_file():
+            self.rows = {row["config"]: row for row in scaling.read_table(self.path)[1]}
+
+    def losses(self, budget, seeds):
+        """The rows of a Budget, trained where they are missing."""
+        for seed in seeds:
+            row = row_of(budget, seed)
+            if row["config"] not in self.rows:
+                print(f"training {row['config']}", flush=True)
+                row |= budget.worker.ask("train", budget.words, seed, seed)
+                row["loss"] = "diverged" if row["loss"] is None else row["loss"]
+                with self.lock:
+                    self.rows[row["config"]] = row
+                    columns = dict.fromkeys(key for row in self.rows.values() for key in row)
+                    plan.write_table(self.path, [*columns], [*self.rows.values()])
+        return [self.rows[f"{budget.label}_s{seed}"] for seed in seeds]
 
 
 def train_pairs(a, budgets):
-    """Train both sides at every budget, seed by seed; return {budget's label: its losses by seed}.
-    With --minutes as many seeds as fit in, two at least: their number does not depend on losses."""
-    table, began, losses = Path(a.out) / "runs.csv", time.monotonic(), {}
-    for done in itertools.count(1):
-        rows = [row_of(budget, seed, a.out) for budget in budgets
-                for seed in (range(a.seeds) if not a.minutes else [done - 1])]
-        merge(table, rows)
-        found = plan.run_ladder(table, a.jobs, {row["config"] for row in rows})
-        for budget in budgets:
-            losses.setdefault(budget.label, []).extend(
-                found[row["config"]] for row in rows if row["config"].startswith(f"{budget.label}_s"))
-        spent = (time.monotonic() - began) / 60
-        if not a.minutes or done > 1 and spent * (done + 1) / done > a.minutes:
-            return losses
+    """Train both sides at every budget; return {label of a Budget: its rows by seed}. With --minutes as many
+    seeds as fit in, two at least: their number does not depend on losses."""
+    table, began = Table(a.out), time.monotonic()
+    with ThreadPoolExecutor(a.jobs) as pool:
+        for seeds in itertools.count(1) if a.minutes else [a.seeds]:
+            found = list(pool.map(lambda budget: table.losses(budget, range(seeds)), budgets))
+            spent = (time.monotonic() - began) / 60
+            if not a.minutes or seeds > 1 and spent * (seeds + 1) / seeds > a.minutes:
+                return {budget.label: rows for budget, rows in zip(budgets, found)}
 
 
-def step_times(workers, rounds=8, steps=4):
-    """Seconds of a step of each worker, in turns: the smallest of some rounds."""
-    best = [math.inf] * len(workers)
+def step_times(budgets, rounds=8, steps=4):
+    """Seconds of a step of each Budget, in turns: the smallest of some rounds."""
+    best = [math.inf] * len(budgets)
     for _ in range(rounds):
-        for i, worker in enumerate(workers):
-            best[i] = min(best[i], worker.ask(steps)["seconds"])
+        for i, budget in enumerate(budgets):
+            best[i] = min(best[i], budget.worker.ask("seconds", budget.words, steps))
     return best
 
 
@@ -321,40 +284,46 @@ def more_seeds(mean, sd, runs, budgets):
 
 # --------------------------------------------------------------------------------------- the command
 
-def unit_of(facts, names):
+def unit_of(texts, names):
     """The key under which the losses of both sides compare: nats per token if they have one tokenizer,
     else bits per byte. BadInput if they are not scored on the same text."""
-    need(facts[0]["heldout"] == facts[1]["heldout"], names[1], f"the held-out text of {names[0]}", "another",
+    need(texts[0]["heldout"] == texts[1]["heldout"], names[1], f"the held-out text of {names[0]}", "another",
          "give both sides the same held-out text")
-    return "loss" if facts[0]["tokenizer"] == facts[1]["tokenizer"] else "bpb"
+    return "loss" if texts[0]["tokenizer"] == texts[1]["tokenizer"] else "bpb"
 
 
 def gate(a):
     """Train, compare, print; returns the exit code."""
-    sides = sides_of(a.fork + a.rest, a.base, a.out)
-    workers = [Worker(side) for side in sides]
+    sides, workers = sides_of(a.fork + a.rest, a.base, a.out), []
     try:
         widths, config = plan.widths_of(ROOT / a.base, RULE)
-        budgets = []
+        budgets = []                                    # base and variant in turns
         for C in sorted(a.budgets):
+            workers += [Worker(side) for side in sides]
             sizes = plan.plan(C, widths, config, RULE)
-            sizes |= {"steps": 0, "eval_tokens_final": a.eval_tokens}
-            budgets += [planned(worker, C, sizes) for worker in workers]
-        need(budgets[0].label.rpartition("-")[2] != budgets[1].label.rpartition("-")[2], sides[1].name,
-             "another code or config than the base's", "the same", "edit it, and give the command again")
-        facts = [worker.ask(1) for worker in workers]
-        unit = unit_of(facts, [side.name for side in sides])
+            sizes.pop("steps")
+            budgets += [planned(worker, C, sizes | {"eval_tokens_final": a.eval_tokens}) for worker in workers[-2:]]
+        base, variant = budgets[-2:]
+        codes = [budget.label.rpartition("-")[2] for budget in (base, variant)]
+        need(codes[0] != codes[1], sides[1].name, "another code or config than the base's", "the same",
+             "edit it, and give the command again")
+        sources = [budget.worker.ask("count", budget.words)["source"] for budget in (base, variant)]
+        if sources[0] != sources[1]:
+            print("warning       it has another train.loop or train.train, which the gate does not run")
+        unit = unit_of([budget.worker.ask("text", budget.words) for budget in (base, variant)],
+                       [side.name for side in sides])
         found = train_pairs(a, budgets)
-        seconds = step_times(workers)
-    except plan.RunFailed as error:
-        if error.code != 3 or not error.name.startswith(sides[1].name[:60]):
-            raise
-        print(f"{error.name}: training diverged, see its log\nverdict       does not hold")
-        return VERDICTS["does not hold"]
+        lost = [(budget.side, row["config"]) for budget in budgets for row in found[budget.label]
+                if row["loss"] == "diverged"]
+        if lost:
+            need(lost[0][0] == sides[1], lost[0][1], "a base that trains", "divergence", "mend it")
+            print(f"{lost[0][1]}: update after update is not finite\nverdict       does not hold")
+            return VERDICTS["does not hold"]
+        facts = [budget.worker.ask("look", budget.words) for budget in (base, variant)]
+        return conclude(a, budgets, found, unit, facts, step_times([base, variant]))
     finally:
         for worker in workers:
             worker.close()
-    return conclude(a, budgets, found, unit, facts, seconds)
 
 
 def conclude(a, budgets, runs, unit, facts, seconds):

@@ -40,6 +40,7 @@ class Rule:
     law: tuple = ()         # (a, b) of D* = a C^b; (): a published one
     head: bool = False      # C counts the output head in every model, not only in dense ones
     aspect: float = 0.0     # width per layer, for models of two layers and more; 0: the recipe's rule
+    layers: int = 0         # depth of every model, which has a head of head_dim for each `unit`; 0: grows
     group: int = 4          # query heads that share a key/value head, or more where it does not divide
     unit: int = 0           # widths are its multiples, and heads no narrower than head_dim; 0: head_dim
 
@@ -48,21 +49,23 @@ def shape(width, experts, head_dim, rule=Rule()):
     """Config keys of a width by the recipe's rules [cited: marin #4447]; experts = 0 is dense (4x MLP).
 
     With rule.unit the heads are the narrowest, of head_dim and more and in fours for half-RoPE, that
-    divide the width."""
+    divide the width. With rule.layers width is the only dial."""
     unit = rule.unit or head_dim
     need(width >= max(unit, head_dim) and width % unit == 0, "hidden_dim",
          f"a multiple of {unit}, at least {head_dim}", width, "choose such a width")
-    if rule.unit:
+    if rule.unit and not rule.layers:
         head_dim = next((h for h in range(head_dim, width) if width % h == 0 and h % 4 == 0), width)
     heads = width // head_dim
     layers = max(1, round(width / (64 + 4 * math.log2(width) - 9)))
     if rule.aspect:
         layers = max(2, round(width / rule.aspect))
+    if rule.layers:
+        heads, layers = width // unit, rule.layers
     sizes = dict(hidden_dim=width, num_layers=layers, num_heads=heads)
     if not experts:
         return sizes | dict(num_kv_heads=heads, head_dim=head_dim, shared_dim=4 * width)
     kv_heads = max([n for n in range(1, heads // rule.group + 1) if heads % n == 0] or [1])
-    expert_dim = math.ceil(width / 2 / unit) * unit
+    expert_dim = width // 2 if rule.layers else math.ceil(width / 2 / unit) * unit
     return sizes | dict(num_kv_heads=kv_heads, head_dim=head_dim, expert_dim=expert_dim, shared_dim=width)
 
 
@@ -199,25 +202,15 @@ def need_same(base, words, folder):
                  f"{before!r}", "give the row another --run_dir")
 
 
-class RunFailed(BadInput):
-    """A run of a ladder that train.py ended with an exit code other than 0."""
-    def __init__(self, name, code):
-        super().__init__(name, "train.py to finish", f"exit code {code}", "correct it and give this command again")
-        self.name, self.code = name, code
-
-
-def run_ladder(path, jobs=1, only=None):
+def run_ladder(path, jobs=1):
     """Train every run of a ladder's table that has no loss, cheapest first, each in its own process,
-    `jobs` at a time, and fill in its row; stop at a failure. A run cut short goes on from its checkpoint.
-    only: names of runs, instead of all; then train.py's own lines stay in the run's log.txt. Returns
-    {name: row}."""
+    `jobs` at a time, and fill in its row; stop at a failure. A run cut short goes on from its checkpoint."""
     columns, rows = scaling.read_table(path)
     missing = {"config", "base", "overrides", "planned_flops", "loss"} - {*columns}
     need(not missing, path, "a ladder's table", columns, "write it: ladder --budgets C ... --out TABLE.csv")
-    chosen = [row for row in rows if only is None or row["config"] in only]
-    left = [row for row in chosen if not row["loss"]]
+    left = [row for row in rows if not row["loss"]]
     left.sort(key=lambda row: (number(row["planned_flops"], path, "planned_flops"), row["config"]))
-    print(f"{path}: {len(chosen) - len(left)} runs done, {len(left)} to go", flush=True)
+    print(f"{path}: {len(rows) - len(left)} runs done, {len(left)} to go", flush=True)
     failed, filling = threading.Event(), threading.Lock()
 
     def train(row):
@@ -227,16 +220,15 @@ def run_ladder(path, jobs=1, only=None):
         folders = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
         need(folders, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
         result = Path(folders[0]) / "result.json"
-        program = Path(row.get("checkout") or ROOT, "train.py")         # of another fork, in a gate's table
-        command = [sys.executable, str(program), row["base"], *words]
-        if only is None and result.parent.is_dir() and any(result.parent.glob("*.json")):
+        code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
+        command = [sys.executable, str(code), row["base"], *words]
+        if result.parent.is_dir() and any(result.parent.glob("*.json")):
             need_same(row["base"], words, result.parent)
         print(row["config"], flush=True)
-        quiet = None if only is None else subprocess.DEVNULL
-        code = 0 if result.is_file() else subprocess.run(command, stdout=quiet).returncode
-        if code:
+        if not result.is_file() and subprocess.run(command).returncode:
             failed.set()
-            raise RunFailed(row["config"], code)
+            raise BadInput(row["config"], "train.py to finish", "a failure",
+                           "correct it and give this command again")
         found = scaling.read_json(result)
         number(found.get("loss"), result, "loss")
         domains = found.pop("domains", {})
@@ -250,13 +242,12 @@ def run_ladder(path, jobs=1, only=None):
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, left))
-    return {row["config"]: row for row in rows}
 
 
 # ---------------------------------------------------------------------------------------- command line
 
 def rule_of(a):
-    return Rule(a.batch, tuple(a.law), a.count_head, a.aspect, a.group, a.unit)
+    return Rule(a.batch, tuple(a.law), a.count_head, a.aspect, a.layers, a.group, a.unit)
 
 
 def plan_command(a):
@@ -286,6 +277,7 @@ def add_planning(add):
     add("--law", type=number, nargs=2, default=(), metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
     add("--count-head", action="store_true", help="C with the output head in every model")
     add("--aspect", type=number, default=0.0, metavar="R", help="width per layer, instead of the rule")
+    add("--layers", type=scaling.count, default=0, metavar="L", help="depth of every model, with a head for each U")
     add("--group", type=scaling.count, default=4, metavar="N", help="query heads a key/value head")
     add("--unit", type=scaling.count, default=0, metavar="U",
         help="widths in multiples of it, heads of head_dim or wider")

@@ -1,6 +1,7 @@
 """Whether the gate says of an idea what is so, from losses whose truth is known."""
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,8 @@ import scaling
 from configs.ladder import calibrate
 from configs.ladder import gate
 from configs.ladder import plan
+from configs.ladder import worker
+from tests import rivals            # noqa: F401  (a file that code can depend on)
 
 LAW = scaling.Law(0.8, 60.0, 0.1)
 BUDGETS = 3e11, 1e12
@@ -119,7 +122,7 @@ def test_budgets_are_training_flops_not_active_parameters():
         def ask(name, words):
             c, t = plan.load(config, {}, [*words, *keys])
             parameters.append(model.count(c).params)
-            return {"flops": model.count(c).mfu_flops * t.batch_size * c.seq_len, "config": ""}
+            return {"flops": model.count(c).mfu_flops * t.batch_size * c.seq_len, "code": ""}
         budget = gate.planned(SimpleNamespace(ask=ask, side=gate.Side(gate.ROOT, config, keys, "mine")), 3e11, sizes)
         row = gate.row_of(budget, 1)
         assert row["seed"] == "1" and row["overrides"].endswith(" ".join(keys))
@@ -167,10 +170,12 @@ def test_a_patch_makes_another_code_and_the_ideas_fit_this_one(tmp_path):
 
 
 def test_a_comment_is_no_other_code(tmp_path):
-    (tmp_path / "model.py").write_text("x = 1\n")
-    before = gate.digest(tmp_path, "c")
-    (tmp_path / "model.py").write_text("x = 1       # one\n")
-    assert gate.digest(tmp_path, "c") == before != gate.digest(tmp_path, "d")
+    texts = {"a": "x = 1\n", "b": "x = 1       # one\n", "c": "x = 2\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    a, b, c = (worker.digest({tmp_path / name}, "config") for name in texts)
+    assert a == b and len({a, c, worker.digest({tmp_path / "a"}, "other")}) == 3
+    assert {Path(path).name for path in worker.loaded(gate.ROOT)} >= {"train.py", "rivals.py", "gate.py"}
 
 
 def test_the_tables_of_the_calibration_say_what_the_readme_says(capsys):

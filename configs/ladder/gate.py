@@ -18,7 +18,6 @@ budget speaks against it; "does not hold" if the upper bound is below WORTH, or 
 worth nothing "hold" in 9 of 100 cases instead of 4 [simulated].
 Exit codes: 0 holds, 1 does not hold, 3 undecided, 2 bad input. How often it errs: calibrate.py."""
 
-import ast
 import contextlib
 import hashlib
 import itertools
@@ -111,13 +110,6 @@ def frozen(checkout, out, patch=None):
     return folder
 
 
-def digest(checkout, config):
-    """8 letters that change with what the seven files do and with the config that a worker has read.
-    Comments do not count, docstrings do."""
-    trees = [ast.dump(ast.parse(path.read_bytes())) for path in sorted(Path(checkout).glob("*.py"))]
-    return hashlib.sha256("\n".join([*trees, config]).encode()).hexdigest()[:8]
-
-
 class Worker:
     """Asks one side's own code, in a process of its own: see worker.py. It starts when it is first asked."""
 
@@ -164,8 +156,7 @@ def planned(worker, C, sizes):
     steps = round(C / flops)
     need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", steps, "raise the budget")
     words = plan.words_of(sizes | {"steps": steps})
-    code = digest(worker.side.checkout, worker.ask("count", words)["config"])
-    label = f"{worker.side.name[:60]}-{code}_c{C:.6g}".replace("+", "")
+    label = f"{worker.side.name[:60]}-{worker.ask('count', words)['code']}_c{C:.6g}".replace("+", "")
     return Budget(worker.side, worker, C, label, words, flops)
 
 

@@ -6,26 +6,46 @@ A request is [name of a method of Runs, its arguments]. One process trains all s
 compiles once. It uses CHECKOUT's own load_config, model.count, data, make_state, make_train_step and
 evaluate. What a fork changes in train.loop or train.train is not seen; `source` tells the gate so."""
 
+import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
+
+
+@functools.cache
+def meaning(path):
+    """A text that changes with what a file does. Comments do not count, docstrings do."""
+    return ast.dump(ast.parse(Path(path).read_bytes()))
+
+
+def digest(paths, config):
+    """8 letters that change with what these files do and with the config that was read."""
+    return hashlib.sha256("\n".join([*map(meaning, sorted(paths)), config]).encode()).hexdigest()[:8]
+
+
+def loaded(folder):
+    """The files of a folder that this process has imported, such as rivals.py for a config."""
+    files = [getattr(module, "__file__", None) for module in [*sys.modules.values()]]
+    return {file for file in files if file and Path(folder) in Path(file).parents and not file.endswith("hlo.py")}
 
 
 class Runs:
     """What can be asked. words: --key=value of a run, without its seed."""
 
-    def __init__(self, config):
-        self.config, self.kept = config, {}
+    def __init__(self, checkout, config):
+        self.checkout, self.config, self.kept = checkout, config, {}
 
     def count(self, words):
-        """What a step costs, by this code's own count; and the config, as text."""
+        """What a step costs, by this code's own count; and the digest of code and config."""
         c, t = train.load_config(self.config, words)
         n = model.count(c)
-        return {"flops": n.mfu_flops * t.batch_size * c.seq_len, "total": n.total, "config": repr((c, t)),
+        return {"flops": n.mfu_flops * t.batch_size * c.seq_len, "code": digest(loaded(self.checkout), repr((c, t))),
                 "source": inspect.getsource(train.loop) + inspect.getsource(train.train)}
 
     def program(self, words):
@@ -104,7 +124,7 @@ if __name__ == "__main__":
     import model
     import train
     from tests import hlo
-    answers, runs = sys.stdout, Runs(config)
+    answers, runs = sys.stdout, Runs(checkout, config)
     with contextlib.redirect_stdout(sys.stderr):
         for line in sys.stdin:
             name, arguments = json.loads(line)

@@ -36,13 +36,12 @@ class Rule(NamedTuple):
     """How experts are chosen and how balance is kept. Each field is described in its comment."""
     # (logits_TE, bias_E, K) -> (expert_TK, margin_TE); an expert id of E: no expert in this slot
     select: Callable
-    # (margin_LTE, valid_T, bias_LE, K, axis, rate, platform) -> new bias_LE; None: it never moves.
-    # A rule with a memory is also given its arrays, and returns (new bias_LE, *new arrays)
+    # (margin_LTE, valid_T, bias_LE, K, axis, rate, platform) -> new bias_LE; None: it never moves
     next_bias: Callable | None = None
     rate: float = 0.0               # the default step size of a rule that has one
     # (prob_LTE, margin_LTE, valid_T, tokens, K, axis, rate) -> this device's share; None: no loss
     loss: Callable | None = None
-    memory: int = 0                 # arrays [L,E] that it keeps beside its bias, zeros at first
+    memory: int = 0     # arrays [L,E], zeros at first: next_bias takes them last, returns them last
 
 
 def top_k(score_TE, bias_E, K):
@@ -217,11 +216,9 @@ def select(rule, logits_TE, bias_E, K):
 def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform="cpu"):
     """This step's margins -> (the next step's bias_LE, kept_L: layers that kept their old bias).
 
-    Call it once, after all layers: then the layer loop has no collective of it, and nothing waits
-    for it before the next step. A layer with a margin that is not finite keeps its bias, so that a
-    NaN does not outlive its step. rate: 0 takes the rule's own. axis, platform: see kth_largest.
-    bias_LE: for a rule with a memory (bias_LE, *memory), which comes back so; the bias alone begins
-    with an empty memory."""
+    Call it once, after all layers: the layer loop has no collective of it, nothing waits for it. A
+    layer with a margin that is not finite keeps its bias, so that a NaN does not outlive its step.
+    bias_LE: alone, or (bias_LE, *memory). rate: 0 takes the rule's own. axis: see kth_largest."""
     known = rule_named(rule)
     L, _, E = margin_LTE.shape
     if K == E or known.next_bias is None:
@@ -230,13 +227,13 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
     broken_L = jnp.sum(broken_LTE, axis=(1, 2), dtype=jnp.int32)
     here = jnp.sum(valid_T, dtype=jnp.int32)
     tokens, broken_L = _sum_devices((here, broken_L), axis)
-    old, *memory = bias_LE if isinstance(bias_LE, tuple) else (bias_LE,)
-    memory = memory or [jnp.zeros_like(old)] * known.memory
-    new = known.next_bias(margin_LTE, valid_T, old, K, axis, rate or known.rate, platform, *memory)
-    new = new if isinstance(new, tuple) else (new,)
-    kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(jnp.stack(new)), axis=(0, 2))
-    new = tuple(jnp.where(kept_L[:, None], *pair) for pair in zip((old, *memory), new))
-    return new if isinstance(bias_LE, tuple) else new[0], kept_L
+    alone = not isinstance(bias_LE, tuple)
+    old = (bias_LE, *[jnp.zeros_like(bias_LE)] * known.memory) if alone else bias_LE
+    args = margin_LTE, valid_T, old[0], K, axis, rate or known.rate, platform, *old[1:]
+    new = jnp.stack(jax.tree.leaves(known.next_bias(*args)))
+    kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(new), axis=(0, 2))
+    new = tuple(jnp.where(kept_L[:, None], jnp.stack(old), new))
+    return new[0] if alone else new, kept_L
 
 
 def auxiliary_loss(rule, prob_LTE, margin_LTE, valid_T, tokens, K, axis=None, rate=0.0):

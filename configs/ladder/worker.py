@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -90,7 +91,8 @@ class Runs:
                 return {"loss": None, "bpb": None, "seconds": time.perf_counter() - start}
         seconds = time.perf_counter() - start
         domains = train.evaluate(state, p.score, p.mixture, p.c, p.t, p.mesh, p.t.eval_tokens_final)
-        return domains["macro"] | {"seconds": seconds} | {
+        macro = domains["macro"] if math.isfinite(domains["macro"]["loss"]) else {"loss": None, "bpb": None}
+        return macro | {"seconds": seconds} | {
             f"loss_{name}": domain["loss"] for name, domain in domains.items() if name != "macro"}
 
     def look(self, words):

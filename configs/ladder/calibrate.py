@@ -27,9 +27,9 @@ from configs.ladder import gate  # noqa: E402
 from configs.ladder import plan  # noqa: E402
 
 GATES, SEEDS, LIMIT = 40, 3, 3
-AA_BUDGETS = 3e9, 6e9                   # 15 and 30 steps of width 16: about a second each
-AA_RULE = replace(gate.RULE, batch=8)
-AA_TOKENS = 4_096                       # of each held-out domain
+AA_BUDGETS = 1.5e9, 3e9                 # 15 and 30 steps of 4 sequences at width 16: about a second each
+AA_RULE = replace(gate.RULE, batch=4)
+AA_TOKENS = 2_048                       # of each held-out domain
 AA, VERDICTS = FOLDER / "aa.csv", FOLDER / "verdicts.csv"
 IDEAS = "configs/ladder/ideas"
 

@@ -88,13 +88,16 @@ def judge(tried, options):
     """Run the gate on {name: (words, what is known)} and write each verdict into verdicts.csv."""
     for name, (words, known) in tried.items():
         path = ROOT / "out/gate/verdict.json"
+        path.unlink(missing_ok=True)
         code = scaling.main(["gate", *words, *options, "--json", str(path)])
         if code == 2:
             return 2
-        found = json.loads(path.read_text())
+        # without a file training diverged
+        found = row_of(json.loads(path.read_text())) if path.is_file() else {"verdict": "does not hold"}
         rows = {row["name"]: row for row in read(VERDICTS)}
-        rows[name] = {"name": name, "words": " ".join([*words, *options]), "known": known} | row_of(found)
-        VERDICTS.write_text(scaling.csv_text([*rows[name]], rows.values()))
+        rows[name] = {"name": name, "words": " ".join([*words, *options]), "known": known} | found
+        columns = dict.fromkeys(key for row in rows.values() for key in row)
+        plan.write_table(VERDICTS, [*columns], [*rows.values()])
         print()
     return 0
 

@@ -87,7 +87,7 @@ def verdicts_of(rows):
 def judge(tried, options):
     """Run the gate on {name: (words, what is known)} and write each verdict into verdicts.csv."""
     for name, (words, known) in tried.items():
-        path = ROOT / "out/gate/verdict.json"
+        path = ROOT / "out/gate" / f"{name.replace(' ', '_')}.json"
         path.unlink(missing_ok=True)
         code = scaling.main(["gate", *words, *options, "--json", str(path)])
         if code == 2:

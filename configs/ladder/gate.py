@@ -12,8 +12,8 @@ ladder's law turns a loss into compute. Step times are measured in turns. Runs a
 runs.csv each, under the name of their code and config, and are not trained again. One process trains all
 seeds of a side and budget (worker.py), so a run has no directory.
 
-Verdict: "holds" if even the lower 95 % bound of the compute speed-up over all budgets is above 1 and no
-budget speaks against it; "does not hold" if the upper bound is below WORTH, or if training diverges; else
+Verdict: "holds" if even the lower 95 % bound of the compute speed-up over all budgets is above 1 and each
+budget has a speed-up; "does not hold" if the upper bound is below WORTH, or if training diverges; else
 "undecided". Choose the seeds before you look: who adds seeds until it is decided sees a variant that is
 worth nothing "hold" in 9 of 100 cases instead of 4 [simulated].
 Exit codes: 0 holds, 1 does not hold, 3 undecided, 2 bad input. How often it errs: calibrate.py."""
@@ -262,14 +262,14 @@ def compare(budgets, law):
              "at_most": math.exp(mean + half), "pair_sd": sd, "more_seeds": None,
              "trend": None if slope is None else math.exp(slope)}
     found["verdict"] = verdict(found)
-    if found["verdict"] == "undecided":
+    if found["verdict"] == "undecided" and found["at_least"] <= 1:
         found["more_seeds"] = more_seeds(mean, sd, every.size, len(rows))
     return found
 
 
 def verdict(found):
     """See the first lines of this file."""
-    if found["at_least"] > 1 and all(row["at_most"] > 1 for row in found["budgets"]):
+    if found["at_least"] > 1 and all(row["speedup"] > 1 for row in found["budgets"]):
         return "holds"
     return "does not hold" if found["at_most"] < WORTH else "undecided"
 
@@ -375,6 +375,8 @@ def show(found):
         print(f"warning       it executes {fork:.2f} times the FLOPs that its model.count says, the base "
               f"{base:.2f} times: the comparison favors it by {fork / base:.2f}")
     more = f": needs {found['more_seeds']} more seeds" if found["more_seeds"] else ""
+    if found["verdict"] == "undecided" and not more:
+        more = ": its budgets contradict each other, add a larger one"
     print(f"verdict       {found['verdict']}{more}")
 
 

@@ -137,9 +137,10 @@ def show():
     print(f"Base against base, {len(found)} gates of {SEEDS} seeds at C = "
           + " and ".join(f"{C:g}" for C in AA_BUDGETS) + ": " + ", ".join(f"{name} {n}" for name, n in count.items())
           + f"; the lower bound is below 1, as is true, in {below}\n")
-    print(figures.markdown(["variant", "known", "verdict", "speed-up, bounds", "by budget", "clock"], [
+    print(figures.markdown(["variant", "known", "verdict", "speed-up, bounds", "by budget", "difference in nats"], [
         (row["name"], row["known"], row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
-         f"{row['speedup']}, {row['at_least']} to {row['at_most']}", row["speedups"].replace(" ", ", "), row["wall_clock"])
+         f"{row['speedup']}, {row['at_least']} to {row['at_most']}", row["speedups"].replace(" ", ", "),
+         row["differences"].replace(" ", ", "))
         for row in read(VERDICTS)]))
     return int(count["holds"] > LIMIT)
 

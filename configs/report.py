@@ -198,7 +198,9 @@ class Log:
         for number, row in enumerate(rows, step - len(rows) + 1):
             self.follow(number, row)
         loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_multiplier"))
+        taken = [float(row["loss"]) for row in rows if not row["skipped"]]
         new = {"step": step, "loss": loss if math.isfinite(loss) else None, "ema": self.ema,
+               "mean_loss": float(np.mean(taken)) if taken else None,
                "gnorm": gnorm if math.isfinite(gnorm) else None,
                "skipped": sum(int(row["skipped"]) for row in rows),
                "lr": self.rates.matrix_lr * share, "adam_lr": self.rates.adam_lr * share,

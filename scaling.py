@@ -835,7 +835,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of every command, those of configs/ladder included."""
-    from configs.ladder import bias, curves, figures, gate, plan, speedup   # they import this module
+    from configs.ladder import bias, curves, figures, gate, plan, speedup   # they import this
     top = Parser(prog="scaling.py", description=__doc__,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)

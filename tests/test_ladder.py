@@ -53,6 +53,7 @@ def test_each_rung_inherits_the_one_before_and_changes_what_it_says(monkeypatch)
                      ("muonh", "v2", 64, False, False, 0.0), ("muonh", "v2", 64, True, True, 2.5)]
 
 
+@pytest.mark.slow
 def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
     """Three steps against the update written out: matrices decay at the rate, gains and embedding do not."""
     monkeypatch.chdir(ROOT)

@@ -811,7 +811,7 @@ class Checkpoints:
     def sync(self, pattern=UNFINISHED, files="**/*"):
         """Called when all files of a checkpoint are written, and before it is committed."""
         for path in Path(self.folder).glob(pattern):            # none in a bucket
-            sync(*path.glob(files), path, path.parent)
+            data.to_disk(*path.glob(files), path, path.parent)
 
     def save(self, state, config):
         """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
@@ -867,19 +867,6 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def sync(*paths):
-    """See to it that files, and names in directories, outlive a loss of power."""
-    for path in paths:
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError:             # some network file systems cannot do this for a directory
-            if not os.path.isdir(path):
-                raise
-        finally:
-            os.close(number)
-
-
 def write(path, text, append=False):
     """Append to a file; or replace it in one motion that outlives a loss of power, so that a reader
     never sees half of it."""
@@ -892,9 +879,9 @@ def write(path, text, append=False):
         with open(target, "ab" if append else "wb") as file:
             file.write(text.encode(errors="replace"))
         if not append:
-            sync(target)
+            data.to_disk(target)
             target.replace(path)
-            sync(target.parent)
+            data.to_disk(target.parent)
     except OSError as error:
         raise TemporaryError(f"{path}: cannot be written ({error.strerror}); what was saved before "
                              f"is sound, and the same command goes on") from None

@@ -569,6 +569,7 @@ def test_what_counts_has_been_synced(run_config, tmp_path, monkeypatch):
     assert f"{folder}/0/commit_success.txt" in done and done[-1] == str(folder)
 
 
+@slow
 def test_arrays_of_other_code_are_not_called_damaged(run_config, plain, tmp_path):
     run = copy(plain, tmp_path)
     for step in (4, 8, 12):

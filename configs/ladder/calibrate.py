@@ -140,7 +140,7 @@ def show():
     print(figures.markdown(["variant", "known", "verdict", "speed-up, bounds", "by budget", "difference in nats"], [
         (row["name"], row["known"], row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
          f"{row['speedup']}, {row['at_least']} to {row['at_most']}", row["speedups"].replace(" ", ", "),
-         row["differences"].replace(" ", ", "))
+         ", ".join(f"{float(difference):+.4f}" for difference in row["differences"].split()))
         for row in read(VERDICTS)]))
     return int(count["holds"] > LIMIT)
 

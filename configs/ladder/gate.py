@@ -7,10 +7,10 @@
     python scaling.py gate ../my_fork --budgets 3e11 1e12 3e12 --seeds 4 --json verdict.json
 
 Both sides get the same seeds (each budget its own), the same order of the data, the sizes that suit the
-base and, at each budget, the same training FLOPs by their own model.count. Losses are compared in pairs of equal seeds; the
-ladder's law turns a loss into compute. Step times are measured in turns. Runs are kept in --out, a row of
-runs.csv each, under the name of their code and config, and are not trained again. One process trains all
-seeds of a side and budget (worker.py), so a run has no directory.
+base and, at each budget, the same training FLOPs by their own model.count. Losses are compared in pairs of
+equal seeds; the ladder's law turns a loss into compute. Step times are measured in turns, on a machine that
+should be quiet. Runs are kept in --out, a row of runs.csv each, under the name of their code and config,
+and are not trained again. One process trains all seeds of a side and budget, see worker.py.
 
 Verdict: "holds" if even the lower 95 % bound of the compute speed-up over all budgets is above 1 and each
 budget has a speed-up; "does not hold" if the upper bound is below WORTH, or if training diverges; else

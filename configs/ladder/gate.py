@@ -105,7 +105,8 @@ def frozen(checkout, out, patch=None):
             need(done.returncode == 0, patch, "a patch that fits this checkout", done.stderr.strip(),
                  "make it anew by git diff")
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
-        content = hashlib.sha256(b"".join(str(path.relative_to(scratch)).encode() + path.read_bytes() for path in files))
+        texts = [str(path.relative_to(scratch)).encode() + path.read_bytes() for path in files]
+        content = hashlib.sha256(b"".join(texts))
         folder = out / f"code-{content.hexdigest()[:12]}"
         with contextlib.suppress(OSError):          # it is there already
             os.rename(scratch, folder)

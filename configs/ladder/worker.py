@@ -8,6 +8,7 @@ evaluate. What a fork changes in train.loop or train.train is not seen; `source`
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -46,7 +47,9 @@ class Runs:
         """What a step costs, by this code's own count; and the digest of code and config."""
         c, t = train.load_config(self.config, words)
         n = model.count(c)
-        return {"flops": n.mfu_flops * t.batch_size * c.seq_len, "code": digest(loaded(self.checkout), repr((c, t))),
+        t_anywhere = dataclasses.replace(t, run_dir="", data_dir="", compiled_dir="", checkpoint_dir="")
+        return {"flops": n.mfu_flops * t.batch_size * c.seq_len,
+                "code": digest(loaded(self.checkout), repr((c, t_anywhere))),
                 "source": inspect.getsource(train.loop) + inspect.getsource(train.train)}
 
     def program(self, words):

@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as Spec
@@ -55,9 +55,10 @@ class ModelConfig:
     nope_on_full: bool = False          # the published 67B: no RoPE on full layers [marin #6044]
     combine_sum: float = 0.0            # V2: rescale a token's combine weights to this sum (2.5)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"   # of matmuls; weights are float32
-    remat: Literal["block", "none"] = "block"   # "block" recomputes layers in the backward pass
+    remat: Literal["block", "attended", "none"] = "block"   # "attended" keeps two states a layer
     capacity_factor: float = 0.0        # rows of a shard's buffer over its mean load; 0 drops none
     exchange: Literal["ring", "ragged"] = "ring"    # how tokens reach other devices' experts
+    weights_over: Literal["data", "expert+data"] = "data"   # mesh axes that split layers' matrices
 
     def __post_init__(self):
         def need(ok, key, expected):
@@ -97,12 +98,11 @@ class Weight(NamedTuple):
     group: str              # "matrix", "expert", "shared", "head", "adam": see train.GROUPS
     init: str = "normal"    # "normal": 0.5/sqrt(D), cut at 3 sigma [marin #4697]; "ones"; "zeros"
 
-    def gather_axis(self, w):
-        """The axis of w that is split over "data", or None. Counted from the end, because inside
-        the layer scan the stack's leading L is gone."""
-        if "data" not in self.spec:
-            return None
-        return w.ndim - len(self.spec) + self.spec.index("data")
+    def gathers(self):
+        """[(axis to gather, mesh axis)] in that order; an expert stays on its device. Axes count
+        from the end, because inside the layer scan the stack's leading L is gone."""
+        split = {i: jax.tree.leaves(axes) for i, axes in enumerate(self.spec, -len(self.spec))}
+        return [(i, name) for i in split if "data" in split[i] for name in reversed(split[i])]
 
 
 def param_specs(c):
@@ -116,8 +116,8 @@ def param_specs(c):
     V, D, L, N, E, F, Z, U = (c.vocab_size, c.hidden_dim, c.num_layers, c.num_heads, c.num_experts,
                               c.expert_dim, c.shared_dim, c.gated_norm_rank)
     Q, P = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    rows, cols = Spec(None, "data", None), Spec(None, None, "data")
-    each = Spec(None, "expert", "data", None)
+    each, split = Spec(None, "expert", "data", None), tuple(c.weights_over.split("+"))
+    rows, cols = Spec(None, split, None), Spec(None, None, split)
     def gated_norm_weights(site):
         return {
             f"{site}_norm_gain_D":  Weight((L, D),       Spec(), "adam", "ones"),
@@ -217,10 +217,9 @@ def gather_params(params, specs, c, sharded):
     Backward, each device receives the summed gradient of its own share. Weights that every device
     holds whole stay in float32."""
     def one(name, w):
-        axis = specs[name].gather_axis(w)
-        if axis is None:
-            return w
-        return kernels.gather_weight(w, "data" if sharded else None, axis, c.compute_dtype)
+        for axis, mesh in specs[name].gathers():
+            w = kernels.gather_weight(w, mesh if sharded else None, w.ndim + axis, c.compute_dtype)
+        return w
     return {name: one(name, w) for name, w in params.items()}
 
 
@@ -281,7 +280,8 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
             p, full = gather_params(p, specs["layers"], c, sharded), sees_all(c, i)
             turn = None if full and c.nope_on_full else rotation
             return block(x_TD, p, bias_E, segment_BS, turn, full, c, sharded, platform)
-        return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, *weights)
+        kept = jax.checkpoint_policies.save_only_these_names(c.remat)
+        return (run if c.remat == "none" else jax.checkpoint(run, policy=kept))(x_TD, *weights)
     def layers(x_TD, stacked, numbers):
         stats = []
         for place, i in enumerate(numbers):
@@ -313,8 +313,8 @@ def block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded=False, platfor
     normed input [shared expert: DeepSeekMoE, arXiv 2401.06066]. Returns (x_TD, RouterStats or
     None)."""
     with jax.named_scope("attention"):
-        a_TD = gated_norm(x_TD, p, "attn")
-        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, full, c, platform)
+        y_TD = attend(gated_norm(x_TD, p, "attn"), p, segment_BS, rotation, full, c, platform)
+        x_TD = jax.ad_checkpoint.checkpoint_name(x_TD + y_TD, "attended")
     with jax.named_scope("mlp"):
         m_TD, stats = gated_norm(x_TD, p, "mlp"), None
         if c.shared_dim:

@@ -114,6 +114,7 @@ class TrainConfig:
     devices: int = 0                    # 0: all accelerators, or CPU devices that fit the batch
     replicas: int = 1                   # mesh axis "replica": copies of weights; 0: one a device
     expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts
+    expert_block: str = ""              # their block of a TPU's torus, "2x2x2"; "": jax chooses one
     topology: str = ""                  # for --plan: "h100:8", "v4:8x8x16", slices: "2xv5p:8x8x8"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
@@ -302,7 +303,7 @@ def mesh_error(c, t, n):
     size = mesh_shape(t, n)
     def uneven(path, w):
         for axis, length in zip(w.spec, w.shape):
-            if axis and length % size[axis]:
+            if length % math.prod(size[name] for name in jax.tree.leaves(axis)):
                 return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length}"
                         f" over {size[axis]} of {axis!r}; use other sizes or another mesh")
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
@@ -347,7 +348,10 @@ def make_mesh(c, t, devices=None):
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if shape[0] % slices:
         refuse("replicas", f"a multiple of the {slices} slices", shape[0])
-    if slices > 1:              # each slice has its own replicas: only their sums leave it
+    if t.expert_block:
+        from configs import layout
+        grid = layout.torus_grid(t.expert_block, shape, devices)
+    elif slices > 1:            # each slice has its own replicas: only their sums leave it
         inside = (shape[0] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     else:
@@ -562,7 +566,8 @@ def make_train_step(c, t, mesh, platform=None):
 
     def sum_copies(g, spec):
         """Sum a gradient over the axes that copy its weight; others the transposes have summed."""
-        return lax.psum(g, tuple(axis for axis in MESH if axis not in spec))
+        split = jax.tree.leaves(tuple(spec))
+        return lax.psum(g, tuple(axis for axis in MESH if axis not in split))
     def gradients(params, bias_LE, batch):
         totals = lax.psum({"weight": jnp.sum(batch["weights"]),
                            "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)

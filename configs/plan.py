@@ -6,11 +6,12 @@ Run:  python train.py CONFIG --plan [--compile] [--key=value ...]       (or pyth
 needs libtpu (pip install "jax[tpu]") and no TPU; tests/hlo.py reads what it made. Both read the config key
 `topology`.
 A plan is a lower bound of time and memory, and says what it assumes; TPUs and single GPU nodes.
-Read: traffic, link_rates and hop_factor (the network), plan, show_plan, compile_plan."""
+Read: traffic, plan, show_plan, compile_plan; layout.py has the network and the search."""
 
 import argparse
+import collections
 import dataclasses
-import itertools
+import functools
 import math
 import os
 import re
@@ -29,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as
 import kernels
 import model
 import train
-from configs import launch
+from configs import launch, layout
 from tests import hlo
 from train import MESH
 
@@ -101,69 +102,45 @@ def parse_topology(t):
     return slices, name, shape
 
 
+@functools.cache
+def weight_classes(c):
+    """{(kind of weight, whether layers have it, mesh axes that split it, the order of its gathers): elements}."""
+    sums = collections.defaultdict(int)
+
+    def add(path, w):
+        kind = "experts" if w.group == "expert" else "other weights"
+        split = frozenset(jax.tree.leaves(tuple(w.spec)))
+        sums[kind, path.startswith("layers/"), split, tuple(axis for _, axis in w.gathers())] += math.prod(w.shape)
+    model.map_params(add, c)
+    return dict(sums)
+
+
 def traffic(c, t, size):
     """Bytes that each chip receives in a step, {(mesh axis, what): bytes}. size: {mesh axis: length}.
 
-    Per microbatch: a weight split over "data" is gathered forward, and again backward under remat; its
-    gradient is reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that
-    copy their weight. Tokens go to experts and back, in both directions of differentiation."""
-    width, again, received = jnp.dtype(c.compute_dtype).itemsize, c.remat == "block", {}
-    n, P = size["data"], size["expert"]
-
-    def add(axis, what, amount):
-        if amount:
-            received[axis, what] = received.get((axis, what), 0.0) + amount
-
-    def add_weight(path, w):
-        elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
-        if "data" in w.spec:
-            kind = "experts" if w.group == "expert" else "other weights"
-            gathers = 2 if again and path.startswith("layers/") else 1
-            moved = t.accumulate * elements * (n - 1) / n
-            add("data", f"{kind}, gathered", gathers * width * moved)
-            add("data", f"{kind}, gradients", 4 * moved)
-            elements /= n
-        for axis in MESH:
-            if axis not in w.spec:
-                add(axis, "gradients of copies", 8 * elements * (size[axis] - 1) / size[axis])
-
-    model.map_params(add_weight, c)
+    Per microbatch: a split weight is gathered forward, and again backward under remat; its gradient is
+    reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that copy their weight. Tokens
+    go to experts and back, in both directions of differentiation, and there once more under remat."""
+    width, again, received = jnp.dtype(c.compute_dtype).itemsize, c.remat != "none", collections.defaultdict(float)
+    for (kind, layered, split, gathers), elements in weight_classes(c).items():
+        for axis in split - set(gathers):
+            elements /= size[axis]
+        for axis in reversed(gathers):
+            moved = t.accumulate * elements * (1 - 1 / size[axis])
+            received[axis, f"{kind}, gathered"] += (1 + (again and layered)) * width * moved
+            received[axis, f"{kind}, gradients"] += 4 * moved
+            elements /= size[axis]
+        for axis in set(MESH) - split:
+            received[axis, "gradients of copies"] += 8 * elements * (1 - 1 / size[axis])
+    P = size["expert"]
     if c.num_experts and P > 1:
         tokens = t.batch_size * c.seq_len / math.prod(size.values())    # a chip's, all microbatches
-        passes, copies = 4 + again, P - 1
-        if c.exchange == "ragged":
-            passes = 4 + 2 * again
+        copies, row = P - 1, (4 + again) * c.hidden_dim * width
+        if c.exchange == "ragged":      # with a row goes its weight: one number, 128 lanes on a TPU
             copies = (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
-        amount = passes * c.num_layers * tokens * copies * c.hidden_dim * width
-        add("expert", f"tokens, by {c.exchange}", amount)
-    return received
-
-
-def link_rates(chip, slices, shape, size):
-    """Bytes a second that a chip can receive along each mesh axis, {axis: rate}.
-
-    Both directions of each torus axis that the mesh axis fills, one link along a part of a torus axis,
-    the data center's network between slices."""
-    rate, free = {}, [(length, 2 if length > 2 else 1) for length in shape]     # (chips, links)
-    for axis in reversed(MESH):
-        n = size[axis] // (slices if axis == "replica" else 1)
-        subsets = (s for k in range(1, len(free) + 1) for s in itertools.combinations(free, k))
-        filled = next((s for s in subsets if math.prod(length for length, _ in s) == n), ())
-        rate[axis] = chip.link * max(1, sum(links for _, links in filled))
-        for dimension in filled:
-            free.remove(dimension)
-        part = next((d for d in free if d[0] % n == 0), None)
-        if part and not filled:
-            free[free.index(part)] = part[0] // n, 0
-    return rate | ({"replica": chip.outside} if slices > 1 else {})
-
-
-def hop_factor(n):
-    """How much longer an all-to-all takes along n chips in a ring than its received bytes say.
-
-    On a ring, the n * V bytes that all chips send travel n / 4 links on average over the 2 n links: V
-    n / 8 each, of which n - 1 of n arrive. What a gather passes on it also keeps: 1."""
-    return n * n / (4 * (n - 1))
+            row += (2 + again) * 4 * 128
+        received["expert", f"tokens, by {c.exchange}"] += c.num_layers * tokens * copies * row
+    return {key: amount for key, amount in received.items() if amount}
 
 
 def plan(c, t):
@@ -174,7 +151,7 @@ def plan(c, t):
         raise train.ConfigError(reason)
     if train.mesh_shape(t, chips)["replica"] % slices:
         train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)
-    size, tokens, remat = train.mesh_shape(t, chips), t.batch_size * c.seq_len, c.remat == "block"
+    size, tokens, remat = train.mesh_shape(t, chips), t.batch_size * c.seq_len, ("none", "block", "attended").index(c.remat)
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = train.abstract_state(c, t, mesh)
 
@@ -185,11 +162,8 @@ def plan(c, t):
     weights = bytes_held(state.params)
     inputs = remat * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
     received, gpu = traffic(c, t, size), is_gpu(name)
-    rate = dict.fromkeys(MESH, chip.link) if gpu else link_rates(chip, slices, shape, size)
-    seconds = {axis: 0.0 for axis in MESH if size[axis] > 1}
-    for (axis, what), amount in received.items():
-        hops = hop_factor(size[axis]) if "ragged" in what and not gpu else 1
-        seconds[axis] += amount * hops / rate[axis]
+    seconds = dict.fromkeys((axis for axis in MESH if size[axis] > 1), 0.0)
+    seconds |= layout.seconds(received, layout.network(name, chip, slices, shape, size, t.expert_block))
     peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
     ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
     executed = ideal * (4 / 3 if remat else 1)

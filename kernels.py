@@ -559,8 +559,8 @@ LARGE_VOCABULARY = 32_768       # above it the gradients of embedding and head n
 
 
 def single_device(axis):
-    """Whether there is nothing to exchange over the axis; None is a program without a mesh."""
-    return axis is None or lax.axis_size(axis) == 1
+    """Whether there is nothing to exchange over the axis; False is a program without a mesh."""
+    return not axis or lax.axis_size(axis) == 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

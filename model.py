@@ -146,15 +146,15 @@ def param_specs(c):
             "down_EFD":       Weight((L, E, F, D), each,   "expert"),
         }
     return {
-        "embed_VD":           Weight((V, D), Spec(None, "data"), "adam"),
+        "embed_VD":           Weight((V, D), Spec(None, split), "adam"),
         "embed_norm_gain_D":  Weight((D,),   Spec(),             "adam", "ones"),
-        "embed_norm_down_DU": Weight((D, U), Spec("data", None), "matrix"),
-        "embed_norm_up_UD":   Weight((U, D), Spec(None, "data"), "matrix"),
+        "embed_norm_down_DU": Weight((D, U), Spec(split, None), "matrix"),
+        "embed_norm_up_UD":   Weight((U, D), Spec(None, split), "matrix"),
         "layers":             layers,
         "final_norm_gain_D":  Weight((D,),   Spec(),             "adam", "ones"),
-        "final_norm_down_DU": Weight((D, U), Spec("data", None), "matrix"),
-        "final_norm_up_UD":   Weight((U, D), Spec(None, "data"), "matrix"),
-        "head_DV":            Weight((D, V), Spec("data", None), "head"),
+        "final_norm_down_DU": Weight((D, U), Spec(split, None), "matrix"),
+        "final_norm_up_UD":   Weight((U, D), Spec(None, split), "matrix"),
+        "head_DV":            Weight((D, V), Spec(split, None), "head"),
     }
 
 
@@ -212,13 +212,11 @@ def init(c, key):
 
 
 def gather_params(params, specs, c, sharded):
-    """FSDP: this device's shares of the weights, cast to the compute type and gathered over "data".
-
-    Backward, each device receives the summed gradient of its own share. Weights that every device
-    holds whole stay in float32."""
+    """FSDP: this device's shares of the weights, cast to the compute type and gathered. Backward,
+    each device receives the summed gradient of its own share."""
     def one(name, w):
         for axis, mesh in specs[name].gathers():
-            w = kernels.gather_weight(w, mesh if sharded else None, w.ndim + axis, c.compute_dtype)
+            w = kernels.gather_weight(w, sharded and mesh, w.ndim + axis, c.compute_dtype)
         return w
     return {name: one(name, w) for name, w in params.items()}
 
@@ -265,14 +263,16 @@ def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None), platform="
 
 def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="cpu"):
     """Tokens to the last hidden state, ready for the head: [B,S] -> ([T,D], RouterStats or None).
-
     Layers are stacked and scanned, PERIOD at a time, so that window and full attention are
     different static programs. What is left over (6 layers = 4 + 2) follows one by one."""
     specs = param_specs(c)
     norms = {name: w for name, w in params.items() if "_norm_" in name}
     top = gather_params(norms, specs, c, sharded)
-    x_TD = kernels.embed(params["embed_VD"], tokens_BS.reshape(-1), "data" if sharded else None,
-                         c.compute_dtype)
+    *first, (_, last) = specs["embed_VD"].gathers()
+    embed_VD = params["embed_VD"]
+    for axis, mesh in first:
+        embed_VD = kernels.gather_weight(embed_VD, sharded and mesh, 2 + axis, c.compute_dtype)
+    x_TD = kernels.embed(embed_VD, tokens_BS.reshape(-1), sharded and last, c.compute_dtype)
     x_TD = gated_norm(x_TD, top, "embed")
     rotation = rope_angles(c)
     def layer(x_TD, weights, i):
@@ -280,7 +280,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
             p, full = gather_params(p, specs["layers"], c, sharded), sees_all(c, i)
             turn = None if full and c.nope_on_full else rotation
             return block(x_TD, p, bias_E, segment_BS, turn, full, c, sharded, platform)
-        kept = jax.checkpoint_policies.save_only_these_names(c.remat)
+        kept = jax.checkpoint_policies.save_only_these_names(c.remat, "sent")
         return (run if c.remat == "none" else jax.checkpoint(run, policy=kept))(x_TD, *weights)
     def layers(x_TD, stacked, numbers):
         stats = []

@@ -15,7 +15,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 from jax import lax
 
@@ -273,6 +273,7 @@ def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     rows_here, rows_there = len(d.token_R), buffer_rows(capacity, e, tile)
     x_RD, weight_R1 = (send(a, there, back, (rows_here, rows_there), axis, platform)
                        for a in (spread(x_tD, d), spread_weights(weight_tK, d)))
+    weight_R1 = jax.ad_checkpoint.checkpoint_name(weight_R1, "sent")    # small: not sent again
     y_RD = experts(x_RD, weight_R1, p, tile_expert, platform, impl)
     y_AD = send(y_RD, back, there, (rows_there, rows_here), axis, platform)
     return combine(y_AD, d), jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)

@@ -148,3 +148,119 @@ def seconds(received, rates):
         spent[axis] = spent.get(axis, 0.0) + (
             amount * rate.all_to_all if "ragged" in what else amount / rate.gather)
     return spent
+
+
+# ------------------------------------------------------------------------------------------- the search
+
+class Candidate(NamedTuple):
+    step: float             # seconds, nothing overlapped
+    mfu: float
+    memory: float           # bytes of a chip: state, gradients, layer inputs and the layers at work, estimated
+    dropped: float          # expected share of the assignments
+    keys: dict              # what differs from the config
+
+
+def blocks(shape, experts):
+    """Every block of a slice whose number of chips divides the experts, as tuples of sides."""
+    divisors = [[n for n in range(1, side + 1) if side % n == 0] for side in shape]
+    return [block for block in itertools.product(*divisors) if max(1, experts) % math.prod(block) == 0]
+
+
+def working(c, tokens):
+    """Bytes of the layers at work for so many tokens of a chip, beside weights and layer inputs.
+
+    80 rows of hidden_dim in the compute type a token and 10 a choice of it, half as many again by ring [fitted to
+    seven programs of the 129B, 67B and 32B models that libtpu 0.0.42 compiled, which lie within a third of it]."""
+    rows = 80 + 10 * c.experts_per_token * (c.exchange == "ragged" or 3)
+    return rows * tokens * c.hidden_dim * (2 if c.compute_dtype == "bfloat16" else 4)
+
+
+def estimate(c, t, machine):
+    """A Candidate without its keys, by arithmetic on the weight table. machine: (name, slices, shape)."""
+    from configs import plan
+    name, slices, shape = machine
+    chip, chips = plan.CHIPS[name], slices * math.prod(shape)
+    size, held = train.mesh_shape(t, chips), 0
+    muon, width = plan.muon_groups(t), 2 if c.compute_dtype == "bfloat16" else 4
+    for (kind, _, split, _), elements in plan.weight_classes(c).items():
+        moments = 1 if muon and kind == "experts" else 2
+        copies = 2 + moments + (t.accumulate > 1)
+        held += 4 * copies * elements / math.prod(size[axis] for axis in split)
+    tokens = t.batch_size * c.seq_len // t.accumulate // chips
+    kept = ("none", "block", "attended").index(c.remat)
+    layers = 1 if kept else c.num_layers
+    memory = held + kept * c.num_layers * tokens * c.hidden_dim * width + layers * working(c, tokens)
+    count = plan.model.count(c)
+    peak = chip.tf32 if plan.is_gpu(name) and c.compute_dtype == "float32" else chip.flops
+    ideal = count.mfu_flops * t.batch_size * c.seq_len / chips / (t.peak_flops or peak)
+    executed = plan.executed_flops(c, muon, t.batch_size * c.seq_len, (chips * t.accumulate, size["expert"]))
+    rates = network(name, chip, slices, shape, size, t.expert_block)
+    step = ideal * executed / count.mfu_flops + sum(seconds(plan.traffic(c, t, size), rates).values())
+    return Candidate(step, ideal / step, memory, expected_drop(c, size["expert"]), {})
+
+
+def variants(c, t, machine):
+    """(ModelConfig, TrainConfig, keys) of every layout that the mesh and the batch allow."""
+    name, slices, shape = machine
+    chips = slices * math.prod(shape)
+    capacities = sorted({c.capacity_factor or 1.0, 1.0, 1.25})
+    models = []
+    for remat, over, (exchange, capacity) in itertools.product(
+            ("block", "attended", "none"), ("data", "expert+data"),
+            [(how, x) for how in ("ring", "ragged") for x in capacities] if c.num_experts else [("ring", 0.0)]):
+        keys = dict(remat=remat, weights_over=over, exchange=exchange, capacity_factor=capacity)
+        models.append((dataclasses.replace(c, **keys), keys))
+    fitting = {}
+    for block, copies, accumulate in itertools.product(blocks(shape, c.num_experts), (1, 2, 4, 8, 16),
+                                                       (1, 2, 4, 8, 16, 32)):
+        keys = dict(expert_parallel=math.prod(block), replicas=copies, accumulate=accumulate,
+                    expert_block="x".join(map(str, block)) if name.startswith("v") else "")
+        if t.batch_size % (accumulate * chips) or copies % slices or chips % (copies * keys["expert_parallel"]):
+            continue
+        layout = dataclasses.replace(t, **keys)
+        size = train.mesh_shape(layout, chips)
+        for model_config, model_keys in models:
+            if size["expert"] == 1 and (model_keys["weights_over"], model_keys["exchange"]) != ("data", "ring"):
+                continue
+            key = tuple(size.values()), model_keys["weights_over"]
+            if key not in fitting:
+                fitting[key] = not train.mesh_error(model_config, dataclasses.replace(layout, accumulate=1), chips)
+            if fitting[key]:
+                yield model_config, layout, model_keys | keys
+
+
+def search(c, t, machine, most=0.85):
+    """Candidates by bound, best first: those that are estimated to fill at most so much of the memory, do not drop
+    more than the config is expected to, and are not equal to a better one but for the order of the sides."""
+    from configs import plan
+    limit, found, seen = most * plan.CHIPS[machine[0]].memory, [], set()
+    allowed = max(0.02, expected_drop(c, t.expert_parallel))
+    for model_config, layout, keys in variants(c, t, machine):
+        try:
+            one = estimate(model_config, layout, machine)
+        except train.ConfigError:                   # replicas that do not divide along the sides
+            continue
+        if one.memory <= limit and one.dropped <= allowed:
+            found.append(one._replace(keys=keys))
+    found.sort(key=lambda one: (one.step, one.memory))
+    best = []
+    for one in found:
+        mark = round(one.step, 6), round(one.memory), round(one.dropped, 6)
+        if mark not in seen:
+            best.append(one)
+        seen.add(mark)
+    return best
+
+
+SPREAD = 0.08           # of a shard's load over its mean, of one expert [measured: see configs/README.md]
+
+
+def expected_drop(c, shards):
+    """The share of assignments that a shard's buffer is expected to drop: loads of experts vary by SPREAD of their
+    mean, independently, and a shard sums num_experts / shards of them [assumed: normal]. 0 on one device."""
+    if not c.num_experts or shards == 1 or not c.capacity_factor:
+        return 0.0
+    spread = SPREAD / math.sqrt(c.num_experts / shards)
+    over = (c.capacity_factor - 1) / spread
+    density = math.exp(-over * over / 2) / math.sqrt(2 * math.pi)
+    return spread * (density - over * math.erfc(over / math.sqrt(2)) / 2)

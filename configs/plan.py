@@ -138,9 +138,51 @@ def traffic(c, t, size):
         copies, row = P - 1, (4 + again) * c.hidden_dim * width
         if c.exchange == "ragged":      # with a row goes its weight: one number, 128 lanes on a TPU
             copies = (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
-            row += (2 + again) * 4 * 128
+            row += 2 * 4 * 128
         received["expert", f"tokens, by {c.exchange}"] += c.num_layers * tokens * copies * row
     return {key: amount for key, amount in received.items() if amount}
+
+
+def muon_groups(t):
+    return tuple(group for group, rule in train.GROUPS[t.optimizer].items() if rule == "muonh")
+
+
+def seen(c, full):
+    """The share of a layer's blocks of 1,024 x 1,024 scores that the kernel computes: a causal band."""
+    n = max(1, c.seq_len // 1024)
+    width = n if full else min(n, (c.window or c.seq_len // 2) // 1024 + 1)
+    return sum(min(i + 1, width) for i in range(n)) / n**2
+
+
+@functools.cache
+def executed_flops(c, muon, tokens, parts, platform="tpu"):
+    """FLOPs of products and kernels that a step executes a token; tests/hlo.py counts them in the traced program.
+
+    A layer's products once forward, twice backward, and once more under remat, but for the last products of experts
+    and shared expert, which no gradient needs, and with "attended" that of attention. Scores: 2 products forward, 7
+    backward. The head's logits are computed again. muon: Newton-Schulz, 5 times 3 products a matrix. tokens: of a
+    step, parts: (devices x microbatches, devices that share experts). Every expert may fill one tile of rows more."""
+    D, N, M, H, Z, again = c.hidden_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.shared_dim, c.remat != "none"
+    wide = c.expert_dim + (-c.expert_dim % 256 if c.expert_dim % 128 else 0)
+    rows, assigned = 0.0, tokens // parts[0] * c.experts_per_token
+    if assigned:
+        each = c.num_experts // parts[1]
+        tile = kernels.row_tile("pallas_tpu" if platform == "tpu" else "tiles", assigned, each)
+        rows = c.experts_per_token * ((c.capacity_factor or 1.0) + each * tile / assigned)
+    last = 2 * D * (wide * rows + Z) + (2 * N * H * D if c.remat == "attended" else 0)
+    products = 2 * D * H * (2 * N + 2 * M) + 6 * D * (wide * rows + Z) + 2 * D * (c.num_experts + N) \
+        + 8 * D * c.gated_norm_rank
+    flops = c.num_layers * (3 * products + again * (products - last)) + 8 * D * c.vocab_size
+    for i in range(c.num_layers):
+        flops += (2 * (1 + again) + 7) * 2 * c.seq_len * N * H * seen(c, model.sees_all(c, i))
+    if muon:
+        def newton_schulz(_, w):
+            if w.group not in muon:
+                return 0
+            m, n = sorted(w.shape[-2:])
+            return math.prod(w.shape[:-2]) * 10 * (2 * m * m * n + m**3)
+        flops += sum(jax.tree.leaves(model.map_params(newton_schulz, c))) / tokens
+    return flops
 
 
 def plan(c, t):
@@ -166,7 +208,8 @@ def plan(c, t):
     seconds |= layout.seconds(received, layout.network(name, chip, slices, shape, size, t.expert_block))
     peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
     ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
-    executed = ideal * (4 / 3 if remat else 1)
+    executed = ideal * executed_flops(c, muon_groups(t), tokens, (chips * t.accumulate, t.expert_parallel),
+                                      "gpu" if is_gpu(name) else "tpu") / count.mfu_flops
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
               "one after the other": executed + sum(seconds.values())}
     if not seconds:

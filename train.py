@@ -6,7 +6,7 @@ Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, rep
       python train.py --compare RUN_DIR RUN_DIR ...         what differs, and what came of it
       python train.py CONFIG --replay 120                   show the batch of step 120
       python train.py CONFIG --fresh                        move an old run aside and start anew
-      python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
+      python train.py CONFIG --plan [--compile] [--search]  what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
 Read: config, mesh, optimizer, step, batches, evaluation, checkpoint, run directory, main.
@@ -303,9 +303,9 @@ def mesh_error(c, t, n):
     size = mesh_shape(t, n)
     def uneven(path, w):
         for axis, length in zip(w.spec, w.shape):
-            if length % math.prod(size[name] for name in jax.tree.leaves(axis)):
+            if length % (parts := math.prod(size[name] for name in jax.tree.leaves(axis))):
                 return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length}"
-                        f" over {size[axis]} of {axis!r}; use other sizes or another mesh")
+                        f" over {parts} of {axis!r}; use other sizes or another mesh")
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
@@ -1095,7 +1095,8 @@ def read_flags(words):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("sample", "plan", "compile", "fresh"):
         parser.add_argument(f"--{name}", action="store_true")
-    for name, kind in dict(replay=int, processes=int, process=int, coordinator=str).items():
+    parser.add_argument("--search", type=int, nargs="?", const=10)
+    for name, kind in dict(mfu=float, replay=int, processes=int, process=int, coordinator=str).items():
         parser.add_argument(f"--{name}", type=kind)
     try:
         return parser.parse_known_args(words)
@@ -1132,7 +1133,7 @@ EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint:
 
 def main(arguments):
     """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
-    from configs import compare, plan, report, sample
+    from configs import compare, layout, plan, report, sample
     if not arguments or {"--help", "-h"} & set(arguments):
         print(report.describe_keys())
         return 0
@@ -1145,10 +1146,13 @@ def main(arguments):
         if flags.sample and [*Path(arguments[0]).expanduser().glob("*.safetensors")]:
             return sample.from_weights(arguments[0], overrides)
         c, t = load_config(arguments[0], overrides)
-        if flags.compile and not flags.plan:
-            refuse("--compile", "together with --plan", "it alone", "it would train")
+        if (flags.compile or flags.search) and not flags.plan:
+            refuse("--compile" if flags.compile else "--search", "together with --plan", "it alone",
+                   "it would train")
         if flags.plan:
-            return plan.show_plan(c, t, flags.compile)
+            if flags.search:
+                return layout.show_search(c, t, flags.search, flags.compile)
+            return plan.show_plan(c, t, flags.compile, flags.mfu)
         if flags.replay is not None:
             return report.replay(c, t, flags.replay)
         if flags.sample:

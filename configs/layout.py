@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -166,12 +167,11 @@ def blocks(shape, experts):
     return [block for block in itertools.product(*divisors) if max(1, experts) % math.prod(block) == 0]
 
 
-def working(c, tokens):
-    """Bytes of the layers at work for so many tokens of a chip, beside weights and layer inputs.
-
-    80 rows of hidden_dim in the compute type a token and 10 a choice of it, half as many again by ring [fitted to
-    seven programs of the 129B, 67B and 32B models that libtpu 0.0.42 compiled, which lie within a third of it]."""
-    rows = 80 + 10 * c.experts_per_token * (c.exchange == "ragged" or 3)
+def working(c, tokens, shards):
+    """Bytes of the layers at work for so many tokens of a chip, beside weights and layer inputs: rows of hidden_dim
+    in the compute type a token, 10 of them for each of its choices [fitted to seven programs of the 129B, 67B, 32B
+    and 1.2B models that libtpu 0.0.42 compiled; these lie within 40 % of it]."""
+    rows = 10 * c.experts_per_token + (35 if shards == 1 else 90 if c.exchange == "ragged" else 135)
     return rows * tokens * c.hidden_dim * (2 if c.compute_dtype == "bfloat16" else 4)
 
 
@@ -189,11 +189,12 @@ def estimate(c, t, machine):
     tokens = t.batch_size * c.seq_len // t.accumulate // chips
     kept = ("none", "block", "attended").index(c.remat)
     layers = 1 if kept else c.num_layers
-    memory = held + kept * c.num_layers * tokens * c.hidden_dim * width + layers * working(c, tokens)
+    memory = held + kept * c.num_layers * tokens * c.hidden_dim * width + layers * working(c, tokens, size["expert"])
     count = plan.model.count(c)
     peak = chip.tf32 if plan.is_gpu(name) and c.compute_dtype == "float32" else chip.flops
     ideal = count.mfu_flops * t.batch_size * c.seq_len / chips / (t.peak_flops or peak)
-    executed = plan.executed_flops(c, muon, t.batch_size * c.seq_len, (chips * t.accumulate, size["expert"]))
+    executed = plan.executed_flops(c, muon, t.batch_size * c.seq_len, (chips * t.accumulate, size["expert"]),
+                                   plan.platform_of(name))
     rates = network(name, chip, slices, shape, size, t.expert_block)
     step = ideal * executed / count.mfu_flops + sum(seconds(plan.traffic(c, t, size), rates).values())
     return Candidate(step, ideal / step, memory, expected_drop(c, size["expert"]), {})
@@ -220,8 +221,9 @@ def variants(c, t, machine):
         layout = dataclasses.replace(t, **keys)
         size = train.mesh_shape(layout, chips)
         for model_config, model_keys in models:
-            if size["expert"] == 1 and (model_keys["weights_over"], model_keys["exchange"]) != ("data", "ring"):
-                continue
+            alone = model_keys["weights_over"], model_keys["exchange"], model_keys["capacity_factor"]
+            if size["expert"] == 1 and alone != ("data", "ring", capacities[0] if c.num_experts else 0.0):
+                continue                                        # nothing is exchanged
             key = tuple(size.values()), model_keys["weights_over"]
             if key not in fitting:
                 fitting[key] = not train.mesh_error(model_config, dataclasses.replace(layout, accumulate=1), chips)
@@ -264,3 +266,63 @@ def expected_drop(c, shards):
     over = (c.capacity_factor - 1) / spread
     density = math.exp(-over * over / 2) / math.sqrt(2 * math.pi)
     return spread * (density - over * math.erfc(over / math.sqrt(2)) / 2)
+
+
+def words(keys):
+    """Keys of a candidate as they stand on a command line."""
+    return " ".join(f"--{key}={value:g}" if isinstance(value, float) else f"--{key}={value}"
+                    for key, value in keys.items())
+
+
+def row(name, one, memory):
+    return (f"{name:>5s} {100 * one.mfu:6.1f} % {one.step:8.2f} s {one.memory / 2**30:7.1f} of {memory / 2**30:.0f} GiB"
+            f" {100 * one.dropped:6.2f} %   {words(one.keys)}")
+
+
+def show_search(c, t, count, compile_too=False):
+    """--plan --search=N: print the ten best layouts by bound, or N if that is more; with --compile, send the best N
+    to the compiler and print what it says of them. The exit code."""
+    from configs import plan
+    plan.jax.config.update("jax_platforms", "cpu")
+    began, (slices, name, shape) = time.monotonic(), plan.parse_topology(t)
+    memory, machine = plan.CHIPS[name].memory, (name, slices, shape)
+    best = search(c, t, machine)
+    print(f"search    {len(best):,} layouts of {t.topology} fill at most 85 % of the memory, by arithmetic, in "
+          f"{time.monotonic() - began:.0f} s; nothing overlaps in the bound")
+    if not best:
+        print("verdict   nothing fits; try more chips")
+        return 1
+    print(f"{'':5s} {'MFU':>8s} {'a step':>10s} {'memory of a chip':>20s} {'dropped':>8s}   keys")
+    try:
+        plan.plan(c, t)
+        print(row("now", estimate(c, t, machine), memory))
+    except train.ConfigError as error:
+        print(f"now       {error}")
+    best = [one._replace(keys=changed(one.keys, c, t)) for one in best[:max(10, count)]]
+    for number, one in enumerate(best, 1):
+        print(row(str(number), one, memory), flush=True)
+    return compile_best(c, t, best[:count], memory) if compile_too else 0
+
+
+def changed(keys, c, t):
+    return {key: value for key, value in keys.items() if value != getattr(c, key, getattr(t, key, None))}
+
+
+def compile_best(c, t, best, memory):
+    """Compile each layout and print a table of them: memory and bounds by arithmetic and of the compiled program."""
+    from configs import plan
+    lines, code = [], 0
+    for number, one in enumerate(best, 1):
+        print(f"\nlayout {number}: {words(one.keys)}", flush=True)
+        of_model = {key: value for key, value in one.keys.items() if hasattr(c, key)}
+        of_run = {key: value for key, value in one.keys.items() if hasattr(t, key)}
+        failed, facts = plan.compile_layout(dataclasses.replace(c, **of_model), dataclasses.replace(t, **of_run))
+        code |= failed
+        said = "does not fit"
+        if facts:
+            said = (f"{facts['memory'] / 2**30:5.1f} GiB ({100 * facts['memory'] / memory:.0f} %), executes "
+                    f"{facts['executed']:.2f} x, MFU " + ", ".join(f"{100 * mfu:.1f} % {how}"
+                                                                for how, mfu in facts["mfu"].items()))
+        lines.append(f"{number:5d} planned {100 * one.mfu:.1f} %, {one.memory / 2**30:.1f} GiB; compiled {said}")
+    print("\ncompiled  " + f"for {t.topology}\n" + "\n".join(lines))
+    return code

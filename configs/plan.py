@@ -10,11 +10,14 @@ Read: traffic, plan, show_plan, compile_plan; layout.py has the network and the 
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +28,7 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
 
 import kernels
@@ -74,18 +78,46 @@ NODE = 8                # GPUs that one node has at most; networks between nodes
 # MFU of mixtures of experts that is reached elsewhere: 14 to 17 % by Marin's 129B, 21.5 % by its
 # 67B, both on TPU v4 [cited: marin #4697, #6044]
 REACHED = 0.20
+TOKENIZED = 1.5e6       # bytes of text that a core turns into tokens in a second [measured: data.py prepare, 2 cores]
 
 
 def is_gpu(name):
     return not name.startswith("v")
 
 
+def platform_of(name):
+    return "cpu" if name == "cpu" else "gpu" if is_gpu(name) else "tpu"
+
+
+@functools.cache
+def at_hand(advice):
+    """The topology of this machine: its GPUs, its TPU, or its CPU, whose rate of products is measured."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                               text=True, timeout=20, check=True).stdout.splitlines()
+        known = [name for name, chip in CHIPS.items() if names[0] in chip.kinds]
+        if not known:
+            train.refuse("topology", "a chip in the table of configs/plan.py", names[0], advice)
+        return f"{known[0]}:{len(names)}"
+    if word := os.environ.get("TPU_ACCELERATOR_TYPE"):
+        return word
+    if importlib.util.find_spec("libtpu") and any(Path("/dev").glob("accel[0-9]*")):
+        train.refuse("topology", "the shape of this TPU's slice", "none", advice)
+    a, seconds = np.ones((1024, 1024), np.float32), []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    rate, memory = 2 * 1024**3 / min(seconds), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    CHIPS["cpu"] = Chip(("cpu",), rate, float(memory), 10e9, 10e9, tf32=rate)
+    return "cpu:1"
+
+
 def parse_topology(t):
     """(slices, chip name, (x, y, z) of one slice) of `topology`: "2xv5p:8x8x8" is two slices, and
     "v4-2048", Google's name, is "v4:8x8x16"."""
     word, examples = t.topology, "--topology=h100:8, v6e:2x4, v4:8x8x16 (or v4-2048) or 2xv5p:8x8x8"
-    if not word:
-        train.refuse("topology", "the machine to plan for", "none", f"add {examples}")
+    word = word or at_hand(f"add {examples}")
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)(:|-)(\d+(?:x\d+)*)", word)
     if found and (found[2] == "v5litepod" or found[3] == "-" and found[2] in {"v5e", *launch.KINDS}):
         try:
@@ -167,7 +199,7 @@ def executed_flops(c, muon, tokens, parts, platform="tpu"):
     rows, assigned = 0.0, tokens // parts[0] * c.experts_per_token
     if assigned:
         each = c.num_experts // parts[1]
-        tile = kernels.row_tile("pallas_tpu" if platform == "tpu" else "tiles", assigned, each)
+        tile = kernels.row_tile(kernels.BEST[platform][1], assigned, each)
         rows = c.experts_per_token * ((c.capacity_factor or 1.0) + each * tile / assigned)
     last = 2 * D * (wide * rows + Z) + (2 * N * H * D if c.remat == "attended" else 0)
     products = 2 * D * H * (2 * N + 2 * M) + 6 * D * (wide * rows + Z) + 2 * D * (c.num_experts + N) \
@@ -189,7 +221,7 @@ def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = parse_topology(t)
     chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := train.mesh_error(c, t, chips) or kernels.misfit("tpu" if name[0] == "v" else "gpu", c):
+    if reason := train.mesh_error(c, t, chips) or kernels.misfit(platform_of(name), c):
         raise train.ConfigError(reason)
     if train.mesh_shape(t, chips)["replica"] % slices:
         train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)
@@ -209,7 +241,7 @@ def plan(c, t):
     peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
     ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
     executed = ideal * executed_flops(c, muon_groups(t), tokens, (chips * t.accumulate, t.expert_parallel),
-                                      "gpu" if is_gpu(name) else "tpu") / count.mfu_flops
+                                      platform_of(name)) / count.mfu_flops
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
               "one after the other": executed + sum(seconds.values())}
     if not seconds:
@@ -231,8 +263,9 @@ def short(x, unit=1.0):
     return f"{x:,.2f}" if x >= 0.1 or not x else f"{x:.2g}"
 
 
-def show_plan(c, t, compile_too=False):
-    """--plan: print `plan`, in seconds, on any machine; --compile: then compile. The exit code."""
+def show_plan(c, t, compile_too=False, mfu=None):
+    """--plan: print `plan`, in seconds, on any machine; --compile: then compile. mfu: what the user hopes for. The
+    exit code."""
     jax.config.update("jax_platforms", "cpu")       # a TPU that is here has no part in this
     p, (_, name, _) = plan(c, t), parse_topology(t)
     check_kernels(c, name)
@@ -241,7 +274,7 @@ def show_plan(c, t, compile_too=False):
           f"{short(n.flops_per_token, 1e9)} GFLOP a token, {short(n.mfu_flops, 1e9)} with the head (MFU)")
     print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens, "
           f"{n.flops_per_token * p['tokens']:.2e} FLOP")
-    print(f"machine   {p['chips']:,} x {name} ({t.topology}): "
+    print(f"machine   {p['chips']:,} x {name} ({t.topology or 'at hand'}): "
           + " x ".join(f"{axis} {length}" for axis, length in p["mesh"].items())
           + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, accumulate {t.accumulate}")
     print(f"memory    {least / GIB:.2f} of {chip.memory / GIB:.0f} GiB a chip, "
@@ -253,6 +286,8 @@ def show_plan(c, t, compile_too=False):
           f"recomputation" + "".join(f", {axis} {short(s)} s" for axis, s in p["seconds"].items()))
     rows = [("bound", how, seconds, p["mfu"][how]) for how, seconds in p["step"].items()]
     rows.append(("likely", "at the MFU of others", p["ideal"] / p["reached"], p["reached"]))
+    if mfu:
+        rows[-1] = "asked", "at the MFU you name", p["ideal"] / mfu, mfu
     for what, how, seconds, mfu in rows:
         hours = seconds * t.steps / 3600
         print(f"{what:9s} {how:20s} {short(seconds):>6s} s a step, MFU {100 * mfu:.1f} %, "
@@ -261,9 +296,16 @@ def show_plan(c, t, compile_too=False):
     kept = t.keep + (t.steps // t.keep_every if t.keep_every else 0)
     print(f"data      {short(p['tokens'] * width, 1e9)} GB of shards ({width} bytes a token) on every host "
           "if no token comes twice, and the text that they are made of")
+    text = p["tokens"] * (1 if t.tokenizer == "bytes" else 4)
+    print(f"tokens    {short(text / TOKENIZED / 3600)} core-hours to make them of {short(text, 1e9)} GB of text, at "
+          f"{TOKENIZED / 1e6:g} MB a second and core [measured] and 4 bytes a token [assumed]")
+    if c.num_experts and p["mesh"]["expert"] > 1:
+        print(f"balance   {c.num_experts // p['mesh']['expert']} experts a shard, capacity {c.capacity_factor:g}: "
+              f"{100 * layout.expected_drop(c, p['mesh']['expert']):.2f} % of the assignments dropped [expected]")
     print(f"saves     {short(p['checkpoint'], 1e9)} GB a checkpoint (weights and optimizer), "
           f"{short(p['checkpoint'] * kept, 1e9)} GB for the {kept} that are kept")
     how = "TF32" if is_gpu(name) else "one bfloat16 pass (XLA's default)"
+    how = "full" if name == "cpu" else how
     how = "bfloat16" if c.compute_dtype == "bfloat16" else f"float32 in {how}"
     print(f"assumes   products in {how} and links at the rates of the data sheets; no time for text, "
           "evaluation, checkpoints and restarts")

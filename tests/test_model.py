@@ -269,7 +269,7 @@ def test_the_loss_of_a_fresh_model_is_log_v(tiny, batch_of, totals_of):
 
 def test_remat_changes_memory_and_no_number(tiny, batch_of, totals_of):
     batch, params, results = batch_of(tiny), lively(tiny), []
-    for remat in ("block", "none"):
+    for remat in ("block", "attended", "none"):
         c = dataclasses.replace(tiny, remat=remat)
         f = lambda p: model.loss(p, bias_of(c), batch, totals_of(batch), c)[0]
         results.append(jax.jit(jax.value_and_grad(f))(params))

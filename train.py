@@ -1096,7 +1096,8 @@ def read_flags(words):
     for name in ("sample", "plan", "compile", "fresh"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--search", type=int, nargs="?", const=10)
-    for name, kind in dict(mfu=float, replay=int, processes=int, process=int, coordinator=str).items():
+    numbers = dict.fromkeys(("replay", "processes", "process"), int)
+    for name, kind in (numbers | dict(mfu=float, coordinator=str)).items():
         parser.add_argument(f"--{name}", type=kind)
     try:
         return parser.parse_known_args(words)

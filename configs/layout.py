@@ -1,6 +1,7 @@
 """Where the mesh lies on a TPU's torus, how long traffic takes there, and the search for the best mesh.
 
 Run:  python train.py CONFIG --plan --search[=N] [--compile] [--key=value ...]     the ten best; compile the best N
+      python configs/layout.py RUN_DIR ...                       what buffers would drop, by the loads of a run
 A slice of TPUs is a grid of two or three sides whose rows may close to rings. A mesh axis takes a factor of each
 side: `factors` below is {axis: (x, y, z)}, whose product over axes is the shape of the slice. "expert" comes
 innermost, so that a block of neighbors shares experts; then "data", then "replica".
@@ -10,10 +11,15 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 
@@ -119,43 +125,66 @@ def gather_links(side, ring, factor, stride):
     return (2 if whole else 1) / stride
 
 
+# How libtpu 0.0.42 compiles gathers and reduce-scatters over a part of the mesh, whatever the block: "1DAllGather" and
+# "StrategyRing{colors:1}" in the program; sums over all chips are "StrategyND{colors:3}" [read: tests/hlo.py]. One
+# direction of one link a chip [assumed], shared by as many groups as lie between each other
+ONE_RING = "gathers along one ring"
+
+
 class Rate(NamedTuple):
     """Of one mesh axis. An all-gather and a reduce-scatter use all sides of the slice along which the axis lies at
     once; in an all-to-all every byte passes them one after the other, so its fullest link counts."""
     gather: float           # bytes a second that a chip receives
     all_to_all: float       # seconds for every byte that a chip receives
+    ring: float             # as gather, along one ring of single links through all of the group: see ONE_RING
 
 
 def network(name, chip, slices, shape, size, word=""):
     """{mesh axis: Rate} of a mesh on slices of TPUs, or on the GPUs of one node, where all pairs are linked."""
     if not name.startswith("v"):
-        return {axis: Rate(chip.link, 1 / chip.link) for axis in train.MESH}
+        return {axis: Rate(chip.link, 1 / chip.link, chip.link) for axis in train.MESH}
     factors = place(word, shape, size | {"replica": size["replica"] // slices})
     rates, rings, stride = {}, closes(name, shape), [1] * len(shape)
     for axis in reversed(train.MESH):
         sides = list(zip(shape, rings, factors[axis], stride))
         links = sum(gather_links(*side) for side in sides)
         kept = 1 - 1 / max(2, size[axis])                   # of the bytes sent, those that arrive at others
-        rates[axis] = Rate(chip.link * (links or 1), max(link_load(*side) for side in sides) / kept / chip.link)
+        apart = max([step for (_, _, factor, step) in sides if factor > 1], default=1)
+        rates[axis] = Rate(chip.link * (links or 1), max(link_load(*side) for side in sides) / kept / chip.link,
+                           chip.link / apart)
         stride = [s * f for s, f in zip(stride, factors[axis])]
-    return rates | ({"replica": Rate(chip.outside, 1 / chip.outside)} if slices > 1 else {})
+    return rates | ({"replica": Rate(chip.outside, 1 / chip.outside, chip.outside)} if slices > 1 else {})
 
 
-def seconds(received, rates):
-    """{mesh axis: seconds} of traffic {(axis, what): bytes}, one after the other."""
+def seconds(received, rates, ring=False):
+    """{mesh axis: seconds} of traffic {(axis, what): bytes}, one after the other; ring: as ONE_RING says."""
     spent = {}
     for (axis, what), amount in received.items():
         rate = rates[axis]
         spent[axis] = spent.get(axis, 0.0) + (
-            amount * rate.all_to_all if "ragged" in what else amount / rate.gather)
+            amount * rate.all_to_all if "ragged" in what else amount / (rate.ring if ring else rate.gather))
     return spent
+
+
+def collective_seconds(x, rates, ring=False):
+    """Of a hlo.Collective, whose axis may be several: sums over all chips use all links."""
+    names = [axis for axis in x.axis.split("+") if axis in rates]
+    if x.op == "ragged-all-to-all":
+        return x.received * rates["expert"].all_to_all
+    if len(names) == 1:
+        return x.received / (rates[names[0]].ring if ring else rates[names[0]].gather)
+    return x.received / sum(rates[axis].gather for axis in names) if names else 0.0
 
 
 # ------------------------------------------------------------------------------------------- the search
 
+MOST_DROPPED = 0.01     # of the assignments, expected, if the config itself does not drop more [assumed]
+
+
 class Candidate(NamedTuple):
     step: float             # seconds, nothing overlapped
     mfu: float
+    ring: float             # MFU, nothing overlapped, gathers as ONE_RING says
     memory: float           # bytes of a chip: state, gradients, layer inputs and the layers at work, estimated
     dropped: float          # expected share of the assignments
     keys: dict              # what differs from the config
@@ -196,8 +225,10 @@ def estimate(c, t, machine):
     executed = plan.executed_flops(c, muon, t.batch_size * c.seq_len, (chips * t.accumulate, size["expert"]),
                                    plan.platform_of(name))
     rates = network(name, chip, slices, shape, size, t.expert_block)
-    step = ideal * executed / count.mfu_flops + sum(seconds(plan.traffic(c, t, size), rates).values())
-    return Candidate(step, ideal / step, memory, expected_drop(c, size["expert"]), {})
+    received, products = plan.traffic(c, t, size), ideal * executed / count.mfu_flops
+    step = products + sum(seconds(received, rates).values())
+    ringed = products + sum(seconds(received, rates, ring=True).values())
+    return Candidate(step, ideal / step, ideal / ringed, memory, expected_drop(c, size["expert"], tokens), {})
 
 
 def variants(c, t, machine):
@@ -236,7 +267,8 @@ def search(c, t, machine, most=0.85):
     more than the config is expected to, and are not equal to a better one but for the order of the sides."""
     from configs import plan
     limit, found, seen = most * plan.CHIPS[machine[0]].memory, [], set()
-    allowed = max(0.02, expected_drop(c, t.expert_parallel))
+    tokens = t.batch_size * c.seq_len // t.accumulate // (machine[1] * math.prod(machine[2]))
+    allowed = max(MOST_DROPPED, expected_drop(c, t.expert_parallel, tokens))
     for model_config, layout, keys in variants(c, t, machine):
         try:
             one = estimate(model_config, layout, machine)
@@ -254,15 +286,17 @@ def search(c, t, machine, most=0.85):
     return best
 
 
-SPREAD = 0.08           # of a shard's load over its mean, of one expert [measured: see configs/README.md]
+# The spread of an expert's load over that of independent choices, which is 1 / sqrt(its assignments): 2.1, 2.1 and
+# 3.3 in smoke.py, a smoke.py of 64 experts and laptop.py [measured: configs/README.md]. Longer documents: not measured
+CLUMPING = 3.0
 
 
-def expected_drop(c, shards):
-    """The share of assignments that a shard's buffer is expected to drop: loads of experts vary by SPREAD of their
-    mean, independently, and a shard sums num_experts / shards of them [assumed: normal]. 0 on one device."""
+def expected_drop(c, shards, tokens):
+    """The share of assignments that buffers are expected to drop, if `shards` devices share the experts and have so
+    many tokens each: loads of experts are taken as independent and normal, balanced in the mean. 0 on one device."""
     if not c.num_experts or shards == 1 or not c.capacity_factor:
         return 0.0
-    spread = SPREAD / math.sqrt(c.num_experts / shards)
+    spread = CLUMPING / math.sqrt(tokens * c.experts_per_token)      # a shard has so many assignments in the mean
     over = (c.capacity_factor - 1) / spread
     density = math.exp(-over * over / 2) / math.sqrt(2 * math.pi)
     return spread * (density - over * math.erfc(over / math.sqrt(2)) / 2)
@@ -275,7 +309,7 @@ def words(keys):
 
 
 def row(name, one, memory):
-    return (f"{name:>5s} {100 * one.mfu:6.1f} % {one.step:8.2f} s {one.memory / 2**30:7.1f} of {memory / 2**30:.0f} GiB"
+    return (f"{name:>5s} {100 * one.mfu:6.1f} % {one.step:8.2f} s {100 * one.ring:8.1f} % {one.memory / 2**30:7.1f} of {memory / 2**30:.0f} GiB"
             f" {100 * one.dropped:6.2f} %   {words(one.keys)}")
 
 
@@ -288,11 +322,11 @@ def show_search(c, t, count, compile_too=False):
     memory, machine = plan.CHIPS[name].memory, (name, slices, shape)
     best = search(c, t, machine)
     print(f"search    {len(best):,} layouts of {t.topology} fill at most 85 % of the memory, by arithmetic, in "
-          f"{time.monotonic() - began:.0f} s; nothing overlaps in the bound")
+          f"{time.monotonic() - began:.0f} s; nothing overlaps in the bound,\n          and in 'one ring' {ONE_RING}, as libtpu 0.0.42 lays them")
     if not best:
         print("verdict   nothing fits; try more chips")
         return 1
-    print(f"{'':5s} {'MFU':>8s} {'a step':>10s} {'memory of a chip':>20s} {'dropped':>8s}   keys")
+    print(f"{'':5s} {'MFU':>8s} {'a step':>10s} {'one ring':>10s} {'memory of a chip':>20s} {'dropped':>8s}   keys")
     try:
         plan.plan(c, t)
         print(row("now", estimate(c, t, machine), memory))
@@ -326,3 +360,38 @@ def compile_best(c, t, best, memory):
         lines.append(f"{number:5d} planned {100 * one.mfu:.1f} %, {one.memory / 2**30:.1f} GiB; compiled {said}")
     print("\ncompiled  " + f"for {t.topology}\n" + "\n".join(lines))
     return code
+
+
+# --------------------------------------------------------------------------------- what balance costs
+
+CAPACITIES = (1.0, 1.05, 1.1, 1.15, 1.25, 1.5)
+
+
+def show_drops(runs, after=0.5):
+    """Print which share of the assignments buffers of 1, 2, 4, 8 experts would drop at each capacity, by the loads in
+    the last part of each run's metrics.jsonl (one batch a line), and the spread of an expert's load, in its means."""
+    print(f"{'run':24s} {'experts':>7s} {'a shard':>8s} {'spread':>7s}   dropped at "
+          + "".join(f"{factor:8g}" for factor in CAPACITIES))
+    for run in runs:
+        rows = [row for row in train.read_rows(f"{run}/metrics.jsonl") if row.get("load_LE")]
+        if not rows:
+            train.refuse(run, "a run directory whose metrics.jsonl has loads of experts", "none")
+        load = np.array([row["load_LE"] for row in rows[int(after * len(rows)):]])       # [batches, L, E]
+        for n in (1, 2, 4, 8):
+            if load.shape[2] % n or load.shape[2] == n:
+                continue
+            shard = load.reshape(*load.shape[:2], -1, n).mean(-1)
+            drops = [np.maximum(0, shard - factor).mean() for factor in CAPACITIES]
+            print(f"{run[-24:]:24s} {load.shape[2]:7d} {n:8d} {shard.std():7.3f}              "
+                  + "".join(f"{100 * drop:6.2f} %" for drop in drops))
+    return 0
+
+
+if __name__ == "__main__":
+    import argparse
+    parser = argparse.ArgumentParser(description="the share of assignments that buffers would drop, by a run's loads")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    try:
+        sys.exit(show_drops(parser.parse_args().runs))
+    except train.ConfigError as error:
+        sys.exit(f"layout.py: {error}")

@@ -237,13 +237,16 @@ def plan(c, t):
     inputs = remat * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
     received, gpu = traffic(c, t, size), is_gpu(name)
     seconds = dict.fromkeys((axis for axis in MESH if size[axis] > 1), 0.0)
-    seconds |= layout.seconds(received, layout.network(name, chip, slices, shape, size, t.expert_block))
+    rates = layout.network(name, chip, slices, shape, size, t.expert_block)
+    seconds |= layout.seconds(received, rates)
     peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
     ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
     executed = ideal * executed_flops(c, muon_groups(t), tokens, (chips * t.accumulate, t.expert_parallel),
                                       platform_of(name)) / count.mfu_flops
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
               "one after the other": executed + sum(seconds.values())}
+    if seconds and not gpu:
+        bounds[layout.ONE_RING] = executed + sum(layout.seconds(received, rates, ring=True).values())
     if not seconds:
         bounds = {"one chip": executed}
     reached = min(REACHED, ideal / max(bounds.values()))
@@ -252,6 +255,7 @@ def plan(c, t):
             "memory": {"weights": weights, "moments": bytes_held(state.opt),
                        "gradients": weights * (2 if t.accumulate > 1 else 1),
                        "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
+            "dropped": layout.expected_drop(c, size["expert"], tokens // chips // t.accumulate),
             "reached": reached, "executed": executed, "step": bounds,
             "checkpoint": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
             "mfu": {how: ideal / bound for how, bound in bounds.items()}}
@@ -290,7 +294,7 @@ def show_plan(c, t, compile_too=False, mfu=None):
         rows[-1] = "asked", "at the MFU you name", p["ideal"] / mfu, mfu
     for what, how, seconds, mfu in rows:
         hours = seconds * t.steps / 3600
-        print(f"{what:9s} {how:20s} {short(seconds):>6s} s a step, MFU {100 * mfu:.1f} %, "
+        print(f"{what:9s} {how:22s} {short(seconds):>6s} s a step, MFU {100 * mfu:.1f} %, "
               f"{short(hours)} hours, {short(hours * p['chips'])} chip-hours")
     width = 2 if c.vocab_size <= 65536 else 4
     kept = t.keep + (t.steps // t.keep_every if t.keep_every else 0)
@@ -301,7 +305,7 @@ def show_plan(c, t, compile_too=False, mfu=None):
           f"{TOKENIZED / 1e6:g} MB a second and core [measured] and 4 bytes a token [assumed]")
     if c.num_experts and p["mesh"]["expert"] > 1:
         print(f"balance   {c.num_experts // p['mesh']['expert']} experts a shard, capacity {c.capacity_factor:g}: "
-              f"{100 * layout.expected_drop(c, p['mesh']['expert']):.2f} % of the assignments dropped [expected]")
+              f"{100 * p['dropped']:.2f} % of the assignments dropped [expected]")
     print(f"saves     {short(p['checkpoint'], 1e9)} GB a checkpoint (weights and optimizer), "
           f"{short(p['checkpoint'] * kept, 1e9)} GB for the {kept} that are kept")
     how = "TF32" if is_gpu(name) else "one bfloat16 pass (XLA's default)"
@@ -335,9 +339,13 @@ def check_kernels(c, name):
 
 
 def compile_plan(c, t):
-    """--plan --compile: trace the train step and compile it for `topology` by libtpu, without a TPU.
+    """--plan --compile: `compile_layout`, for its exit code."""
+    return compile_layout(c, t)[0]
 
-    Prints memory, traffic and a verdict (tests/hlo.py). The exit code."""
+
+def compile_layout(c, t):
+    """Trace the train step and compile it for `topology` by libtpu, without a TPU. Print memory, traffic, bounds and
+    a verdict (tests/hlo.py). Returns (the exit code, what compile_best prints or None if it does not fit)."""
     slices, name, shape = parse_topology(t)
     if is_gpu(name):
         train.refuse("topology", "a TPU to compile for", repr(t.topology), "on a GPU run the config there")
@@ -365,8 +373,23 @@ def compile_plan(c, t):
     executed = hlo.traced_flops(traced.jaxpr.jaxpr, mesh.size) / model_flops
     print(f"traced    in {time.time() - began:.0f} s; executes {executed:.2f} x the model's FLOPs "
           f"(matmuls and kernels of the traced program, loops times their length)", flush=True)
-    planned = sum(traffic(c, t, mesh.shape).values())
-    return hlo.compile_and_report(traced, mesh, CHIPS[name].memory, planned)
+    planned, chip = sum(traffic(c, t, mesh.shape).values()), CHIPS[name]
+    code, used, blob = hlo.compile_and_report(traced, mesh, chip.memory, planned)
+    if blob is None:
+        return code, None
+    ideal, size = model_flops / (t.peak_flops or chip.flops), dict(mesh.shape)
+    rates = layout.network(name, chip, slices, shape, size, t.expert_block)
+    found, mfu = hlo.collectives(blob, size), {}
+    for how, ring in (("one after the other", False), (layout.ONE_RING, True)):
+        spent = sum(x.times * layout.collective_seconds(x, rates, ring) for x in found)
+        mfu[how] = ideal / (executed * ideal + spent)
+    line = hlo.Timeline(blob, size, lambda x: layout.collective_seconds(x, rates), chip.flops)
+    apart = line.computed + sum(x.times * layout.collective_seconds(x, rates) for x in found)
+    # kernels that give no FLOPs are not in the timeline: only what it hides is taken from it
+    mfu["as scheduled"] = ideal / (ideal / mfu["one after the other"] - max(0.0, apart - line.total))
+    for how, share in mfu.items():
+        print(f"bound     {how:22s} {ideal / share:6.2f} s a step, MFU {100 * share:.1f} %, of the compiled program")
+    return code, {"memory": used, "executed": executed, "mfu": mfu}
 
 
 if __name__ == "__main__":

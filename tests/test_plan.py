@@ -91,7 +91,8 @@ def test_axis_rates_follow_the_torus():
     line = rates("v6e", (16, 16), (1, 32, 8))
     assert line["expert"].gather == v6e and line["data"].gather == pytest.approx(2.25 * v6e), "8 of a ring of 16"
     assert layout.closes("v6e", (8, 16)) == (False, True) and layout.closes("v4", (2, 2, 4)) == (False,) * 3
-    assert rates("h100", (8,), (1, 8, 1))["data"] == (450e9, 1 / 450e9)
+    assert rates("h100", (8,), (1, 8, 1))["data"] == (450e9, 1 / 450e9, 450e9)
+    assert one["data"].ring == v4 and cube["data"].ring == v4 / 2, "two groups share what one ring passes"
     outside = layout.network("v4", plan.CHIPS["v4"], 2, (8, 8, 8), {"replica": 2, "data": 64, "expert": 8})
     assert outside["replica"].gather == plan.CHIPS["v4"].outside
 
@@ -185,10 +186,11 @@ def test_the_search_prints_the_ten_best_within_memory(capsys):
                  "--batch_size=128", "--remat=block", "--weights_over=data", "--expert_parallel=8", "--expert_block="]
     assert train.main(arguments) == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"^ +\d+ +([\d.]+) % +([\d.]+) s +([\d.]+) of 95 GiB", out, re.M)
+    rows = re.findall(r"^ +\d+ +([\d.]+) % +[\d.]+ s +([\d.]+) % +([\d.]+) of 95 GiB", out, re.M)
     assert len(rows) == 10 and "--expert_block=" in out
     shares = [float(mfu) for mfu, _, _ in rows]
-    assert shares == sorted(shares, reverse=True) and all(float(memory) < 0.85 * 95 for *_, memory in rows)
+    assert shares == sorted(shares, reverse=True) and all(float(ring) <= float(mfu) for mfu, ring, _ in rows)
+    assert all(float(memory) < 0.85 * 95 for *_, memory in rows)
     now = re.search(r"^ +now +([\d.]+) %", out, re.M)
     assert float(now[1]) < shares[0]
 
@@ -316,7 +318,7 @@ def test_collectives_are_found_in_a_compiled_program():
 
 def program(body="", entry="", computations=""):
     """The serialized HLO of a step: `body` in a loop of 12 runs, `entry` after it. An operand is called %x."""
-    return _hlo.hlo_module_from_text(f"""HloModule step
+    return _hlo.hlo_module_from_text(f"""HloModule step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {{
   %a = f32[] parameter(0)
@@ -426,6 +428,26 @@ def test_a_program_for_two_slices_is_that_of_one_of_them():
     assert [(x.op, x.axis) for x in found] == [("all-reduce", "data"), ("all-reduce", "replica")]
     assert [x.received for x in found] == [2**22, 2**22]
     assert [x.wrong for x in hlo.unexpected(found)] == [hlo.SUMMED]
+
+
+@pytest.mark.parametrize("body, want", [
+    # a gather of 1 second before a product of 2: one after the other, or the product hides it
+    ("""  %g = f32[4194304] all-gather(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  %p = f32[1024,1024] dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}""", 3),
+    ("""  %g = (f32[1048576], f32[4194304]) all-gather-start(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  %p = f32[1024,1024] dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d = f32[4194304] all-gather-done(%g)""", 2),
+    # two gathers share the links of their axis: the second ends at 2 seconds, and nothing stands before its end
+    ("""  %g = (f32[1048576], f32[4194304]) all-gather-start(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  %h = (f32[1048576], f32[4194304]) all-gather-start(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+  %d = f32[4194304] all-gather-done(%g)
+  %e = f32[4194304] all-gather-done(%h)
+  %p = f32[1024,1024] dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}""", 4)])
+def test_a_schedule_hides_what_runs_between_start_and_done(body, want):
+    """In a loop of 12 runs: a product takes 2 seconds, a gather over "data" 1."""
+    text = "  %m = f32[1024,1024] reshape(%x)\n" + body
+    line = hlo.Timeline(program(body=text), SIZE, lambda x: 1.0 if x.axis == "data" else 1e9, 1024**3)
+    assert line.total == pytest.approx(12 * want) and line.computed == pytest.approx(12 * 2)
 
 
 def test_what_cannot_be_read_is_said_and_nothing_is_made_of_it(capsys):

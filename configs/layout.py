@@ -149,7 +149,7 @@ def network(name, chip, slices, shape, size, word=""):
         sides = list(zip(shape, rings, factors[axis], stride))
         links = sum(gather_links(*side) for side in sides)
         kept = 1 - 1 / max(2, size[axis])                   # of the bytes sent, those that arrive at others
-        apart = max([step for (_, _, factor, step) in sides if factor > 1], default=1)
+        apart = -max((factor, -step) for (_, _, factor, step) in sides)[1]       # along the side of most hops
         rates[axis] = Rate(chip.link * (links or 1), max(link_load(*side) for side in sides) / kept / chip.link,
                            chip.link / apart)
         stride = [s * f for s, f in zip(stride, factors[axis])]

@@ -11,7 +11,6 @@ Axis letters: B rows of a batch, S sequence, V vocabulary.
 import argparse
 import base64
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -109,16 +108,17 @@ class FileState(NamedTuple):
         return cls(stamp, checksum.hexdigest(), whole)
 
 
-def to_disk(path):
-    """Wait until a file or a folder is on the disk: a power cut may keep a name without content."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:      # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(handle)
+def to_disk(*paths):
+    """Wait until files and folders are on the disk: a power cut may keep a name without content."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:             # some network file systems cannot do this for a folder
+            if not os.path.isdir(path):
+                raise
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -138,8 +138,7 @@ def atomic_directory(out):
     try:
         scratch.mkdir(parents=True)
         yield scratch
-        for path in (*scratch.rglob("*"), scratch):
-            to_disk(path)
+        to_disk(*scratch.rglob("*"), scratch)
         if not out.is_dir():             # else another process made the same and was faster
             scratch.rename(out)
             to_disk(out.parent)

@@ -6,7 +6,7 @@ Read: rates -> runs -> fits -> analysis -> registration -> command line
 C training FLOPs   N active parameters (head in, embedding out)   D tokens   k = C/(N D), never 6
 L(C) = E + A C^-alpha; E is the irreducible loss.   A star marks a budget's compute-optimal run.
 configs/ladder has what stands beside its data, as commands of this file: plan.py (plan and ladder),
-speedup.py, figures.py (pictures), bias.py and surface.py (L(N, D)).
+speedup.py, gate.py, curves.py, figures.py (pictures), bias.py and surface.py (L(N, D)).
 [marin #n] is an issue of github.com/marin-community/marin; README lists the other tags."""
 
 import argparse
@@ -835,7 +835,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """The parser of every command, those of configs/ladder included."""
-    from configs.ladder import bias, figures, gate, plan, speedup   # they import this module
+    from configs.ladder import bias, curves, figures, gate, plan, speedup   # they import this
     top = Parser(prog="scaling.py", description=__doc__,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)
@@ -861,7 +861,7 @@ def parser():
     add("record", help="the file that `register` wrote")
     add("--loss", type=number, help="in the record's unit")
     add("--run", metavar="DIR", help="a finished run of train.py instead")
-    for study in (plan, speedup, gate, bias, figures):
+    for study in (plan, speedup, gate, curves, bias, figures):
         study.add_commands(command)
     return top
 

@@ -816,7 +816,7 @@ class Checkpoints:
     def sync(self, pattern=UNFINISHED, files="**/*"):
         """Called when all files of a checkpoint are written, and before it is committed."""
         for path in Path(self.folder).glob(pattern):            # none in a bucket
-            sync(*path.glob(files), path, path.parent)
+            data.to_disk(*path.glob(files), path, path.parent)
 
     def save(self, state, config):
         """Begin to write a state. Returns what went wrong, with it or with the last one, or "".
@@ -872,19 +872,6 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def sync(*paths):
-    """See to it that files, and names in directories, outlive a loss of power."""
-    for path in paths:
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError:             # some network file systems cannot do this for a directory
-            if not os.path.isdir(path):
-                raise
-        finally:
-            os.close(number)
-
-
 def write(path, text, append=False):
     """Append to a file; or replace it in one motion that outlives a loss of power, so that a reader
     never sees half of it."""
@@ -897,9 +884,9 @@ def write(path, text, append=False):
         with open(target, "ab" if append else "wb") as file:
             file.write(text.encode(errors="replace"))
         if not append:
-            sync(target)
+            data.to_disk(target)
             target.replace(path)
-            sync(target.parent)
+            data.to_disk(target.parent)
     except OSError as error:
         raise TemporaryError(f"{path}: cannot be written ({error.strerror}); what was saved before "
                              f"is sound, and the same command goes on") from None
@@ -1001,13 +988,13 @@ def train(c, t, fresh=False):
             log_event(run, "broken_checkpoint", step=step, why=why)
             log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
         checkpoints.open()
-        if state is None:
-            state = first_state(c, t, mesh, mixture.tokenizer)
+        verb = "resumed" if state is not None else "started"
+        state = state or first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
         report.keep_sources(run, mixture.tokenizer, start)
         rundir.keep_results(run, start, t.steps)
-        log_event(run, "resume" if start else "start", step=start)
-        log(f"run       {run}, " + (f"resumed after step {start}" if start else "started"))
+        log_event(run, "resume" if verb == "resumed" else "start", step=start)
+        log(f"run       {run}, {verb}" + (f" after step {start}" if start else ""))
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
             mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)

@@ -177,10 +177,12 @@ class Log:
             train.log(f"metrics   rows that are damaged or later than step {start}: {len(ahead)}, "
                       f"now in metrics-ahead.jsonl; those steps are taken again")
         train.write(run / "metrics.jsonl", train.json_lines(kept))
-        known = sum(row["steps"] for row in kept)
-        if known != start:
-            train.log_event(run, "metrics_lost", steps=start - known)
-            train.log(f"metrics   metrics.jsonl covers {known} of {start} steps; averages, times "
+        begun = [event.get("step", 0) for event in train.read_rows(run / "events.jsonl")
+                 if event.get("event") == "start"]      # not 0 if the run is a branch of another
+        known, taken = sum(row["steps"] for row in kept), start - (begun[-1] if begun else 0)
+        if known != taken:
+            train.log_event(run, "metrics_lost", steps=taken - known)
+            train.log(f"metrics   metrics.jsonl covers {known} of {taken} steps; averages, times "
                       f"and pictures are of these only")
         self.ema = kept[-1]["ema"] if kept else None
         self.skipped, self.skipped_in_row = sum(row["skipped"] for row in kept), 0
@@ -198,7 +200,9 @@ class Log:
         for number, row in enumerate(rows, step - len(rows) + 1):
             self.follow(number, row)
         loss, gnorm, share = (float(rows[-1][key]) for key in ("loss", "gnorm", "lr_multiplier"))
+        taken = [float(row["loss"]) for row in rows if not row["skipped"]]
         new = {"step": step, "loss": loss if math.isfinite(loss) else None, "ema": self.ema,
+               "mean_loss": float(np.mean(taken)) if taken else None,
                "gnorm": gnorm if math.isfinite(gnorm) else None,
                "skipped": sum(int(row["skipped"]) for row in rows),
                "lr": self.rates.matrix_lr * share, "adam_lr": self.rates.adam_lr * share,

@@ -273,7 +273,7 @@ def saver(run, checkpoints, config, kept):
         nonlocal kept, told
         check_lock(checkpoints.folder)
         if train.is_main_process():
-            train.sync(run / "metrics.jsonl", run / "events.jsonl", run)
+            data.to_disk(run / "metrics.jsonl", run / "events.jsonl", run)
         before = checkpoints.saved
         if failed := checkpoints.save(state, config) or not kept and checkpoints.wait():
             train.log_event(run, "save_failed", why=failed)

@@ -116,6 +116,7 @@ def test_bfloat16_rounds_the_weights_and_leaves_the_bias(published, tmp_path):
                                   state.bias_LE[1].astype("bfloat16").astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_converted_directory_can_be_sampled_from(published, tmp_path, capsys):
     """As the run can, with the same text; its tokenizer is in it."""
     _, state, source = published
@@ -238,7 +239,8 @@ def begun(c, source, steps=9, **keys):
     return train.first_state(c, t, train.make_mesh(c, t), data.load_tokenizer("bytes"))
 
 
-@pytest.mark.parametrize("source", ["run", "run@3", "run/checkpoints", "public"])
+@pytest.mark.parametrize("source", ["run", "public", *(pytest.param(source, marks=pytest.mark.slow)
+                                                      for source in ("run@3", "run/checkpoints"))])
 def test_a_run_begins_with_the_weights_of_another(published, source, assert_same_bits):
     run, state, _ = published
     new = begun(PUBLISHED, run.parent / source)

@@ -60,9 +60,9 @@ RNG = random.Random(20261124)
 KILLS = [f"kill={step}" for step in sorted(RNG.sample(range(1, STEPS + 1), 10))]
 
 
-@pytest.mark.parametrize("fault", [KILLS[5], *(pytest.param(f, marks=slow) for f in (*KILLS[:5], *KILLS[6:])),
-                                   *(pytest.param(f"kill-in-save={i}", marks=slow) for i in (1, 2, 3)),
-                                   *(pytest.param(f"kill-in-eval={i}", marks=slow) for i in (1, 2))])
+@slow
+@pytest.mark.parametrize("fault", [*KILLS, *(f"kill-in-save={i}" for i in (1, 2, 3)),
+                                   *(f"kill-in-eval={i}" for i in (1, 2))])
 def test_kill_9(run_config, plain, record_property, tmp_path, fault):
     name = "kill -9 " + {"kill": "at a step", "kill-in-save": "during a save",
                          "kill-in-eval": "during an evaluation"}[fault.partition("=")[0]]
@@ -185,8 +185,8 @@ HARM = {"truncated": [truncate],
 CASES = [(name, i) for name, harms in HARM.items() for i in range(len(harms))]
 
 
-@pytest.mark.parametrize("name, i", [case if case[0] == "bit-flipped in a parameter" else
-                                     pytest.param(*case, marks=slow) for case in CASES])
+@slow
+@pytest.mark.parametrize("name, i", CASES)
 def test_the_newest_checkpoint_is_broken(run_config, plain, record_property, tmp_path, name, i):
     """It is named, kept, and the one before it is used."""
     record_property("injected", f"newest checkpoint {name}")
@@ -202,6 +202,7 @@ def test_the_newest_checkpoint_is_broken(run_config, plain, record_property, tmp
     record_property("survived", f"newest checkpoint {name}")
 
 
+@slow
 def test_all_checkpoints_are_broken(run_config, plain, record_property, tmp_path):
     """The program stops and touches nothing, so that a person can look."""
     record_property("injected", "all checkpoints broken")
@@ -568,6 +569,7 @@ def test_what_counts_has_been_synced(run_config, tmp_path, monkeypatch):
     assert f"{folder}/0/commit_success.txt" in done and done[-1] == str(folder)
 
 
+@slow
 def test_arrays_of_other_code_are_not_called_damaged(run_config, plain, tmp_path):
     run = copy(plain, tmp_path)
     for step in (4, 8, 12):
@@ -653,7 +655,7 @@ def begin(c, t, mesh):
                    out_shardings=train.state_shardings(c, t, mesh))()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, pytest.param(np.inf, marks=slow)])
 def test_a_loss_that_is_not_finite_leaves_the_state_alone(setup, value, synthetic, assert_same_bits):
     c, t, mesh, step = setup
     state, _ = step(begin(c, t, mesh), train.to_global_batch(synthetic(c, t, 0), mesh))
@@ -787,6 +789,7 @@ def test_a_checksum_sees_every_bit_and_no_mesh(shape, dtype):
             assert int(mark(jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)))) == want
 
 
+@slow
 def test_a_state_is_restored_onto_other_meshes_bit_for_bit(run_config, plain, tmp_path, assert_same_bits):
     run, states = copy(plain, tmp_path), []
     for devices in (1, 2, 8):

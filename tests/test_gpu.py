@@ -29,9 +29,9 @@ def lowered(f, *args):
 
 
 @pytest.mark.parametrize("name, dtype", [
-    ("smoke", "float32"), ("gpu_h200", "bfloat16"),
+    ("smoke", "float32"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("smoke", "bfloat16"), ("laptop", "float32"), ("laptop", "bfloat16"),
+        ("gpu_h200", "bfloat16"), ("smoke", "bfloat16"), ("laptop", "float32"), ("laptop", "bfloat16"),
         ("gpu_h200", "float32")))])
 def test_the_train_step_lowers_for_every_gpu(name, dtype):
     """At the sizes of the config. No kernel of any one generation of cards may be in it."""

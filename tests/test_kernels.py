@@ -192,7 +192,7 @@ def test_widths_that_blocks_do_not_divide_are_refused(rows_of, normal):
         multiply("pallas_tpu", tile_expert)(x, w)
 
 
-@pytest.mark.parametrize("impl", ["loop", "tiles", "pallas_tpu"])
+@pytest.mark.parametrize("impl", ["loop", pytest.param("tiles", marks=pytest.mark.slow), "pallas_tpu"])
 @pytest.mark.parametrize("tiles", TILES)
 def test_expert_mlp_equals_three_plain_grouped_matmuls(tiles, impl, rows_of, normal, close):
     x, tile_expert = rows_of(tiles, 8, 12)

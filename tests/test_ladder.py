@@ -1,6 +1,7 @@
 """configs/ladder: its rungs, its tables, its registered forecasts, and the pictures drawn from them."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import model
 import scaling
 import train
-from configs.ladder import figures, plan
+from configs.ladder import curves, figures, plan
+from configs.ladder import noise as noise_study
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ROOT / "configs" / "ladder"
@@ -51,6 +53,7 @@ def test_each_rung_inherits_the_one_before_and_changes_what_it_says(monkeypatch)
                      ("muonh", "v2", 64, False, False, 0.0), ("muonh", "v2", 64, True, True, 2.5)]
 
 
+@pytest.mark.slow
 def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
     """Three steps against the update written out: matrices decay at the rate, gains and embedding do not."""
     monkeypatch.chdir(ROOT)
@@ -260,3 +263,80 @@ def test_the_markdown_tables_are_printed_from_the_tables(capsys):
     mean = sum(float(row["loss"]) for row in rows) / len(rows)
     assert len(rows) == 2 and any(line.startswith("| dense, AdamH | 4.041 ") and f"| {mean:.3f} |" in line
                                   for line in lines)
+
+
+# ------------------------------------------------------------------------- noise, curves, one family
+
+def synthetic_curve(law, steps, decay, noise=0.0, seed=0):
+    """A Curve that obeys a law: a warm-up of a tenth, then down to zero in the last share `decay`."""
+    share = np.arange(1, steps + 1) / steps
+    rates = 0.02 * np.minimum(1, share / 0.1) * np.minimum(1, (1 - share) / decay)
+    at = np.arange(50, steps + 1, 50)
+    blank = curves.Curve(f"{steps} steps", at.astype(float), rates[at - 1], np.zeros(len(at)), steps)
+    loss_R = law.loss_R(curves.rates_of(blank), curves.middle_R(blank))
+    loss_R = loss_R + noise * np.random.default_rng(seed).standard_normal(len(at))
+    return curves.Curve(blank.run, blank.step_R, blank.rate_R, loss_R, steps)
+
+
+@pytest.mark.parametrize("law", [
+    curves.CurveLaw("annealing", 1.5, 2.0, 0.02, (0.5,)),
+    pytest.param(curves.CurveLaw("multipower", 1.5, 2.0, 30.0, (0.5, 1.5, 0.6, 0.5)), marks=pytest.mark.slow)])
+def test_a_law_of_training_curves_finds_its_truth_and_another_schedule(law):
+    known = [synthetic_curve(law, 3000, 0.9), synthetic_curve(law, 2000, 1e-9)]
+    held = synthetic_curve(law, 4000, 0.2)
+    found = curves.fit_curves(known, law.name)
+    assert found.E == pytest.approx(law.E, abs=2e-3) and found.A == pytest.approx(law.A, rel=2e-3)
+    got = found.loss_R(curves.rates_of(held), curves.middle_R(held))
+    np.testing.assert_allclose(got, held.loss_R, atol=2e-3)
+    noisy = [synthetic_curve(law, 3000, 0.9, 0.01), synthetic_curve(law, 2000, 1e-9, 0.01, 1)]
+    assert curves.fit_curves(noisy, law.name).error == pytest.approx(0.01, rel=0.2)
+
+
+def test_curves_of_one_shape_collapse_at_their_e_and_tell_the_end_from_the_beginning():
+    law = curves.CurveLaw("annealing", 0.0, 3.0, 0.01, (0.5,))
+    shape = synthetic_curve(law, 3000, 0.9)
+    def scaled(E, size, name):
+        return curves.Curve(name, shape.step_R, shape.rate_R, E + size * shape.loss_R, shape.steps)
+    family = [scaled(1.2, size, str(size)) for size in (1.0, 0.8, 0.6)]
+    assert curves.collapse_E(family) == pytest.approx(1.2, abs=0.01)
+    assert curves.spread(family, 0.0) > 20 * curves.spread(family, 1.2)
+    held = scaled(1.2, 0.45, "held")
+    begun = curves.Curve("begun", *(x[:18] for x in (held.step_R, held.rate_R, held.loss_R)), held.steps)
+    assert curves.end_of(begun, family, 1.2, 0.3) == pytest.approx(curves.final_loss(held), rel=2e-3)
+    with pytest.raises(scaling.BadInput, match="3 rows between 2% and 5%"):
+        curves.end_of(begun, family, 1.2, 0.05)
+
+
+def test_the_noise_of_a_forecast_by_arithmetic_is_that_of_many_ladders():
+    budgets, target, noise = np.geomspace(3e11, 3e13, 5), 3e14, 0.1
+    truth = scaling.Law(E=0.82 / 2.65, A=(1e12)**0.103, alpha=0.103)
+    rng = np.random.default_rng(0)
+    for E, free in ((None, True), (truth.E, False)):
+        ends = []
+        for _ in range(300):
+            L = truth.loss(budgets) * (1 + noise / 100 * rng.standard_normal(5))
+            ends.append(scaling.loss_law(budgets, L, E).loss(target))
+        want = noise_study.forecast_deviation(budgets, noise, target, truth.E, 0.103, free)
+        assert 100 * np.std(ends) / truth.loss(target) == pytest.approx(want, rel=0.15)
+
+
+def test_seeds_of_one_run_are_told_from_other_runs():
+    row = dict(base="configs/a.py", planned_flops="1e12", width="32")
+    rows = [row | dict(overrides=f"--steps={steps} --seed={seed} --run_dir=out/{steps}{seed}", loss=loss)
+            for steps, seed, loss in ((10, 0, "2.0"), (10, 1, "2.02"), (20, 0, "3.0"), (10, 2, ""))]
+    (group,) = noise_study.seed_spread(rows)
+    assert group == (1e12, 32, "configs/a.py", [2.0, 2.02])
+    assert noise_study.deviation(group[3])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
+
+
+def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():
+    rule = plan.Rule(batch=16, head=True, layers=4, group=1, unit=8)
+    widths, config = plan.widths_of("configs/ladder/third.py", rule)
+    assert [keys["hidden_dim"] for keys, _ in widths[:4]] == [16, 24, 32, 40]
+    flops = np.array([flops for _, flops in widths])
+    for keys, _ in widths[:30]:
+        c = dataclasses.replace(config, **keys)
+        assert [model.sees_all(c, i) for i in range(c.num_layers)] == [False, False, False, True]
+        assert (c.head_dim, c.num_heads, c.num_kv_heads) == (16, c.hidden_dim // 8, c.hidden_dim // 8)
+        assert c.expert_dim * 2 == c.hidden_dim == c.shared_dim
+    assert (np.diff(flops, 2)[:30] > 0).all(), "FLOPs grow without a jump"

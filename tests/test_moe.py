@@ -17,9 +17,9 @@ D = 12
     (40, 8, 2, "one starves", None),
     (37, 5, 3, "none", None),
     (3, 8, 2, "none", None),
-    (40, 4, 4, "none", None),
     (200, 4, 1, "two take all", None),
-    (64, 1, 1, "none", None),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (40, 4, 4, "none", None), (64, 1, 1, "none", None))),
     (40, 8, 2, "two take all", "pallas_tpu"),
     (40, 8, 2, "one starves", "tiles")])
 def test_the_sparse_layer_equals_the_dense_loop(T, E, K, bias, impl, layer_weights, normal, routing,

@@ -19,6 +19,7 @@ from tests import lp
 from tests import rivals
 from tests.lp import scores
 
+pytestmark = pytest.mark.slow        # rules to compare with; ours are in test_balance.py, too
 ROOT = Path(__file__).resolve().parent.parent
 MOVES = [name for name, rule in balance.RULES.items() if rule.next_bias]
 SIGMOID = ("sign", "sign_rms", "proportional", "quantile_k3", "bip")

@@ -103,6 +103,19 @@ def test_a_run_directory_is_complete_and_resume_is_bit_equal_to_a_straight_run(
     assert (run / "config.json").read_text() == recorded, "a refusal writes nothing"
 
 
+@pytest.mark.slow
+def test_a_branch_begins_where_it_left_its_source_and_misses_no_metrics(config, tmp_path, load, capsys):
+    assert train.train(*load(config, devices=2))
+    keys = dict(devices=2, run_dir=tmp_path / "branch", init_from=f"{tmp_path / 'run'}@3", keep_optimizer=True)
+    assert train.train(*load(config, **keys, schedule="wsd", decay=0.5))
+    told = capsys.readouterr().out
+    assert "branch, started after step 3" in told and "metrics.jsonl covers" not in told
+    assert [row["step"] for row in train.read_rows(tmp_path / "branch" / "metrics.jsonl")] == [4, 6]
+    assert train.train(*load(config, **keys, schedule="wsd", decay=0.5))
+    told = capsys.readouterr().out
+    assert "branch, resumed after step 6" in told and "metrics.jsonl covers" not in told
+
+
 @pytest.mark.parametrize("change", [
     pytest.param(dict(num_experts=0, experts_per_token=0, expert_dim=0), id="dense", marks=pytest.mark.slow),
     pytest.param(dict(optimizer="muonh", recipe="v2", num_layers=1), id="muonh", marks=pytest.mark.slow),

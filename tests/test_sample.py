@@ -64,6 +64,7 @@ def test_greedy_text_is_that_of_the_definition_and_goes_on_past_seq_len():
     assert text == sample.make_sampler(c, BYTES, top_k=1)(params, bias_LE, "abc", 50)
 
 
+@pytest.mark.slow
 def test_seeds_and_the_start_of_a_document():
     c = CONFIGS["two layers"]
     params, bias_LE = weights(c)

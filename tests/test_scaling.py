@@ -833,7 +833,8 @@ def test_json_on_standard_output_is_json(tmp_path, capsys):
     assert {"E", "A", "alpha"} <= r["fit"]["law"].keys()
 
 
-@pytest.mark.parametrize("method", ["shared", "best", "surface"])
+@pytest.mark.parametrize("method", ["shared", *(pytest.param(method, marks=pytest.mark.slow)
+                                               for method in ("best", "surface"))])
 def test_fits_are_drawn(tmp_path, method, capsys):
     path = tmp_path / "fit.png"
     words = f"fit moe_v16 --method {method} --draws 5 --plot {path}".split()

@@ -322,6 +322,7 @@ def test_one_batch_can_be_memorized(config, load, synthetic):
     assert float(metrics["loss"]) < 0.5, "from log 257 = 5.5"
 
 
+@pytest.mark.slow
 def test_the_bias_routes_one_step_late_and_none_leaves_it_at_zero(config, load, run_steps):
     losses, bias = {}, {}
     for balancer in ("quantile", "none"):

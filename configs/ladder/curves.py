@@ -1,0 +1,248 @@
+"""Laws of a whole training curve: how the loss follows the learning rate, step by step.
+
+    python scaling.py curves RUN [RUN ...] --hold RUN       fit both laws to some runs, forecast others
+    python scaling.py curves RUN [RUN ...] --collapse       E from compute-optimal runs of several sizes
+    python scaling.py curves RUN [RUN ...] --collapse --hold RUN --until 0.3     the end of a run from its first 30 %
+
+RUN is a run directory, also of a run that goes on, or a table that `--out=TABLE.csv` wrote from some.
+Without --collapse the runs have one size; lengths and schedules may differ. Loss is the mean training loss between
+two rows of metrics.jsonl: no text is seen twice, so that it is unseen loss.
+    annealing    L = E + A S^-a - C Q       S: sum of the rates; Q: sum of how much they have fallen, each
+                 drop fading by 0.999 a step [arXiv 2408.11029]
+    multipower   L = E + A S^-a - B sum_k (drop at k) (1 - (1 + c rate_k^-g S_k)^-b)    S_k: the sum of the
+                 rates since k [arXiv 2503.12811]
+Letters: R rows of a curve."""
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import optimize
+from scipy import signal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import scaling  # noqa: E402
+from scaling import need  # noqa: E402
+from scaling import number  # noqa: E402
+
+FADE = 0.999            # of a drop of the rate, a step [cited: arXiv 2408.11029]
+SKIP = 0.1              # the share of a run that is not fitted: warm-up and the first fall
+COLUMNS = ["run", "step", "steps", "rate", "loss"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run as its rows say: the rate of each row's step and the mean loss since the row before."""
+    run: str
+    step_R: np.ndarray
+    rate_R: np.ndarray          # of the matrices; zero at the end of most schedules
+    loss_R: np.ndarray
+    steps: int                  # of the whole run; the last row is earlier if it goes on
+
+    def fitted_R(self):
+        """Which rows a law is fitted to."""
+        return self.step_R > SKIP * self.steps
+
+
+def read_curve(folder):
+    """The Curve of a run directory of train.py."""
+    folder = Path(folder)
+    config = scaling.read_json(folder / "config.json")
+    rows = []
+    with contextlib.suppress(OSError):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("mean_loss")]
+    need(len(rows) >= 8, folder, "at least 8 rows with mean_loss in metrics.jsonl", len(rows),
+         "train with a smaller --log_every")
+    step_R, rate_R, loss_R = np.array([[row[key] for row in rows] for key in ("step", "lr", "mean_loss")], float)
+    return Curve(str(folder), step_R, rate_R, loss_R, config["train"]["steps"])
+
+
+def read_curves(names):
+    """The Curves of run directories and of tables."""
+    curves = []
+    for name in names:
+        if Path(name).is_dir():
+            curves.append(read_curve(name))
+            continue
+        columns, rows = scaling.read_table(name)
+        need({*COLUMNS} <= {*columns}, name, f"columns {COLUMNS}", columns, "write it with curves --out")
+        for run in dict.fromkeys(row["run"] for row in rows):
+            own = [[number(row[key], f"{name} {run}", key, -1) for key in COLUMNS[1:]]
+                   for row in rows if row["run"] == run]
+            step_R, steps_R, rate_R, loss_R = np.array(own).T
+            curves.append(Curve(run, step_R, rate_R, loss_R, int(steps_R[0])))
+    return curves
+
+
+# ----------------------------------------------------------------------------------------- two laws
+
+def middle_R(curve):
+    """The step in the middle of each row's steps: there a mean belongs."""
+    return (curve.step_R + np.r_[0, curve.step_R[:-1]]) / 2
+
+
+def rates_of(curve, steps=0):
+    """The rate of every step up to `steps`, a line between rows; step 0 has the rate 0."""
+    return np.interp(np.arange(1, 1 + (steps or curve.step_R[-1])), np.r_[0, curve.step_R], np.r_[0, curve.rate_R])
+
+
+def annealing_terms(rates, at_R):
+    """(S, Q) at some steps: the sum of the rates, and that of their faded drops."""
+    drops = np.maximum(0, -np.diff(rates, prepend=rates[0]))
+    fallen = np.cumsum(signal.lfilter([1], [1, -FADE], drops))
+    at = np.clip(at_R.astype(int), 1, len(rates)) - 1
+    return np.cumsum(rates)[at], fallen[at]
+
+
+def multipower_term(rates, at_R, c, g, b, parts=200):
+    """The sum over drops, at some steps. Drops are gathered in `parts` parts of the run."""
+    edges = np.unique(np.linspace(0, len(rates), parts + 1).astype(int))
+    total = np.r_[0, np.cumsum(rates)]
+    drops = np.maximum(0, -np.diff(rates, prepend=rates[0]))
+    drop_P = np.add.reduceat(drops, edges[:-1])
+    middle_P = (edges[:-1] + edges[1:]) // 2
+    rate_P = np.maximum(rates[np.minimum(middle_P, len(rates) - 1)], 1e-6 * rates.max())
+    since_RP = np.maximum(0, total[np.clip(at_R.astype(int), 0, len(rates))][:, None] - total[middle_P])
+    return ((1 - (1 + c * rate_P**-g * since_RP)**-b) * drop_P).sum(1)
+
+
+@dataclass(frozen=True)
+class CurveLaw:
+    """A law with its numbers: weights of (1, S^-a, the term of the drops), and the powers."""
+    name: str
+    E: float
+    A: float
+    B: float
+    powers: tuple               # a, and for "multipower" c, g, b
+    error: float = 0.0          # root mean square of the residuals, nats
+
+    def loss_R(self, rates, at_R):
+        """The loss at some steps of a run with these rates."""
+        return terms(self.name, self.powers, rates, at_R) @ [self.E, self.A, self.B]
+
+    def __str__(self):
+        powers = " ".join(f"{name} {p:.3g}" for name, p in zip("acgb", self.powers))
+        return f"{self.name}: E {self.E:.4f}, A {self.A:.4g}, B {self.B:.4g}, {powers}; residual {self.error:.4f}"
+
+
+def terms(name, powers, rates, at_R):
+    """The columns [R,3] whose sum, weighted by (E, A, B), is the loss."""
+    S, Q = annealing_terms(rates, at_R)
+    drop = Q if name == "annealing" else multipower_term(rates, at_R, *powers[1:])
+    return np.stack([np.ones_like(S), S**-powers[0], -drop], 1)
+
+
+STARTS = {"annealing": [(a,) for a in (0.2, 0.5, 1.0)],
+          "multipower": [(a, 1.0, 0.5, b) for a in (0.3, 0.7) for b in (0.3, 0.7)]}
+LIMITS = {"annealing": ([0.01], [3]), "multipower": ([0.01, 1e-4, 0.0, 0.01], [3, 1e4, 1.5, 3])}
+
+
+def fit_curves(curves, name):
+    """The CurveLaw of one size through all its curves, by least squares. Given the powers the rest is linear
+    and not negative, so that only the powers are searched [as in scaling.variable_projection]."""
+    parts = [(rates_of(curve), middle_R(curve)[curve.fitted_R()]) for curve in curves]
+    y = np.concatenate([curve.loss_R[curve.fitted_R()] for curve in curves])
+    need(len(y) >= 12, curves[0].run, "at least 12 rows to fit", len(y), "lower --log_every")
+
+    def solve(powers):
+        x = np.concatenate([terms(name, powers, *part) for part in parts])
+        scale = np.abs(x).max(0) + 1e-300
+        weights = optimize.nnls(x / scale, y)[0] / scale
+        return weights, x @ weights - y
+    fits = [optimize.least_squares(lambda powers: solve(powers)[1], start, bounds=LIMITS[name], x_scale=start)
+            for start in STARTS[name]]
+    best = min(fits, key=lambda fit: fit.cost)
+    weights, residual = solve(best.x)
+    return CurveLaw(name, *map(float, weights), tuple(best.x), float(np.sqrt(np.mean(residual**2))))
+
+
+# ----------------------------------------------------------------------------------------- collapse
+
+SHARES = np.linspace(0.05, 0.95, 37)    # of a run's steps
+
+
+def final_loss(curve, tail=0.05):
+    """The mean loss of the last share of a curve's steps."""
+    last_R = curve.step_R > (1 - tail) * curve.step_R[-1]
+    last_R[-1] = True
+    return float(curve.loss_R[last_R].mean())
+
+
+def normalized(curves, E):
+    """(L - E) / (final - E) of each curve at SHARES of its steps [arXiv 2507.02119]."""
+    return np.array([np.interp(SHARES, middle_R(curve) / curve.steps, curve.loss_R - E) / (final_loss(curve) - E)
+                     for curve in curves])
+
+
+def spread(curves, E):
+    """How far normalized curves lie apart: a standard deviation, the mean over the last 70 %."""
+    return float(np.std(normalized(curves, E), axis=0)[SHARES > 0.3].mean())
+
+
+def collapse_E(curves):
+    """The E at which the curves lie closest, of 200 below the lowest loss."""
+    lowest = min(curve.loss_R.min() for curve in curves)
+    return min(np.linspace(0, 0.95 * lowest, 200), key=lambda E: spread(curves, E))
+
+
+def end_of(curve, curves, E, until):
+    """The final loss of a curve from its first share `until`, if it collapses onto the others. Of what is known
+    the last half counts."""
+    shape = normalized(curves, E).mean(0)
+    share_R = middle_R(curve) / curve.steps
+    known_R = (share_R > until / 2) & (share_R <= until)
+    need(known_R.sum() >= 3, curve.run, f"3 rows between {until / 2:.0%} and {until:.0%} of its steps",
+         int(known_R.sum()), "let it go on")
+    return float(E + np.mean((curve.loss_R[known_R] - E) / np.interp(share_R[known_R], SHARES, shape)))
+
+
+# ------------------------------------------------------------------------------------- command line
+
+def tell(curve, forecast):
+    """Print a forecast of a curve's end, and what came if the run is over."""
+    line = f"  {curve.run}: forecast {forecast:.4f}"
+    if curve.step_R[-1] == curve.steps:
+        observed = final_loss(curve)
+        line += f", observed {observed:.4f}, {100 * (observed / forecast - 1):+.2f} %"
+    print(line)
+
+
+def curves_command(a):
+    curves, held = read_curves(a.runs), read_curves(a.hold)
+    if a.out:
+        rows = [dict(zip(COLUMNS, (curve.run, f"{step:.0f}", curve.steps, f"{rate:.6g}", f"{loss:.5f}")))
+                for curve in curves + held for step, rate, loss in zip(curve.step_R, curve.rate_R, curve.loss_R)]
+        scaling.write_new(a.out, scaling.csv_text(COLUMNS, rows))
+    if a.collapse:
+        need(len(curves) >= 2, "--collapse", "two runs or more", len(curves), "name more")
+        best = collapse_E(curves) if a.asymptote is None else a.asymptote
+        for E in (0.0, best):
+            print(f"E = {E:.3f}: normalized curves lie {100 * spread(curves, E):.2f} % apart")
+        for curve in held:
+            tell(curve, end_of(curve, curves, best, a.until))
+        return
+    for name in STARTS:
+        law = fit_curves(curves, name)
+        print(law)
+        for curve in held:
+            last_R = curve.step_R > 0.95 * curve.step_R[-1]
+            tell(curve, float(law.loss_R(rates_of(curve), middle_R(curve)[last_R]).mean()))
+
+
+def add_commands(command):
+    """Add `curves` to the commands of scaling.py."""
+    add = command("curves", curves_command, "laws of whole training curves, and E from their collapse")
+    add("runs", nargs="+", metavar="RUN", help="run directories of one size, or a table of curves")
+    add("--hold", nargs="+", default=[], metavar="RUN", help="forecast these")
+    add("--collapse", action="store_true", help="E from compute-optimal runs of several sizes")
+    add("--asymptote", type=scaling.number, metavar="E", help="with --collapse, instead of the best")
+    add("--until", type=scaling.number, default=0.3, metavar="SHARE", help="of a held run that is known (%(default)s)")
+    add("--out", metavar="TABLE.csv", help="the curves as a new table")
+
+
+if __name__ == "__main__":
+    sys.exit(scaling.main(["curves", *sys.argv[1:]]))

@@ -1,0 +1,86 @@
+"""Noise first: how far seeds lie apart, and what a ladder with this noise can forecast.
+
+    python configs/ladder/noise.py TABLE [TABLE ...]                     spread of the seeds of each run
+    python configs/ladder/noise.py --budgets 3e11 3e12 3e13 --noise 0.1 --targets 3e14 9e14
+
+The second form is arithmetic: the standard deviation of a forecast, in % of the loss, if each vertex of
+the ladder has `--noise` % of it [derived: delta method, as for any least-squares fit]."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import scaling  # noqa: E402
+
+
+def seed_spread(rows):
+    """[(planned FLOPs, width, base, losses)] of the runs of a table that have several seeds."""
+    groups = {}
+    for row in rows:
+        if row["loss"]:
+            words = [word for word in row["overrides"].split() if not word.startswith(("--seed=", "--run_dir="))]
+            key = float(row["planned_flops"]), int(row["width"]), row["base"], " ".join(words)
+            groups.setdefault(key, []).append(float(row["loss"]))
+    return [(*key[:3], losses) for key, losses in sorted(groups.items()) if len(losses) > 1]
+
+
+def deviation(losses):
+    """(standard deviation, its own standard error) in % of the mean."""
+    percent = 100 * np.std(losses, ddof=1) / np.mean(losses)
+    return percent, percent / math.sqrt(2 * (len(losses) - 1))
+
+
+def pooled(groups):
+    """The standard deviation in % over some groups of seeds, which have different means."""
+    freedom = sum(len(losses) - 1 for losses in groups)
+    return math.sqrt(sum((len(losses) - 1) * deviation(losses)[0]**2 for losses in groups) / freedom)
+
+
+def forecast_deviation(budgets, noise, target, E, alpha, free=True):
+    """Standard deviation in % of the loss at a target, forecast from one vertex a budget whose deviation is
+    `noise` % of it, by a fit of log(L - E) as in scaling.loss_law. The unit of loss makes L - E one at 1e12 FLOPs.
+
+    d log(L - E) = da - c d alpha + dE / (L - E) at every budget, with c = log(C / 1e12): least squares give
+    (da, d alpha, dE) from the errors of the vertices, and those the error at the target."""
+    def columns(C):
+        c = np.log(np.asarray(C, float) / 1e12)
+        gap = np.exp(-alpha * c)
+        return gap, np.stack([np.ones_like(c), -c, 1 / gap], -1)[..., :3 if free else 2]
+    gap, J = columns(budgets)
+    target_gap, at = columns(target)
+    weights = target_gap * at @ np.linalg.pinv(J)
+    return float(np.linalg.norm(weights * noise * (E + gap) / gap) / (E + target_gap))
+
+
+def main(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[])
+    parser.add_argument("--targets", type=float, nargs="+", default=[])
+    parser.add_argument("--noise", type=float, default=0.1, help="%% of the loss, of a vertex (%(default)s)")
+    parser.add_argument("--asymptote", type=float, default=0.82, help="E (%(default)s)")
+    parser.add_argument("--gap", type=float, default=2.65, help="L - E at 1e12 FLOPs (%(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.103, help="(%(default)s)")
+    a = parser.parse_args(words)
+    for table in a.tables:
+        groups = seed_spread(scaling.read_table(table)[1])
+        print(f"{table}\n\n| C | width | config | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
+        for C, width, base, losses in groups:
+            percent, error = deviation(losses)
+            print(f"| {C:.3g} | {width} | {Path(base).stem} | {len(losses)} | {np.mean(losses):.4f} "
+                  f"| {percent:.2f} +- {error:.2f} |")
+        for C in sorted({group[0] for group in groups}):
+            print(f"{C:.3g}: {pooled([g[3] for g in groups if g[0] == C]):.2f} % over all its sizes")
+    for target in a.targets:
+        free, fixed = (forecast_deviation(a.budgets, a.noise, target, a.asymptote / a.gap, a.alpha, way)
+                       for way in (True, False))
+        print(f"{target:.3g}: {free:.2f} % with E free, {fixed:.2f} % with E fixed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

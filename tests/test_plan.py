@@ -219,6 +219,33 @@ def test_bad_plans_are_one_line(capsys, overrides, words):
     assert words in error and error.count("\n") == 1
 
 
+def test_the_best_of_a_search_are_compiled_and_tabled(capsys, monkeypatch):
+    """With the compiler replaced: it is asked for each layout of the table, and what it says is printed."""
+    asked = []
+
+    def compiled(c, t):
+        asked.append((c, t))
+        return len(asked) - 1, {"memory": 2**34, "executed": 1.25, "mfu": {"as scheduled": 0.5}} if len(asked) < 2 else None
+    monkeypatch.setattr(plan, "compile_layout", compiled)
+    arguments = [str(ROOT / "configs/v2_d512.py"), "--plan", "--search=2", "--compile", "--topology=v4:2x2x1"]
+    assert train.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert len(set(asked)) == 2 and re.search(r" 1 planned .* compiled  16.0 GiB \(50 %\), executes 1.25 x, MFU 50.0 %", out)
+    assert re.search(r" 2 planned .* compiled does not fit", out)
+
+
+def test_a_plan_says_hours_at_an_mfu_that_is_named_and_at_the_machine_at_hand(capsys, monkeypatch):
+    arguments = [str(ROOT / "configs/gpu_h200.py"), "--plan", "--mfu=0.4"]
+    assert train.main([*arguments, "--topology=h100:1"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"asked .* MFU 40.0 %, 7.2\d hours, 7.2\d chip-hours", out) and "core-hours to make them" in out
+    monkeypatch.setattr(plan, "at_hand", lambda advice: "h100:1")
+    assert train.main([*arguments, "--topology="]) == 0
+    assert capsys.readouterr().out == out.replace("(h100:1)", "(at hand)")
+    assert train.main([str(ROOT / "configs/gpu_h200.py"), "--search"]) == 2
+    assert "--search: expected together with --plan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("google, ours", [("v4-2048", "v4:8x8x16"), ("2xv5p-1024", "2xv5p:8x8x8"),
                                           ("v5litepod-16", "v5e:4x4"), ("v5litepod:2x4", "v5e:2x4"),
                                           ("v5e-8", "v5e:2x4"), ("v6e-8", "v6e:2x4")])

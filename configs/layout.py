@@ -99,8 +99,8 @@ def link_load(side, ring, factor, stride):
     """Bytes on the fullest link, in one direction, of an all-to-all along one side of a slice.
 
     Every chip sends one byte, in equal parts to the `factor` chips of its group, itself included, which lie
-    `stride` apart; all groups at once, each part by the shorter way, or half by either way if both are equal.
-    n / 8 in a ring of n, n / 4 in a line of n neighbors."""
+    `stride` apart. All groups do so at once, each part by the shorter way, or half by either way if both are
+    equal. The result is n / 8 for a ring of n and n / 4 for a line of n neighbors."""
     load = np.zeros((side, 2))                              # of the link from a chip upwards, downwards
     for source in range(side):
         first = source - source // stride % factor * stride
@@ -309,8 +309,8 @@ def words(keys):
 
 
 def row(name, one, memory):
-    return (f"{name:>5s} {100 * one.mfu:6.1f} % {one.step:8.2f} s {100 * one.ring:8.1f} % {one.memory / 2**30:7.1f} of {memory / 2**30:.0f} GiB"
-            f" {100 * one.dropped:6.2f} %   {words(one.keys)}")
+    return (f"{name:>5s} {100 * one.mfu:6.1f} % {one.step:8.2f} s {100 * one.ring:8.1f} % {one.memory / 2**30:7.1f} "
+            f"of {memory / 2**30:.0f} GiB {100 * one.dropped:6.2f} %   {words(one.keys)}")
 
 
 def show_search(c, t, count, compile_too=False):
@@ -322,7 +322,8 @@ def show_search(c, t, count, compile_too=False):
     memory, machine = plan.CHIPS[name].memory, (name, slices, shape)
     best = search(c, t, machine)
     print(f"search    {len(best):,} layouts of {t.topology} fill at most 85 % of the memory, by arithmetic, in "
-          f"{time.monotonic() - began:.0f} s; nothing overlaps in the bound,\n          and in 'one ring' {ONE_RING}, as libtpu 0.0.42 lays them")
+          f"{time.monotonic() - began:.0f} s.\n          Nothing overlaps in the bounds; in 'one ring' {ONE_RING}, as libtpu "
+          "0.0.42 lays them")
     if not best:
         print("verdict   nothing fits; try more chips")
         return 1
@@ -354,9 +355,9 @@ def compile_best(c, t, best, memory):
         code |= failed
         said = "does not fit"
         if facts:
+            shares = ", ".join(f"{100 * mfu:.1f} % {how}" for how, mfu in facts["mfu"].items())
             said = (f"{facts['memory'] / 2**30:5.1f} GiB ({100 * facts['memory'] / memory:.0f} %), executes "
-                    f"{facts['executed']:.2f} x, MFU " + ", ".join(f"{100 * mfu:.1f} % {how}"
-                                                                for how, mfu in facts["mfu"].items()))
+                    f"{facts['executed']:.2f} x, MFU {shares}")
         lines.append(f"{number:5d} planned {100 * one.mfu:.1f} %, {one.memory / 2**30:.1f} GiB; compiled {said}")
     print("\ncompiled  " + f"for {t.topology}\n" + "\n".join(lines))
     return code

@@ -225,7 +225,8 @@ def plan(c, t):
         raise train.ConfigError(reason)
     if train.mesh_shape(t, chips)["replica"] % slices:
         train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)
-    size, tokens, remat = train.mesh_shape(t, chips), t.batch_size * c.seq_len, ("none", "block", "attended").index(c.remat)
+    size, tokens = train.mesh_shape(t, chips), t.batch_size * c.seq_len
+    states = ("none", "block", "attended").index(c.remat)           # that are kept of each layer
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = train.abstract_state(c, t, mesh)
 
@@ -234,7 +235,7 @@ def plan(c, t):
                    for x in jax.tree.leaves(tree))
 
     weights = bytes_held(state.params)
-    inputs = remat * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
+    inputs = states * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
     received, gpu = traffic(c, t, size), is_gpu(name)
     seconds = dict.fromkeys((axis for axis in MESH if size[axis] > 1), 0.0)
     rates = layout.network(name, chip, slices, shape, size, t.expert_block)
@@ -270,6 +271,8 @@ def short(x, unit=1.0):
 def show_plan(c, t, compile_too=False, mfu=None):
     """--plan: print `plan`, in seconds, on any machine; --compile: then compile. mfu: what the user hopes for. The
     exit code."""
+    if mfu is not None and not 0 < mfu <= 1:
+        train.refuse("--mfu", "a share of the peak such as 0.3", mfu)
     jax.config.update("jax_platforms", "cpu")       # a TPU that is here has no part in this
     p, (_, name, _) = plan(c, t), parse_topology(t)
     check_kernels(c, name)

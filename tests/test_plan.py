@@ -82,7 +82,7 @@ def rates(name, shape, size, block=""):
 
 
 def test_axis_rates_follow_the_torus():
-    """Links that a gather uses, times their rate: two a closed side, one an open one, shared where groups alternate."""
+    """Links that a gather uses, times their rate: two of a ring, one of a line, shared where groups alternate."""
     v4, v6e = plan.CHIPS["v4"].link, plan.CHIPS["v6e"].link
     one = rates("v4", (8, 8, 16), (1, 128, 8))
     assert one["expert"].gather == 2 * v4 and one["data"].gather == 4 * v4, "8 of 8x8x16: a side, as jax lays it"
@@ -143,7 +143,8 @@ def loads(shape, rings, groups):
 
 @pytest.mark.parametrize("name, shape, size, block", [
     ("v4", (4, 4, 4), (1, 1, 64), "4x4x4"), ("v4", (4, 4, 8), (1, 16, 8), "2x2x2"), ("v6e", (4, 8), (1, 4, 8), "4x2"),
-    ("v6e", (2, 16), (1, 2, 16), "1x16"), ("v4", (4, 4, 8), (2, 8, 8), "1x1x8"), ("v5p", (4, 4, 4), (4, 4, 4), "2x2x1")])
+    ("v6e", (2, 16), (1, 2, 16), "1x16"), ("v4", (4, 4, 8), (2, 8, 8), "1x1x8"),
+    ("v5p", (4, 4, 4), (4, 4, 4), "2x2x1")])
 def test_the_time_of_an_all_to_all_is_that_of_the_fullest_link_of_a_simulation(name, shape, size, block):
     """For experts and for "data" and "replica", whose groups lie between each other. The grid is what trains."""
     chips = [types.SimpleNamespace(coords=place, device_kind=name) for place in np.ndindex(*shape)]
@@ -158,8 +159,9 @@ def test_the_time_of_an_all_to_all_is_that_of_the_fullest_link_of_a_simulation(n
         assert got[axis].gather <= 2 * len(shape) * plan.CHIPS[name].link
 
 
-@pytest.mark.parametrize("side, ring, factor, stride", [(8, True, 8, 1), (8, False, 8, 1), (8, True, 2, 1), (8, True, 4, 2),
-                                                        (16, True, 4, 4), (16, True, 4, 1), (2, False, 2, 1)])
+@pytest.mark.parametrize("side, ring, factor, stride", [
+    (8, True, 8, 1), (8, False, 8, 1), (8, True, 2, 1), (8, True, 4, 2), (16, True, 4, 4), (16, True, 4, 1),
+    (2, False, 2, 1)])
 def test_gathers_along_a_side_load_its_links_as_planned(side, ring, factor, stride):
     """Every chip's share passes from member to member, half of it either way round a ring, whole along a line."""
     load, whole = np.zeros((side, 2)), ring and factor * stride == side
@@ -172,8 +174,9 @@ def test_gathers_along_a_side_load_its_links_as_planned(side, ring, factor, stri
     assert load.max() == pytest.approx((1 - 1 / factor) / layout.gather_links(side, ring, factor, stride))
 
 
-@pytest.mark.parametrize("word, words", [("3x3x1", "expected expert_parallel=8 chips, whose sides divide those of 8x8x16"),
-                                         ("2x2", "found '2x2'"), ("axb", "found 'axb'"), ("8x1x1x1", "found '8x1x1x1'")])
+@pytest.mark.parametrize("word, words", [
+    ("3x3x1", "expected expert_parallel=8 chips, whose sides divide those of 8x8x16"),
+    ("2x2", "found '2x2'"), ("axb", "found 'axb'"), ("8x1x1x1", "found '8x1x1x1'")])
 def test_a_block_that_does_not_fit_is_one_line(capsys, word, words):
     assert train.main([str(ROOT / "configs/moe_129b.py"), "--plan", f"--expert_block={word}"]) == 2
     error = capsys.readouterr().err
@@ -225,12 +228,14 @@ def test_the_best_of_a_search_are_compiled_and_tabled(capsys, monkeypatch):
 
     def compiled(c, t):
         asked.append((c, t))
-        return len(asked) - 1, {"memory": 2**34, "executed": 1.25, "mfu": {"as scheduled": 0.5}} if len(asked) < 2 else None
+        facts = {"memory": 2**34, "executed": 1.25, "mfu": {"as scheduled": 0.5}}
+        return len(asked) - 1, facts if len(asked) < 2 else None
     monkeypatch.setattr(plan, "compile_layout", compiled)
     arguments = [str(ROOT / "configs/v2_d512.py"), "--plan", "--search=2", "--compile", "--topology=v4:2x2x1"]
     assert train.main(arguments) == 1
     out = capsys.readouterr().out
-    assert len(set(asked)) == 2 and re.search(r" 1 planned .* compiled  16.0 GiB \(50 %\), executes 1.25 x, MFU 50.0 %", out)
+    assert len(set(asked)) == 2
+    assert re.search(r" 1 planned .* compiled  16.0 GiB \(50 %\), executes 1.25 x, MFU 50.0 %", out)
     assert re.search(r" 2 planned .* compiled does not fit", out)
 
 

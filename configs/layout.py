@@ -322,8 +322,8 @@ def show_search(c, t, count, compile_too=False):
     memory, machine = plan.CHIPS[name].memory, (name, slices, shape)
     best = search(c, t, machine)
     print(f"search    {len(best):,} layouts of {t.topology} fill at most 85 % of the memory, by arithmetic, in "
-          f"{time.monotonic() - began:.0f} s.\n          Nothing overlaps in the bounds; in 'one ring' {ONE_RING}, as libtpu "
-          "0.0.42 lays them")
+          f"{time.monotonic() - began:.0f} s.")
+    print(f"          Nothing overlaps in the bounds; in 'one ring' {ONE_RING}, as libtpu 0.0.42 lays them")
     if not best:
         print("verdict   nothing fits; try more chips")
         return 1

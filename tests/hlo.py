@@ -2,7 +2,8 @@
 
 Run:  python tests/hlo.py CONFIG [--key=value ...]      compile the train step for the config's topology and report
 It needs libtpu (pip install "jax[tpu]") and no TPU. `train.py CONFIG --plan --compile` prints the same report.
-Read: decode and Program (the serialized program), replica_groups, collectives, unexpected, report; then the FLOPs.
+Read: decode and Program (the serialized program), replica_groups, collectives, Timeline (what the schedule hides),
+unexpected, report; then the FLOPs.
 
 The program is read from its protocol buffer (HloModuleProto), which every version of XLA can write. Its field
 numbers are part of XLA's interface and never change their meaning; its printed text changes from release to

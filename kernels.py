@@ -624,16 +624,17 @@ def _reduce_scatter(g, axis, split):
     g = g.astype(jnp.float32)
     if single_device(axis):
         return g
+    if len(g) == 1:                     # libtpu 0.0.42 sums a single expert's whole [measured]
+        return _reduce_scatter(g[0], axis, split - 1)[None]
     words = g.shape[1 - split] if g.ndim == 2 else 0
-    if words <= LARGE_VOCABULARY:
-        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    padding = [(0, 0), (0, 0)]
-    padding[1 - split] = (0, -words % 4096)
-    g = with_layout_constraint(jnp.pad(g, padding), Layout((split, 1 - split)))
+    if words > LARGE_VOCABULARY:
+        padding = [(0, 0)] * 2
+        padding[1 - split] = (0, -words % 4096)
+        g = with_layout_constraint(jnp.pad(g, padding), Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    # without the barrier libtpu 0.0.42 joins the slices and stops with an error
-    share = lax.optimization_barrier(share)
-    return lax.slice_in_dim(share, 0, words, axis=1 - split)
+    if words > LARGE_VOCABULARY:        # without the barrier libtpu 0.0.42 stops with an error
+        share = lax.slice_in_dim(lax.optimization_barrier(share), 0, words, axis=1 - split)
+    return share
 
 
 def _num_chunks(words, d, axis):
@@ -651,7 +652,6 @@ def _num_chunks(words, d, axis):
 
 def keep_freed_memory():
     """Let a process whose only devices are CPUs keep what it frees.
-
     Past 32 MB glibc maps the block of temporaries for every step anew, and the kernel clears it
     page by page: 59,449 page faults a step. One arena that neither maps nor trims has none
     [measured]."""

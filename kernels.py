@@ -472,20 +472,20 @@ GROUPED = {                     # name: (matmul, weight_grad), the two products 
 
 # ---------------------------------------------------------------------------------- the experts
 
-def expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl=None, platform="cpu"):
-    """The SwiGLU of every row's expert: (silu(x gate) * (x up)) down, [R,D] -> [R,D] [SwiGLU, arXiv
-    2002.05202].
+def expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl, platform="cpu", weight_R1=1):
+    """The SwiGLU of every row's expert: (silu(x gate) * (x up)) down, [R,D] -> [R,D] [arXiv
+    2002.05202], times weight_R1.
 
     Rows and tile_expert as in grouped_matmul. impl: "loop", or the name of a grouped_matmul,
     applied three times. "loop" visits the tiles once and does everything for a tile while it is in
     the cache, forward and backward. It stops at the last tile that belongs to an expert. For CPUs:
     0.22 to 0.26 of the time of a dense einsum over all experts, 1.0 to 1.6 of torch._grouped_mm's,
     over the machines that were tried [measured: python tests/bench.py moe]."""
-    impl = impl or choose("experts", platform, x_RD.dtype.name, *gate_EDF.shape[1:])
+    weighted = lambda h_RF: (weight_R1 * h_RF).astype(h_RF.dtype)
     if impl == "loop":
-        return _expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert)
+        return weighted(_expert_loop(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert))
     multiply = partial(grouped_matmul, tile_expert=tile_expert, impl=impl, platform=platform)
-    h_RF = jax.nn.silu(multiply(x_RD, gate_EDF)) * multiply(x_RD, up_EDF)
+    h_RF = weighted(jax.nn.silu(multiply(x_RD, gate_EDF)) * multiply(x_RD, up_EDF))
     return multiply(h_RF, down_EFD)
 
 
@@ -559,8 +559,8 @@ LARGE_VOCABULARY = 32_768       # above it the gradients of embedding and head n
 
 
 def single_device(axis):
-    """Whether there is nothing to exchange over the axis; None is a program without a mesh."""
-    return axis is None or lax.axis_size(axis) == 1
+    """Whether there is nothing to exchange over the axis; False is a program without a mesh."""
+    return not axis or lax.axis_size(axis) == 1
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -624,16 +624,17 @@ def _reduce_scatter(g, axis, split):
     g = g.astype(jnp.float32)
     if single_device(axis):
         return g
+    if len(g) == 1:                     # libtpu 0.0.42 sums a single expert's whole [measured]
+        return _reduce_scatter(g[0], axis, split - 1)[None]
     words = g.shape[1 - split] if g.ndim == 2 else 0
-    if words <= LARGE_VOCABULARY:
-        return lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    padding = [(0, 0), (0, 0)]
-    padding[1 - split] = (0, -words % 4096)
-    g = with_layout_constraint(jnp.pad(g, padding), Layout((split, 1 - split)))
+    if words > LARGE_VOCABULARY:
+        padding = [(0, 0)] * 2
+        padding[1 - split] = (0, -words % 4096)
+        g = with_layout_constraint(jnp.pad(g, padding), Layout((split, 1 - split)))
     share = lax.psum_scatter(g, axis, scatter_dimension=split, tiled=True)
-    # without the barrier libtpu 0.0.42 joins the slices and stops with an error
-    share = lax.optimization_barrier(share)
-    return lax.slice_in_dim(share, 0, words, axis=1 - split)
+    if words > LARGE_VOCABULARY:        # without the barrier libtpu 0.0.42 stops with an error
+        share = lax.slice_in_dim(lax.optimization_barrier(share), 0, words, axis=1 - split)
+    return share
 
 
 def _num_chunks(words, d, axis):
@@ -651,7 +652,6 @@ def _num_chunks(words, d, axis):
 
 def keep_freed_memory():
     """Let a process whose only devices are CPUs keep what it frees.
-
     Past 32 MB glibc maps the block of temporaries for every step anew, and the kernel clears it
     page by page: 59,449 page faults a step. One arena that neither maps nor trims has none
     [measured]."""

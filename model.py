@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as Spec
@@ -55,9 +55,10 @@ class ModelConfig:
     nope_on_full: bool = False          # the published 67B: no RoPE on full layers [marin #6044]
     combine_sum: float = 0.0            # V2: rescale a token's combine weights to this sum (2.5)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"   # of matmuls; weights are float32
-    remat: Literal["block", "none"] = "block"   # "block" recomputes layers in the backward pass
+    remat: Literal["block", "attended", "none"] = "block"   # "attended" keeps two states a layer
     capacity_factor: float = 0.0        # rows of a shard's buffer over its mean load; 0 drops none
     exchange: Literal["ring", "ragged"] = "ring"    # how tokens reach other devices' experts
+    weights_over: Literal["data", "expert+data"] = "data"   # mesh axes that split layers' matrices
 
     def __post_init__(self):
         def need(ok, key, expected):
@@ -97,12 +98,11 @@ class Weight(NamedTuple):
     group: str              # "matrix", "expert", "shared", "head", "adam": see train.GROUPS
     init: str = "normal"    # "normal": 0.5/sqrt(D), cut at 3 sigma [marin #4697]; "ones"; "zeros"
 
-    def gather_axis(self, w):
-        """The axis of w that is split over "data", or None. Counted from the end, because inside
-        the layer scan the stack's leading L is gone."""
-        if "data" not in self.spec:
-            return None
-        return w.ndim - len(self.spec) + self.spec.index("data")
+    def gathers(self):
+        """[(axis to gather, mesh axis)] in that order; an expert stays on its device. Axes count
+        from the end, because inside the layer scan the stack's leading L is gone."""
+        split = {i: jax.tree.leaves(axes) for i, axes in enumerate(self.spec, -len(self.spec))}
+        return [(i, name) for i in split if "data" in split[i] for name in reversed(split[i])]
 
 
 def param_specs(c):
@@ -116,8 +116,8 @@ def param_specs(c):
     V, D, L, N, E, F, Z, U = (c.vocab_size, c.hidden_dim, c.num_layers, c.num_heads, c.num_experts,
                               c.expert_dim, c.shared_dim, c.gated_norm_rank)
     Q, P = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    rows, cols = Spec(None, "data", None), Spec(None, None, "data")
-    each = Spec(None, "expert", "data", None)
+    each, split = Spec(None, "expert", "data", None), tuple(c.weights_over.split("+"))
+    rows, cols = Spec(None, split, None), Spec(None, None, split)
     def gated_norm_weights(site):
         return {
             f"{site}_norm_gain_D":  Weight((L, D),       Spec(), "adam", "ones"),
@@ -146,15 +146,15 @@ def param_specs(c):
             "down_EFD":       Weight((L, E, F, D), each,   "expert"),
         }
     return {
-        "embed_VD":           Weight((V, D), Spec(None, "data"), "adam"),
+        "embed_VD":           Weight((V, D), Spec(None, split), "adam"),
         "embed_norm_gain_D":  Weight((D,),   Spec(),             "adam", "ones"),
-        "embed_norm_down_DU": Weight((D, U), Spec("data", None), "matrix"),
-        "embed_norm_up_UD":   Weight((U, D), Spec(None, "data"), "matrix"),
+        "embed_norm_down_DU": Weight((D, U), Spec(split, None), "matrix"),
+        "embed_norm_up_UD":   Weight((U, D), Spec(None, split), "matrix"),
         "layers":             layers,
         "final_norm_gain_D":  Weight((D,),   Spec(),             "adam", "ones"),
-        "final_norm_down_DU": Weight((D, U), Spec("data", None), "matrix"),
-        "final_norm_up_UD":   Weight((U, D), Spec(None, "data"), "matrix"),
-        "head_DV":            Weight((D, V), Spec("data", None), "head"),
+        "final_norm_down_DU": Weight((D, U), Spec(split, None), "matrix"),
+        "final_norm_up_UD":   Weight((U, D), Spec(None, split), "matrix"),
+        "head_DV":            Weight((D, V), Spec(split, None), "head"),
     }
 
 
@@ -212,15 +212,12 @@ def init(c, key):
 
 
 def gather_params(params, specs, c, sharded):
-    """FSDP: this device's shares of the weights, cast to the compute type and gathered over "data".
-
-    Backward, each device receives the summed gradient of its own share. Weights that every device
-    holds whole stay in float32."""
+    """FSDP: this device's shares of the weights, cast to the compute type and gathered. Backward,
+    each device receives the summed gradient of its own share."""
     def one(name, w):
-        axis = specs[name].gather_axis(w)
-        if axis is None:
-            return w
-        return kernels.gather_weight(w, "data" if sharded else None, axis, c.compute_dtype)
+        for axis, mesh in specs[name].gathers():
+            w = kernels.gather_weight(w, sharded and mesh, w.ndim + axis, c.compute_dtype)
+        return w
     return {name: one(name, w) for name, w in params.items()}
 
 
@@ -266,14 +263,16 @@ def logits(params, bias_LE, tokens_BS, segment_BS, c, at=slice(None), platform="
 
 def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="cpu"):
     """Tokens to the last hidden state, ready for the head: [B,S] -> ([T,D], RouterStats or None).
-
     Layers are stacked and scanned, PERIOD at a time, so that window and full attention are
     different static programs. What is left over (6 layers = 4 + 2) follows one by one."""
     specs = param_specs(c)
     norms = {name: w for name, w in params.items() if "_norm_" in name}
     top = gather_params(norms, specs, c, sharded)
-    x_TD = kernels.embed(params["embed_VD"], tokens_BS.reshape(-1), "data" if sharded else None,
-                         c.compute_dtype)
+    *first, (_, last) = specs["embed_VD"].gathers()
+    embed_VD = params["embed_VD"]
+    for axis, mesh in first:
+        embed_VD = kernels.gather_weight(embed_VD, sharded and mesh, 2 + axis, c.compute_dtype)
+    x_TD = kernels.embed(embed_VD, tokens_BS.reshape(-1), sharded and last, c.compute_dtype)
     x_TD = gated_norm(x_TD, top, "embed")
     rotation = rope_angles(c)
     def layer(x_TD, weights, i):
@@ -281,7 +280,8 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
             p, full = gather_params(p, specs["layers"], c, sharded), sees_all(c, i)
             turn = None if full and c.nope_on_full else rotation
             return block(x_TD, p, bias_E, segment_BS, turn, full, c, sharded, platform)
-        return (jax.checkpoint(run) if c.remat == "block" else run)(x_TD, *weights)
+        kept = jax.checkpoint_policies.save_only_these_names(c.remat, "sent")
+        return (run if c.remat == "none" else jax.checkpoint(run, policy=kept))(x_TD, *weights)
     def layers(x_TD, stacked, numbers):
         stats = []
         for place, i in enumerate(numbers):
@@ -313,8 +313,8 @@ def block(x_TD, p, bias_E, segment_BS, rotation, full, c, sharded=False, platfor
     normed input [shared expert: DeepSeekMoE, arXiv 2401.06066]. Returns (x_TD, RouterStats or
     None)."""
     with jax.named_scope("attention"):
-        a_TD = gated_norm(x_TD, p, "attn")
-        x_TD = x_TD + attend(a_TD, p, segment_BS, rotation, full, c, platform)
+        y_TD = attend(gated_norm(x_TD, p, "attn"), p, segment_BS, rotation, full, c, platform)
+        x_TD = jax.ad_checkpoint.checkpoint_name(x_TD + y_TD, "attended")
     with jax.named_scope("mlp"):
         m_TD, stats = gated_norm(x_TD, p, "mlp"), None
         if c.shared_dim:

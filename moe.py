@@ -15,7 +15,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 from jax import lax
 
@@ -154,24 +154,22 @@ spread.defvjp(lambda x_TD, d: (spread(x_TD, d), d), _spread_backward)
 
 
 @jax.custom_vjp
-def combine(y_RD, weight_TK, d):
-    """Sum every token's K expert outputs by their weights, in float32: [R,D], [T,K] -> [T,D]."""
-    K = d.row_TK.shape[1]
-    y_TD = sum(weight_TK[:, j, None] * y_RD[d.row_TK[:, j]] for j in range(K))
-    return y_TD.astype(y_RD.dtype)
+def combine(y_RD, d):
+    """Sum every token's K rows, in float32: [R,D] -> [T,D]. It is the transpose of spread."""
+    return _spread_backward(d, y_RD)[0]
 
 
-def _combine_backward(residuals, g_TD):
-    y_RD, weight_TK, d = residuals
-    weight_R = _take_rows(weight_TK.reshape(-1), d.assignment_R)
-    dy_RD = weight_R[:, None] * _take_rows(g_TD, d.token_R)
-    # summing [R,D] first and looking the sums up afterwards takes 3 times as long on a CPU
-    g_TD = g_TD.astype(jnp.float32)
-    each = [jnp.sum(g_TD * y_RD[rows_T], axis=-1) for rows_T in d.row_TK.T]
-    return dy_RD.astype(y_RD.dtype), jnp.stack(each, axis=1), None
+combine.defvjp(lambda y_RD, d: (combine(y_RD, d), d), lambda d, g_TD: (spread(g_TD, d), None))
 
 
-combine.defvjp(lambda *args: (combine(*args), args), _combine_backward)
+@jax.custom_vjp
+def spread_weights(weight_TK, d):
+    """Every row's combine weight: [T,K] -> [R,1]. 0 in rows of padding."""
+    return _take_rows(weight_TK.reshape(-1, 1), d.assignment_R)
+
+
+spread_weights.defvjp(lambda weight_TK, d: (spread_weights(weight_TK, d), d),
+                      lambda d, g_R1: (g_R1[d.row_TK, 0], None))
 
 
 # ---------------------------------------------------------------------------------------- the layer
@@ -193,13 +191,15 @@ def moe(x_TD, p, bias_E, c, axis=None, platform="cpu", impl=None):
         return y_TD, stats._replace(dropped=dropped)
     with jax.named_scope("route"):
         d = dispatch(expert_TK, E, kernels.row_tile(impl, expert_TK.size, E))
-    y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
+    y_RD = experts(spread(x_TD, d), spread_weights(weight_TK, d), p, d.tile_expert, platform, impl)
     with jax.named_scope("combine"):
-        return combine(y_RD, weight_TK, d), stats
+        return combine(y_RD, d), stats
 
 
-def experts(x_RD, p, tile_expert, platform, impl):
-    """Every row through the SwiGLU of its expert: [R,D] -> [R,D]. Zero rows stay zero."""
+def experts(x_RD, weight_R1, p, tile_expert, platform, impl):
+    """Every row through the SwiGLU of its expert, times weight_R1: [R,D] -> [R,D]. Zero rows stay
+    zero. Weighed before the last product, so that its result, which comes back from another device,
+    is not computed again for the gradient of the weights."""
     gate_EDF, up_EDF, down_EFD = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
     if platform == "tpu" and gate_EDF.shape[2] % 128:
         # F = 1,600 of the 32B run: blocks are multiples of 128. Zero columns add nothing, and at
@@ -208,7 +208,8 @@ def experts(x_RD, p, tile_expert, platform, impl):
         gate_EDF, up_EDF = (jnp.pad(w, ((0, 0), (0, 0), (0, wide))) for w in (gate_EDF, up_EDF))
         down_EFD = jnp.pad(down_EFD, ((0, 0), (0, wide), (0, 0)))
     with jax.named_scope("experts"):
-        return kernels.expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl, platform)
+        return kernels.expert_mlp(x_RD, gate_EDF, up_EDF, down_EFD, tile_expert, impl, platform,
+                                  weight_R1)
 
 
 def dense_moe(x_TD, p, bias_E, c):
@@ -244,8 +245,8 @@ def ring(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
 
     def wave(x_TD, weight_TK, p, skip):
         d = dispatch(local_TK, e, tile, capacity or t * K, skip)
-        y_RD = experts(spread(x_TD, d), p, d.tile_expert, platform, impl)
-        return combine(y_RD, weight_TK, d)
+        weight_R1 = spread_weights(weight_TK, d)
+        return combine(experts(spread(x_TD, d), weight_R1, p, d.tile_expert, platform, impl), d)
 
     if capacity:
         y_TD, dropped = wave(x_TD, weight_TK, p, 0), jnp.maximum(0, arrived - capacity)
@@ -270,11 +271,12 @@ def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     load_PE = lax.all_gather(count_loads(expert_tK, E), axis)
     there, back, tile_expert = ragged_plan(load_PE, capacity, tile, me)
     rows_here, rows_there = len(d.token_R), buffer_rows(capacity, e, tile)
-    x_RD = send(spread(x_tD, d), there, back, (rows_here, rows_there), axis, platform)
-    y_RD = experts(x_RD, p, tile_expert, platform, impl)
+    x_RD, weight_R1 = (send(a, there, back, (rows_here, rows_there), axis, platform)
+                       for a in (spread(x_tD, d), spread_weights(weight_tK, d)))
+    weight_R1 = jax.ad_checkpoint.checkpoint_name(weight_R1, "sent")    # small: not sent again
+    y_RD = experts(x_RD, weight_R1, p, tile_expert, platform, impl)
     y_AD = send(y_RD, back, there, (rows_there, rows_here), axis, platform)
-    y_tD = combine(y_AD, weight_tK, d)
-    return y_tD, jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)
+    return combine(y_AD, d), jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)
 
 
 class SendPlan(NamedTuple):

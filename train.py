@@ -6,7 +6,7 @@ Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, rep
       python train.py --compare RUN_DIR RUN_DIR ...         what differs, and what came of it
       python train.py CONFIG --replay 120                   show the batch of step 120
       python train.py CONFIG --fresh                        move an old run aside and start anew
-      python train.py CONFIG --plan [--compile]             what a run costs (configs/plan.py)
+      python train.py CONFIG --plan [--compile] [--search]  what a run costs (configs/plan.py)
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
 Read: config, mesh, optimizer, step, batches, evaluation, checkpoint, run directory, main.
@@ -114,6 +114,7 @@ class TrainConfig:
     devices: int = 0                    # 0: all accelerators, or CPU devices that fit the batch
     replicas: int = 1                   # mesh axis "replica": copies of weights; 0: one a device
     expert_parallel: int = 1            # mesh axis "expert": devices that share a layer's experts
+    expert_block: str = ""              # their block of a TPU's torus, "2x2x2"; "": jax chooses one
     topology: str = ""                  # for --plan: "h100:8", "v4:8x8x16", slices: "2xv5p:8x8x8"
     peak_flops: float = 0.0             # of one device, for MFU; 0: from the table of known chips
     log_every: int = 10                 # steps between log lines
@@ -302,9 +303,9 @@ def mesh_error(c, t, n):
     size = mesh_shape(t, n)
     def uneven(path, w):
         for axis, length in zip(w.spec, w.shape):
-            if axis and length % size[axis]:
+            if length % (parts := math.prod(size[name] for name in jax.tree.leaves(axis))):
                 return (f"{path} {w.shape}: expected axes that divide over the mesh, found {length}"
-                        f" over {size[axis]} of {axis!r}; use other sizes or another mesh")
+                        f" over {parts} of {axis!r}; use other sizes or another mesh")
     return next(iter(jax.tree.leaves(model.map_params(uneven, c))), None)
 
 
@@ -347,7 +348,10 @@ def make_mesh(c, t, devices=None):
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if shape[0] % slices:
         refuse("replicas", f"a multiple of the {slices} slices", shape[0])
-    if slices > 1:              # each slice has its own replicas: only their sums leave it
+    if t.expert_block:
+        from configs import layout
+        grid = layout.torus_grid(t.expert_block, shape, devices)
+    elif slices > 1:            # each slice has its own replicas: only their sums leave it
         inside = (shape[0] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
     else:
@@ -531,8 +535,7 @@ def abstract_state(c, t, mesh):
     opt = optax.tree_map_params(
         make_optimizer(c, t), lambda a, spec: a if masked(a) else spec, shapes.opt, specs,
         transform_non_params=lambda _: Spec(), is_leaf=masked)
-    placed = State(step=Spec(), params=specs, opt=opt, bias_LE=Spec(), history_2W=Spec(),
-                   memory=tuple(Spec() for _ in shapes.memory))
+    placed = State(Spec(), specs, opt, Spec(), Spec(), tuple(Spec() for _ in shapes.memory))
     return jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
         shapes, placed)
@@ -564,7 +567,8 @@ def make_train_step(c, t, mesh, platform=None):
 
     def sum_copies(g, spec):
         """Sum a gradient over the axes that copy its weight; others the transposes have summed."""
-        return lax.psum(g, tuple(axis for axis in MESH if axis not in spec))
+        split = jax.tree.leaves(tuple(spec))
+        return lax.psum(g, tuple(axis for axis in MESH if axis not in split))
     def gradients(params, bias, batch):                 # bias: (bias_LE, *memory)
         totals = lax.psum({"weight": jnp.sum(batch["weights"]),
                            "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
@@ -1079,7 +1083,9 @@ def read_flags(words):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("sample", "plan", "compile", "fresh"):
         parser.add_argument(f"--{name}", action="store_true")
-    for name, kind in dict(replay=int, processes=int, process=int, coordinator=str).items():
+    parser.add_argument("--search", type=int, nargs="?", const=10)
+    numbers = dict.fromkeys(("replay", "processes", "process"), int)
+    for name, kind in (numbers | dict(mfu=float, coordinator=str)).items():
         parser.add_argument(f"--{name}", type=kind)
     try:
         return parser.parse_known_args(words)
@@ -1116,7 +1122,7 @@ EXIT_CODES = {ConfigError: 2, data.DataError: 2, Diverged: 3, CorruptCheckpoint:
 
 def main(arguments):
     """Returns the exit code: 0 if done or saved on a signal; others come with one line."""
-    from configs import compare, plan, report, sample
+    from configs import compare, layout, plan, report, sample
     if not arguments or {"--help", "-h"} & set(arguments):
         print(report.describe_keys())
         return 0
@@ -1129,10 +1135,13 @@ def main(arguments):
         if flags.sample and [*Path(arguments[0]).expanduser().glob("*.safetensors")]:
             return sample.from_weights(arguments[0], overrides)
         c, t = load_config(arguments[0], overrides)
-        if flags.compile and not flags.plan:
-            refuse("--compile", "together with --plan", "it alone", "it would train")
+        if (flags.compile or flags.search) and not flags.plan:
+            refuse("--compile" if flags.compile else "--search", "together with --plan", "it alone",
+                   "it would train")
         if flags.plan:
-            return plan.show_plan(c, t, flags.compile)
+            if flags.search:
+                return layout.show_search(c, t, flags.search, flags.compile)
+            return plan.show_plan(c, t, flags.compile, flags.mfu)
         if flags.replay is not None:
             return report.replay(c, t, flags.replay)
         if flags.sample:

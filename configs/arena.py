@@ -20,7 +20,7 @@ expert_dim = 32                     # = hidden_dim / 2, as in smoke.py
 gated_norm_rank = 16
 
 steps = 240
-adam_lr_scale = 8.0                    # of 1, 8, 16, 32: 8 and 16 are best and equal [measured: LOG.md]
+adam_lr_scale = 8.0                 # of 1, 8, 16, 32: 8 and 16 are best and equal [measured: LOG.md]
 batch_size = 16                     # x 128 tokens
 log_every = 10
 eval_every = 240

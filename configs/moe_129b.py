@@ -49,6 +49,8 @@ seed = 0                            # [cited: marin #4697]
 topology = "v4:8x8x16"              # where it ended; it began on half of it with ring, 4 ways [cited: marin #4697]
 expert_parallel = 8                 # [cited: marin #4697]
 exchange = "ragged"                 # [cited: marin #4697]
+# The layout above is the published one. The best that --plan --search finds for this pod, not run by anybody:
+# --expert_parallel=64 --expert_block=8x8x1 --weights_over=expert+data --remat=attended (README.md, Layouts)
 
 eval_every = 1000                   # [cited: marin #4697]
 eval_tokens = 33_554_432            # of each domain: 8 batches of 1,024 x 4,096 [cited: marin #4697]

@@ -6,14 +6,18 @@ Run:  python train.py CONFIG --plan [--compile] [--key=value ...]       (or pyth
 needs libtpu (pip install "jax[tpu]") and no TPU; tests/hlo.py reads what it made. Both read the config key
 `topology`.
 A plan is a lower bound of time and memory, and says what it assumes; TPUs and single GPU nodes.
-Read: traffic, link_rates and hop_factor (the network), plan, show_plan, compile_plan."""
+Read: traffic, plan, show_plan, compile_plan; layout.py has the network and the search."""
 
 import argparse
+import collections
+import contextlib
 import dataclasses
-import itertools
+import functools
+import importlib.util
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,12 +28,13 @@ if __name__ == "__main__":
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
 
 import kernels
 import model
 import train
-from configs import launch
+from configs import launch, layout
 from tests import hlo
 from train import MESH
 
@@ -73,18 +78,46 @@ NODE = 8                # GPUs that one node has at most; networks between nodes
 # MFU of mixtures of experts that is reached elsewhere: 14 to 17 % by Marin's 129B, 21.5 % by its
 # 67B, both on TPU v4 [cited: marin #4697, #6044]
 REACHED = 0.20
+TOKENIZED = 1.5e6       # bytes of text that a core turns into tokens in a second [measured: data.py prepare, 2 cores]
 
 
 def is_gpu(name):
     return not name.startswith("v")
 
 
+def platform_of(name):
+    return "cpu" if name == "cpu" else "gpu" if is_gpu(name) else "tpu"
+
+
+@functools.cache
+def at_hand(advice):
+    """The topology of this machine: its GPUs, its TPU, or its CPU, whose rate of products is measured."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                               text=True, timeout=20, check=True).stdout.splitlines()
+        known = [name for name, chip in CHIPS.items() if names[0] in chip.kinds]
+        if not known:
+            train.refuse("topology", "a chip in the table of configs/plan.py", names[0], advice)
+        return f"{known[0]}:{len(names)}"
+    if word := os.environ.get("TPU_ACCELERATOR_TYPE"):
+        return word
+    if importlib.util.find_spec("libtpu") and any(Path("/dev").glob("accel[0-9]*")):
+        train.refuse("topology", "the shape of this TPU's slice", "none", advice)
+    a, seconds = np.ones((1024, 1024), np.float32), []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - began)
+    rate, memory = 2 * 1024**3 / min(seconds), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    CHIPS["cpu"] = Chip(("cpu",), rate, float(memory), 10e9, 10e9, tf32=rate)
+    return "cpu:1"
+
+
 def parse_topology(t):
     """(slices, chip name, (x, y, z) of one slice) of `topology`: "2xv5p:8x8x8" is two slices, and
     "v4-2048", Google's name, is "v4:8x8x16"."""
     word, examples = t.topology, "--topology=h100:8, v6e:2x4, v4:8x8x16 (or v4-2048) or 2xv5p:8x8x8"
-    if not word:
-        train.refuse("topology", "the machine to plan for", "none", f"add {examples}")
+    word = word or at_hand(f"add {examples}")
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)(:|-)(\d+(?:x\d+)*)", word)
     if found and (found[2] == "v5litepod" or found[3] == "-" and found[2] in {"v5e", *launch.KINDS}):
         try:
@@ -101,80 +134,99 @@ def parse_topology(t):
     return slices, name, shape
 
 
+@functools.cache
+def weight_classes(c):
+    """{(kind of weight, whether layers have it, mesh axes that split it, the order of its gathers): elements}."""
+    sums = collections.defaultdict(int)
+
+    def add(path, w):
+        kind = "experts" if w.group == "expert" else "other weights"
+        split = frozenset(jax.tree.leaves(tuple(w.spec)))
+        sums[kind, path.startswith("layers/"), split, tuple(axis for _, axis in w.gathers())] += math.prod(w.shape)
+    model.map_params(add, c)
+    return dict(sums)
+
+
 def traffic(c, t, size):
     """Bytes that each chip receives in a step, {(mesh axis, what): bytes}. size: {mesh axis: length}.
 
-    Per microbatch: a weight split over "data" is gathered forward, and again backward under remat; its
-    gradient is reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that
-    copy their weight. Tokens go to experts and back, in both directions of differentiation."""
-    width, again, received = jnp.dtype(c.compute_dtype).itemsize, c.remat == "block", {}
-    n, P = size["data"], size["expert"]
-
-    def add(axis, what, amount):
-        if amount:
-            received[axis, what] = received.get((axis, what), 0.0) + amount
-
-    def add_weight(path, w):
-        elements = math.prod(w.shape) / (P if "expert" in w.spec else 1)
-        if "data" in w.spec:
-            kind = "experts" if w.group == "expert" else "other weights"
-            gathers = 2 if again and path.startswith("layers/") else 1
-            moved = t.accumulate * elements * (n - 1) / n
-            add("data", f"{kind}, gathered", gathers * width * moved)
-            add("data", f"{kind}, gradients", 4 * moved)
-            elements /= n
-        for axis in MESH:
-            if axis not in w.spec:
-                add(axis, "gradients of copies", 8 * elements * (size[axis] - 1) / size[axis])
-
-    model.map_params(add_weight, c)
+    Per microbatch: a split weight is gathered forward, and again backward under remat; its gradient is
+    reduce-scattered in float32. Once a step: gradients are all-reduced over the axes that copy their weight. Tokens
+    go to experts and back, in both directions of differentiation, and there once more under remat."""
+    width, again, received = jnp.dtype(c.compute_dtype).itemsize, c.remat != "none", collections.defaultdict(float)
+    for (kind, layered, split, gathers), elements in weight_classes(c).items():
+        for axis in split - set(gathers):
+            elements /= size[axis]
+        for axis in reversed(gathers):
+            moved = t.accumulate * elements * (1 - 1 / size[axis])
+            received[axis, f"{kind}, gathered"] += (1 + (again and layered)) * width * moved
+            received[axis, f"{kind}, gradients"] += 4 * moved
+            elements /= size[axis]
+        for axis in set(MESH) - split:
+            received[axis, "gradients of copies"] += 8 * elements * (1 - 1 / size[axis])
+    P = size["expert"]
     if c.num_experts and P > 1:
         tokens = t.batch_size * c.seq_len / math.prod(size.values())    # a chip's, all microbatches
-        passes, copies = 4 + again, P - 1
-        if c.exchange == "ragged":
-            passes = 4 + 2 * again
+        copies, row = P - 1, (4 + again) * c.hidden_dim * width
+        if c.exchange == "ragged":      # with a row goes its weight: one number, 128 lanes on a TPU
             copies = (P - 1) / P * c.experts_per_token * min(1, c.capacity_factor)
-        amount = passes * c.num_layers * tokens * copies * c.hidden_dim * width
-        add("expert", f"tokens, by {c.exchange}", amount)
-    return received
+            row += 2 * 4 * 128
+        received["expert", f"tokens, by {c.exchange}"] += c.num_layers * tokens * copies * row
+    return {key: amount for key, amount in received.items() if amount}
 
 
-def link_rates(chip, slices, shape, size):
-    """Bytes a second that a chip can receive along each mesh axis, {axis: rate}.
-
-    Both directions of each torus axis that the mesh axis fills, one link along a part of a torus axis,
-    the data center's network between slices."""
-    rate, free = {}, [(length, 2 if length > 2 else 1) for length in shape]     # (chips, links)
-    for axis in reversed(MESH):
-        n = size[axis] // (slices if axis == "replica" else 1)
-        subsets = (s for k in range(1, len(free) + 1) for s in itertools.combinations(free, k))
-        filled = next((s for s in subsets if math.prod(length for length, _ in s) == n), ())
-        rate[axis] = chip.link * max(1, sum(links for _, links in filled))
-        for dimension in filled:
-            free.remove(dimension)
-        part = next((d for d in free if d[0] % n == 0), None)
-        if part and not filled:
-            free[free.index(part)] = part[0] // n, 0
-    return rate | ({"replica": chip.outside} if slices > 1 else {})
+def muon_groups(t):
+    return tuple(group for group, rule in train.GROUPS[t.optimizer].items() if rule == "muonh")
 
 
-def hop_factor(n):
-    """How much longer an all-to-all takes along n chips in a ring than its received bytes say.
+def seen(c, full):
+    """The share of a layer's blocks of 1,024 x 1,024 scores that the kernel computes: a causal band."""
+    n = max(1, c.seq_len // 1024)
+    width = n if full else min(n, (c.window or c.seq_len // 2) // 1024 + 1)
+    return sum(min(i + 1, width) for i in range(n)) / n**2
 
-    On a ring, the n * V bytes that all chips send travel n / 4 links on average over the 2 n links: V
-    n / 8 each, of which n - 1 of n arrive. What a gather passes on it also keeps: 1."""
-    return n * n / (4 * (n - 1))
+
+@functools.cache
+def executed_flops(c, muon, tokens, parts, platform="tpu"):
+    """FLOPs of products and kernels that a step executes a token; tests/hlo.py counts them in the traced program.
+
+    A layer's products once forward, twice backward, and once more under remat, but for the last products of experts
+    and shared expert, which no gradient needs, and with "attended" that of attention. Scores: 2 products forward, 7
+    backward. The head's logits are computed again. muon: Newton-Schulz, 5 times 3 products a matrix. tokens: of a
+    step, parts: (devices x microbatches, devices that share experts). Every expert may fill one tile of rows more."""
+    D, N, M, H, Z, again = c.hidden_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.shared_dim, c.remat != "none"
+    wide = c.expert_dim + (-c.expert_dim % 256 if c.expert_dim % 128 else 0)
+    rows, assigned = 0.0, tokens // parts[0] * c.experts_per_token
+    if assigned:
+        each = c.num_experts // parts[1]
+        tile = kernels.row_tile(kernels.BEST[platform][1], assigned, each)
+        rows = c.experts_per_token * ((c.capacity_factor or 1.0) + each * tile / assigned)
+    last = 2 * D * (wide * rows + Z) + (2 * N * H * D if c.remat == "attended" else 0)
+    products = 2 * D * H * (2 * N + 2 * M) + 6 * D * (wide * rows + Z) + 2 * D * (c.num_experts + N) \
+        + 8 * D * c.gated_norm_rank
+    flops = c.num_layers * (3 * products + again * (products - last)) + 8 * D * c.vocab_size
+    for i in range(c.num_layers):
+        flops += (2 * (1 + again) + 7) * 2 * c.seq_len * N * H * seen(c, model.sees_all(c, i))
+    if muon:
+        def newton_schulz(_, w):
+            if w.group not in muon:
+                return 0
+            m, n = sorted(w.shape[-2:])
+            return math.prod(w.shape[:-2]) * 10 * (2 * m * m * n + m**3)
+        flops += sum(jax.tree.leaves(model.map_params(newton_schulz, c))) / tokens
+    return flops
 
 
 def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = parse_topology(t)
     chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
-    if reason := train.mesh_error(c, t, chips) or kernels.misfit("tpu" if name[0] == "v" else "gpu", c):
+    if reason := train.mesh_error(c, t, chips) or kernels.misfit(platform_of(name), c):
         raise train.ConfigError(reason)
     if train.mesh_shape(t, chips)["replica"] % slices:
         train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)
-    size, tokens, remat = train.mesh_shape(t, chips), t.batch_size * c.seq_len, c.remat == "block"
+    size, tokens = train.mesh_shape(t, chips), t.batch_size * c.seq_len
+    states = ("none", "block", "attended").index(c.remat)           # that are kept of each layer
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = train.abstract_state(c, t, mesh)
 
@@ -183,18 +235,19 @@ def plan(c, t):
                    for x in jax.tree.leaves(tree))
 
     weights = bytes_held(state.params)
-    inputs = remat * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
+    inputs = states * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
     received, gpu = traffic(c, t, size), is_gpu(name)
-    rate = dict.fromkeys(MESH, chip.link) if gpu else link_rates(chip, slices, shape, size)
-    seconds = {axis: 0.0 for axis in MESH if size[axis] > 1}
-    for (axis, what), amount in received.items():
-        hops = hop_factor(size[axis]) if "ragged" in what and not gpu else 1
-        seconds[axis] += amount * hops / rate[axis]
+    seconds = dict.fromkeys((axis for axis in MESH if size[axis] > 1), 0.0)
+    rates = layout.network(name, chip, slices, shape, size, t.expert_block)
+    seconds |= layout.seconds(received, rates)
     peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
     ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
-    executed = ideal * (4 / 3 if remat else 1)
+    executed = ideal * executed_flops(c, muon_groups(t), tokens, (chips * t.accumulate, t.expert_parallel),
+                                      platform_of(name)) / count.mfu_flops
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
               "one after the other": executed + sum(seconds.values())}
+    if seconds and not gpu:
+        bounds[layout.ONE_RING] = executed + sum(layout.seconds(received, rates, ring=True).values())
     if not seconds:
         bounds = {"one chip": executed}
     reached = min(REACHED, ideal / max(bounds.values()))
@@ -203,6 +256,7 @@ def plan(c, t):
             "memory": {"weights": weights, "moments": bytes_held(state.opt),
                        "gradients": weights * (2 if t.accumulate > 1 else 1),
                        "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
+            "dropped": layout.expected_drop(c, size["expert"], tokens // chips // t.accumulate),
             "reached": reached, "executed": executed, "step": bounds,
             "checkpoint": sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state)),
             "mfu": {how: ideal / bound for how, bound in bounds.items()}}
@@ -214,8 +268,11 @@ def short(x, unit=1.0):
     return f"{x:,.2f}" if x >= 0.1 or not x else f"{x:.2g}"
 
 
-def show_plan(c, t, compile_too=False):
-    """--plan: print `plan`, in seconds, on any machine; --compile: then compile. The exit code."""
+def show_plan(c, t, compile_too=False, mfu=None):
+    """--plan: print `plan`, in seconds, on any machine; --compile: then compile. mfu: what the user hopes for. The
+    exit code."""
+    if mfu is not None and not 0 < mfu <= 1:
+        train.refuse("--mfu", "a share of the peak such as 0.3", mfu)
     jax.config.update("jax_platforms", "cpu")       # a TPU that is here has no part in this
     p, (_, name, _) = plan(c, t), parse_topology(t)
     check_kernels(c, name)
@@ -224,7 +281,7 @@ def show_plan(c, t, compile_too=False):
           f"{short(n.flops_per_token, 1e9)} GFLOP a token, {short(n.mfu_flops, 1e9)} with the head (MFU)")
     print(f"run       {t.steps:,} steps x {p['tokens_per_step']:,} tokens = {p['tokens']:.3e} tokens, "
           f"{n.flops_per_token * p['tokens']:.2e} FLOP")
-    print(f"machine   {p['chips']:,} x {name} ({t.topology}): "
+    print(f"machine   {p['chips']:,} x {name} ({t.topology or 'at hand'}): "
           + " x ".join(f"{axis} {length}" for axis, length in p["mesh"].items())
           + f"; {p['tokens_per_step'] // p['chips']:,} tokens a chip and step, accumulate {t.accumulate}")
     print(f"memory    {least / GIB:.2f} of {chip.memory / GIB:.0f} GiB a chip, "
@@ -236,17 +293,26 @@ def show_plan(c, t, compile_too=False):
           f"recomputation" + "".join(f", {axis} {short(s)} s" for axis, s in p["seconds"].items()))
     rows = [("bound", how, seconds, p["mfu"][how]) for how, seconds in p["step"].items()]
     rows.append(("likely", "at the MFU of others", p["ideal"] / p["reached"], p["reached"]))
+    if mfu:
+        rows[-1] = "asked", "at the MFU you name", p["ideal"] / mfu, mfu
     for what, how, seconds, mfu in rows:
         hours = seconds * t.steps / 3600
-        print(f"{what:9s} {how:20s} {short(seconds):>6s} s a step, MFU {100 * mfu:.1f} %, "
+        print(f"{what:9s} {how:22s} {short(seconds):>6s} s a step, MFU {100 * mfu:.1f} %, "
               f"{short(hours)} hours, {short(hours * p['chips'])} chip-hours")
     width = 2 if c.vocab_size <= 65536 else 4
     kept = t.keep + (t.steps // t.keep_every if t.keep_every else 0)
     print(f"data      {short(p['tokens'] * width, 1e9)} GB of shards ({width} bytes a token) on every host "
           "if no token comes twice, and the text that they are made of")
+    text = p["tokens"] * (1 if t.tokenizer == "bytes" else 4)
+    print(f"tokens    {short(text / TOKENIZED / 3600)} core-hours to make them of {short(text, 1e9)} GB of text, at "
+          f"{TOKENIZED / 1e6:g} MB a second and core [measured] and 4 bytes a token [assumed]")
+    if c.num_experts and p["mesh"]["expert"] > 1:
+        print(f"balance   {c.num_experts // p['mesh']['expert']} experts a shard, capacity {c.capacity_factor:g}: "
+              f"{100 * p['dropped']:.2f} % of the assignments dropped [expected]")
     print(f"saves     {short(p['checkpoint'], 1e9)} GB a checkpoint (weights and optimizer), "
           f"{short(p['checkpoint'] * kept, 1e9)} GB for the {kept} that are kept")
     how = "TF32" if is_gpu(name) else "one bfloat16 pass (XLA's default)"
+    how = "full" if name == "cpu" else how
     how = "bfloat16" if c.compute_dtype == "bfloat16" else f"float32 in {how}"
     print(f"assumes   products in {how} and links at the rates of the data sheets; no time for text, "
           "evaluation, checkpoints and restarts")
@@ -276,9 +342,13 @@ def check_kernels(c, name):
 
 
 def compile_plan(c, t):
-    """--plan --compile: trace the train step and compile it for `topology` by libtpu, without a TPU.
+    """--plan --compile: `compile_layout`, for its exit code."""
+    return compile_layout(c, t)[0]
 
-    Prints memory, traffic and a verdict (tests/hlo.py). The exit code."""
+
+def compile_layout(c, t):
+    """Trace the train step and compile it for `topology` by libtpu, without a TPU. Print memory, traffic, bounds and
+    a verdict (tests/hlo.py). Returns (the exit code, what compile_best prints or None if it does not fit)."""
     slices, name, shape = parse_topology(t)
     if is_gpu(name):
         train.refuse("topology", "a TPU to compile for", repr(t.topology), "on a GPU run the config there")
@@ -306,8 +376,23 @@ def compile_plan(c, t):
     executed = hlo.traced_flops(traced.jaxpr.jaxpr, mesh.size) / model_flops
     print(f"traced    in {time.time() - began:.0f} s; executes {executed:.2f} x the model's FLOPs "
           f"(matmuls and kernels of the traced program, loops times their length)", flush=True)
-    planned = sum(traffic(c, t, mesh.shape).values())
-    return hlo.compile_and_report(traced, mesh, CHIPS[name].memory, planned)
+    planned, chip = sum(traffic(c, t, mesh.shape).values()), CHIPS[name]
+    code, used, blob = hlo.compile_and_report(traced, mesh, chip.memory, planned)
+    if blob is None:
+        return code, None
+    ideal, size = model_flops / (t.peak_flops or chip.flops), dict(mesh.shape)
+    rates = layout.network(name, chip, slices, shape, size, t.expert_block)
+    found, mfu = hlo.collectives(blob, size), {}
+    for how, ring in (("one after the other", False), (layout.ONE_RING, True)):
+        spent = sum(x.times * layout.collective_seconds(x, rates, ring) for x in found)
+        mfu[how] = ideal / (executed * ideal + spent)
+    line = hlo.Timeline(blob, size, lambda x: layout.collective_seconds(x, rates), chip.flops)
+    apart = line.computed + sum(x.times * layout.collective_seconds(x, rates) for x in found)
+    # kernels that give no FLOPs are not in the timeline: only what it hides is taken from it
+    mfu["as scheduled"] = ideal / (ideal / mfu["one after the other"] - max(0.0, apart - line.total))
+    for how, share in mfu.items():
+        print(f"bound     {how:22s} {ideal / share:6.2f} s a step, MFU {100 * share:.1f} %, of the compiled program")
+    return code, {"memory": used, "executed": executed, "mfu": mfu}
 
 
 if __name__ == "__main__":

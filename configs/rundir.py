@@ -114,7 +114,8 @@ def agree(facts):
 # ---------------------------------------------------------------------------------- what a run is
 
 IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training
-RUNTIME = ("exchange", "remat")     # of the model: the 129B run took up "ragged" late [marin #4697]
+# of the model; the 129B run took up "ragged" late [marin #4697]
+RUNTIME = ("exchange", "remat", "weights_over")
 SHAPING = ("steps", "recipe", "adam_lr", "matrix_lr", "lr_scale", "adam_lr_scale", "weight_decay",
            "beta1", "beta2", "eps", "momentum", "schedule", "warmup", "decay", "min_lr_ratio",
            "clip", "skip_sigma", "init_from", "keep_optimizer")   # may change while steps are left

@@ -154,7 +154,7 @@ def routed(multiply):
         E = gate.shape[0]
         d = moe.dispatch(expert_TK, E, kernels.row_tile("loop", expert_TK.size, E))
         y_RD = multiply(moe.spread(x_TD, d), (gate, up, down), d.tile_expert)
-        return jnp.vdot(moe.combine(y_RD, gate_TK, d), cotangent_TD)
+        return jnp.vdot(moe.combine(y_RD * moe.spread_weights(gate_TK, d), d), cotangent_TD)
     return layer
 
 

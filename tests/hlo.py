@@ -2,12 +2,14 @@
 
 Run:  python tests/hlo.py CONFIG [--key=value ...]      compile the train step for the config's topology and report
 It needs libtpu (pip install "jax[tpu]") and no TPU. `train.py CONFIG --plan --compile` prints the same report.
-Read: decode and Program (the serialized program), replica_groups, collectives, unexpected, report; then the FLOPs.
+Read: decode and Program (the serialized program), replica_groups, collectives, Timeline (what the schedule hides),
+unexpected, report; then the FLOPs.
 
 The program is read from its protocol buffer (HloModuleProto), which every version of XLA can write. Its field
 numbers are part of XLA's interface and never change their meaning; its printed text changes from release to
 release. What has a form that is not known here is listed as unreadable and not judged."""
 
+import collections
 import itertools
 import math
 import re
@@ -22,9 +24,10 @@ import numpy as np
 MESH = ("replica", "data", "expert")        # train.MESH
 
 # Field numbers of xla/service/hlo.proto and xla/xla_data.proto [read from the descriptors in libtpu 0.0.48]
-MODULE_COMPUTATIONS, MODULE_ENTRY, MODULE_DEVICES = 3, 6, 15
+MODULE_COMPUTATIONS, MODULE_ENTRY, MODULE_SCHEDULE, MODULE_DEVICES = 3, 6, 7, 15
 COMPUTATION_INSTRUCTIONS, COMPUTATION_ID = 2, 5
 OPCODE, SHAPE, METADATA, LITERAL, CALLED, BACKEND_CONFIG, ATTRIBUTES = 2, 3, 7, 8, 38, 43, 68
+CONVOLUTION, DOT, ID, OPERANDS = 16, 30, 35, 36
 GROUPS, PAIRS, DEVICE_LIST, IOTA_GROUPS, MESH_AXES = 49, 52, 87, 92, 93
 SHAPE_TYPE, SHAPE_DIMENSIONS, SHAPE_TUPLE = 2, 3, 4
 OP_NAME = 2
@@ -95,6 +98,7 @@ class Program(NamedTuple):
     computations: dict          # {id: [instruction, ...]}, each as decode gives it
     entry: int                  # id of the computation with which the program begins
     devices: int                # partitions of the program; 0 if it does not say
+    schedule: dict              # {id of a computation: [ids of its instructions in the order in which they run]}
 
 
 def read_program(blob):
@@ -103,7 +107,9 @@ def read_program(blob):
     for body in map(decode, module[MODULE_COMPUTATIONS]):
         computations[one(body, COMPUTATION_ID, 0)] = [decode(i) for i in body[COMPUTATION_INSTRUCTIONS]]
     assignment = decode(one(module, MODULE_DEVICES))
-    return Program(computations, one(module, MODULE_ENTRY, 0), one(assignment, 2, 0))
+    sequences = [decode(entry) for entry in decode(one(module, MODULE_SCHEDULE))[1]]
+    schedule = {one(entry, 1, 0): integers(decode(one(entry, 2))[1]) for entry in sequences}
+    return Program(computations, one(module, MODULE_ENTRY, 0), one(assignment, 2, 0), schedule)
 
 
 def serialized(compiled):
@@ -242,36 +248,142 @@ def collectives(blob, size):
     over slices goes through the hosts, as a `send` for "megascale" instead of an all-reduce. A reduce-scatter of
     shares that do not fill tiles is written as a fusion of pad, all-reduce and slice, and run as a reduce-scatter
     of padded shares: by the same emitter, AllReduceScatterFusion, as the others."""
-    program = read_program(blob)
-    slices = math.prod(size.values()) // program.devices if program.devices else 1
-    shape = size["replica"] // slices, size["data"], size["expert"]
-    named = mesh_axes(shape)
-    times, uncertain, scatters = runs_of(program)
-    found = []
-    for computation, runs in times.items():
-        for instruction in program.computations[computation]:
-            opcode = one(instruction, OPCODE).decode()
-            op = opcode.removesuffix("-start")
-            if op not in COLLECTIVES:
-                continue
-            if op == "send" and not any(b"megascale" in x for x in instruction[ATTRIBUTES]):
-                continue
-            axis, n = axis_of(instruction, named, math.prod(shape)) if op != "send" else ("replica", slices)
-            sizes = array_sizes(one(instruction, SHAPE))
-            known = [bytes_ for bytes_ in sizes if bytes_ is not None]
-            whole = op == "send" or opcode != op                    # the result holds the operands too
-            amount = max(known, default=0) if whole else sum(known)
-            if computation in uncertain or len(known) < len(sizes):
-                axis = UNREADABLE
-            if op == "send":
-                op = "all-reduce"
-            if op == "all-reduce" and computation in scatters:
-                op, amount = "reduce-scatter", amount / n
-            scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
-            received = max(known, default=0) if axis == UNREADABLE else amount * scale.get(op, (n - 1) / n)
-            scope = one(decode(one(instruction, METADATA)), OP_NAME).decode()
-            found.append(Collective(op, axis, runs, received, len(sizes), scope))
+    read, found = Reader(read_program(blob), size), []
+    for computation, runs in read.times.items():
+        for instruction in read.program.computations[computation]:
+            if x := read.collective(computation, instruction):
+                found.append(x._replace(times=runs))
     return found
+
+
+class Reader:
+    """What has to be known of a program to read one of its instructions. size: {mesh axis: length}."""
+
+    def __init__(self, program, size):
+        self.program = program
+        self.slices = math.prod(size.values()) // program.devices if program.devices else 1
+        self.shape = size["replica"] // self.slices, size["data"], size["expert"]
+        self.named = mesh_axes(self.shape)
+        self.times, self.uncertain, self.scatters = runs_of(program)
+
+    def collective(self, computation, instruction):
+        """The Collective that an instruction is, as if it ran once, or None."""
+        opcode = one(instruction, OPCODE).decode()
+        op = opcode.removesuffix("-start")
+        if op not in COLLECTIVES or op == "send" and not any(b"megascale" in x for x in instruction[ATTRIBUTES]):
+            return None
+        devices = math.prod(self.shape)
+        axis, n = axis_of(instruction, self.named, devices) if op != "send" else ("replica", self.slices)
+        sizes = array_sizes(one(instruction, SHAPE))
+        known = [bytes_ for bytes_ in sizes if bytes_ is not None]
+        whole = op == "send" or opcode != op                    # the result holds the operands too
+        amount = max(known, default=0) if whole else sum(known)
+        if computation in self.uncertain or len(known) < len(sizes):
+            axis = UNREADABLE
+        if op == "send":
+            op = "all-reduce"
+        if op == "all-reduce" and computation in self.scatters:
+            op, amount = "reduce-scatter", amount / n
+        scale = {"reduce-scatter": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
+        received = max(known, default=0) if axis == UNREADABLE else amount * scale.get(op, (n - 1) / n)
+        scope = one(decode(one(instruction, METADATA)), OP_NAME).decode()
+        return Collective(op, axis, 1, received, len(sizes), scope)
+
+
+# ------------------------------------------------------------------------------------------------ the schedule
+
+def elements(shape):
+    return math.prod(integers(decode(shape)[SHAPE_DIMENSIONS]))
+
+
+def product_flops(instruction, shapes):
+    """FLOPs of a dot, a convolution (what a TPU makes of dots) or a kernel that says its own; 0 of all else."""
+    opcode, operands = one(instruction, OPCODE), integers(instruction[OPERANDS])
+    if opcode == b"custom-call":
+        found = re.search(rb'"flops":\s*"?(\d+)', one(instruction, BACKEND_CONFIG))
+        return int(found[1]) if found else 0
+    if opcode == b"dot":
+        dims = integers(decode(shapes[operands[0]])[SHAPE_DIMENSIONS])
+        contracted = integers(decode(one(instruction, DOT))[1])
+        return 2 * elements(one(instruction, SHAPE)) * math.prod(dims[i] for i in contracted)
+    if opcode == b"convolution":
+        numbers, dims = decode(one(instruction, CONVOLUTION)), integers(decode(shapes[operands[1]])[SHAPE_DIMENSIONS])
+        return 2 * elements(one(instruction, SHAPE)) * math.prod(dims) // dims[one(numbers, 4, 0)]
+    return 0
+
+
+class Timeline:
+    """How long a program takes if its instructions run in the order of its schedule: products at `rate` FLOPs a
+    second, a collective for seconds_of(Collective) on the links of its mesh axes, one after the other on an axis. An
+    asynchronous one runs between its start and its done; whatever stands between them goes on meanwhile.
+
+    total: all seconds; computed: seconds of products."""
+
+    def __init__(self, blob, size, seconds_of, rate):
+        self.read = Reader(read_program(blob), size)
+        self.seconds_of, self.rate = seconds_of, rate
+        self.cost = {}
+        self.computed = 0.0
+        self.total = self.run(self.read.program.entry)
+
+    def flops(self, computation):
+        """Of a computation that is called once, such as that of a fusion."""
+        if computation not in self.cost:
+            body = self.read.program.computations[computation]
+            shapes = {one(i, ID, 0): one(i, SHAPE) for i in body}
+            self.cost[computation] = sum(
+                product_flops(i, shapes) + sum(map(self.flops, integers(i[CALLED]))) for i in body)
+        return self.cost[computation]
+
+    def inside(self, computation):
+        """The collectives of a computation and of those that it calls."""
+        found = []
+        for i in self.read.program.computations[computation]:
+            x = self.read.collective(computation, i)
+            found += [x] if x else []
+            for other in integers(i[CALLED]):
+                found += self.inside(other)
+        return found
+
+    def run(self, computation):
+        """Seconds of a computation, from an idle network to an idle network."""
+        program, now, free, ends = self.read.program, 0.0, collections.Counter(), {}
+        body = {one(i, ID, 0): i for i in program.computations[computation]}
+        shapes, before = {k: one(i, SHAPE) for k, i in body.items()}, 0.0
+        for k in program.schedule.get(computation) or list(body):
+            i, opcode = body[k], one(body[k], OPCODE).decode()
+            called, own = integers(i[CALLED]), self.read.collective(computation, i)
+            if opcode == "while":
+                count = trip_count(program.computations[called[1]]) or 1
+                before = self.computed
+                now = max([now, *free.values()]) + count * self.run(called[0])
+                self.computed = before + count * (self.computed - before)
+                continue
+            if opcode == "conditional":
+                now += max(self.run(branch) for branch in called)
+                continue
+            if opcode.endswith("-done"):
+                now = max(now, ends.get(integers(i[OPERANDS])[0], now))
+                continue
+            if opcode.endswith("-update"):
+                ends[k] = ends.get(integers(i[OPERANDS])[0], now)
+                continue
+            moved = ([own] if own else []) + [x for other in called for x in self.inside(other)]
+            end = now
+            for x in moved if opcode != "call" else []:
+                for axis in x.axis.split("+"):
+                    start = max(now, free[axis])
+                free[x.axis] = end = max(end, start + self.seconds_of(x))
+            if opcode.endswith("-start"):
+                ends[k] = end
+                continue
+            if opcode == "call":
+                now += sum(map(self.run, called))
+                continue
+            spent = (product_flops(i, shapes) + sum(map(self.flops, called))) / self.rate
+            self.computed += spent
+            now = max(now + spent, end) if moved else now + spent
+        return max([now, *free.values()])
 
 
 SUMMED = "all-reduce where a reduce-scatter was asked for"
@@ -402,7 +514,8 @@ GIB = 2**30
 def compile_and_report(traced, mesh, memory, planned):
     """Compile a traced step for a mesh of chips with so many bytes of memory. Print memory, traffic and verdict.
 
-    Returns the exit code: 0 if it fits and every collective is expected, else 1."""
+    Returns (the exit code: 0 if it fits and every collective is expected, else 1; bytes of memory that it uses; the
+    program), without memory and program if the compiler finds that it does not fit."""
     import jax
     began, lowered = time.time(), traced.lower()
     try:
@@ -414,7 +527,7 @@ def compile_and_report(traced, mesh, memory, planned):
             raise
         excess = float(found[1]) - float(found[2])
         print(f"verdict   does not fit: {found[1]} GiB of {found[2]} a chip, {excess:.1f} too much. {ADVICE}")
-        return 1
+        return 1, None, None
     m = compiled.memory_analysis()
     used = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     share = used / memory
@@ -422,12 +535,13 @@ def compile_and_report(traced, mesh, memory, planned):
           f"jax {jax.__version__}")
     print(f"memory    {used / GIB:.2f} GiB of {memory / GIB:.0f} a chip, {100 * share:.0f} %: "
           f"state {m.argument_size_in_bytes / GIB:.2f}, temporary {m.temp_size_in_bytes / GIB:.2f}")
-    expected, words = report(collectives(serialized(compiled), dict(mesh.shape)), planned)
+    blob = serialized(compiled)
+    expected, words = report(collectives(blob, dict(mesh.shape)), planned)
     fit = "fits" if share < 0.85 else f"fits, but above 85 %. {ADVICE}"
     if share > 1:
         fit = f"does not fit: {(used - memory) / GIB:.1f} GiB too much. {ADVICE}"
     print(f"verdict   {fit}; {words}")
-    return 0 if expected and share < 0.85 else 1
+    return 0 if expected and share < 0.85 else 1, used, blob
 
 
 if __name__ == "__main__":

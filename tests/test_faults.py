@@ -495,9 +495,10 @@ def test_other_code_and_versions_are_told(run_config, tmp_path, monkeypatch, cap
 def test_every_key_may_change_in_one_way():
     """A new key of TrainConfig has to be put into one of the lists, or named here as one that shapes nothing."""
     free = {"mixture", "tokenizer", "accumulate", "data_dir", "run_dir", "compiled_dir", "devices", "replicas",
-            "expert_parallel", "topology", "peak_flops", "log_every", "eval_every", "eval_tokens", "save_every",
-            "save_minutes", "keep", "keep_every", "checkpoint_dir", "max_skips", "stuck_minutes", "heartbeat_seconds",
-            "prompt", "sample_tokens", "sample_seed", "temperature", "top_k", "eval_tokens_final", "init_tokenizer"}
+            "expert_parallel", "expert_block", "topology", "peak_flops", "log_every", "eval_every", "eval_tokens",
+            "save_every", "save_minutes", "keep", "keep_every", "checkpoint_dir", "max_skips", "stuck_minutes",
+            "heartbeat_seconds", "prompt", "sample_tokens", "sample_seed", "temperature", "top_k", "eval_tokens_final",
+            "init_tokenizer"}
     fields = {field.name for field in train.dataclasses.fields(train.TrainConfig)}
     assert fields == free | set(rundir.SHAPING) | set(rundir.IMMUTABLE)
     assert len(free) + len(rundir.SHAPING) + len(rundir.IMMUTABLE) == len(fields)

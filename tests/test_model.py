@@ -276,12 +276,13 @@ def test_the_loss_of_a_fresh_model_is_log_v(tiny, batch_of, totals_of):
 @pytest.mark.slow
 def test_remat_changes_memory_and_no_number(tiny, batch_of, totals_of):
     batch, params, results = batch_of(tiny), lively(tiny), []
-    for remat in ("block", "none"):
+    for remat in ("block", "attended", "none"):
         c = dataclasses.replace(tiny, remat=remat)
         f = lambda p: model.loss(p, bias_of(c), batch, totals_of(batch), c)[0]
         results.append(jax.jit(jax.value_and_grad(f))(params))
-    for a, b in zip(*map(jax.tree.leaves, results)):
+    for a, b, c in zip(*map(jax.tree.leaves, results)):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)  # sums that cancel: 2e-7 of 0.2
+        np.testing.assert_allclose(a, c, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.slow

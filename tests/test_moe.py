@@ -88,7 +88,8 @@ def test_garbage_in_rows_of_padding_changes_nothing(rng, normal, close):
 
     @jax.jit
     def run(y_RD):
-        y_TD, vjp = jax.vjp(lambda y, weight: moe.combine(y, weight, d), y_RD, weight_TK)
+        weighted = lambda y_RD, weight_TK: moe.combine(y_RD * moe.spread_weights(weight_TK, d), d)
+        y_TD, vjp = jax.vjp(weighted, y_RD, weight_TK)
         return y_TD, vjp(g_TD)
     close(run(bad_RD), run(y_RD))
 

@@ -1,4 +1,5 @@
 """Many devices: expert parallelism and whole steps against one device."""
+import dataclasses
 import math
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as Spec
 
+import kernels
 import model
 import moe
 import train
@@ -148,6 +150,42 @@ def test_one_device_equals_eight_on_every_mesh(config, mesh, load, run_steps):
     gate_LEDF = eight.params["layers"]["gate_EDF"]
     copies = t.replicas                             # experts over "expert", D over "data"
     assert gate_LEDF.addressable_shards[0].data.size == gate_LEDF.size // (8 // copies)
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_a_weight_gathered_over_data_and_then_experts_is_whole_and_so_is_its_gradient(split, normal):
+    """In bfloat16, gradients summed in float32 over both axes: as on one device."""
+    mesh = jax.make_mesh((1, 4, 2), train.MESH, axis_types=(AxisType.Auto,) * 3,
+                         devices=jax.devices()[:8])
+    names, spec = ("expert", "data"), [None, None]
+    spec[split] = names
+
+    def loss(w_DF, x_TD, gathers):
+        for name in gathers:
+            w_DF = kernels.gather_weight(w_DF, name, split, "bfloat16")
+        return jnp.sum((x_TD.astype("bfloat16") @ w_DF).astype(jnp.float32) ** 2)
+    run = jax.shard_map(lambda w, x: jax.grad(loss)(w, x, ("data", "expert")), mesh=mesh,
+                        in_specs=(Spec(*spec), Spec(names)), out_specs=Spec(*spec), check_vma=False)
+    w_DF, x_TD = normal(16, 24), normal(64, 16)
+    got = jax.jit(run)(w_DF, x_TD)
+    want = jax.grad(loss)(w_DF, x_TD, (None,))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.02 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.slow
+def test_weights_over_experts_and_data_change_no_loss_and_no_gradient(config, load, run_steps,
+                                                                      close):
+    """After one step Adam's first moments are the gradients, times 1 - beta1."""
+    want, one = run_steps(*load(config, devices=1, clip=0.0), 1)
+    for devices in (2, 4, 8):
+        split = dict(devices=devices, expert_parallel=2, weights_over="expert+data", clip=0.0)
+        got, many = run_steps(*load(config, **split), 1)
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+        close(many.opt, one.opt, 1e-4)
+        close(many.params, one.params)
+        query_LDQ = many.params["layers"]["query_DQ"]
+        assert query_LDQ.addressable_shards[0].data.size == query_LDQ.size // devices
 
 
 @pytest.mark.parametrize("shape, spec", [

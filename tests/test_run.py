@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_halts_with_code_3_and_leaves_no_checkpoint(co
 
 # --------------------------------------------------------------------------------------- configs and bad input
 
-SCRIPTS = {"compare", "convert", "foreign", "hopper", "launch", "plan", "process", "report", "rundir", "sample",
+SCRIPTS = {"compare", "convert", "foreign", "hopper", "launch", "layout", "plan", "process", "report", "rundir", "sample",
            "text"}                                                                                      # no configs
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.py")) if path.stem not in SCRIPTS]
 

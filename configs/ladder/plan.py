@@ -187,7 +187,8 @@ def write_table(path, columns, rows):
 NOT_TRAINING = {"run_dir", "data_dir", "compiled_dir", "checkpoint_dir", "devices", "replicas", "topology",
                 "expert_parallel", "accumulate", "peak_flops", "log_every", "eval_every", "eval_tokens",
                 "save_every", "save_minutes", "keep", "keep_every", "stuck_minutes", "heartbeat_seconds",
-                "prompt", "sample_tokens", "temperature", "exchange", "remat"}
+                "prompt", "sample_tokens", "temperature", "exchange", "remat", "weights_over",
+                "expert_block"}
 
 
 def need_same(base, words, folder):

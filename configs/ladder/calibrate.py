@@ -37,7 +37,7 @@ IDEAS = "configs/ladder/ideas"
 # 3e11 to 1.7e12, with 64 experts) and of 4 times the experts (1.03 to 1.24); the pilot's of rates 4 times off.
 KNOWN = {
     "MuonH": (["--recipe=v2", "--adam_lr_scale=16"], "holds"),
-    "twice the experts": (["--num_experts=32"], "holds"),
+    "twice the experts": (["--num_experts=32"], "holds from 1e12 on"),
     "no QK-norm": (["configs/ladder/ideas/no_qk_norm.patch"], "does not hold"),
     "rates 4 times higher": (["--lr_scale=4"], "does not hold"),
     "rates 4 times lower": (["--lr_scale=0.25"], "does not hold"),

@@ -33,8 +33,7 @@ from jax import lax
 
 
 class Rule(NamedTuple):
-    """How experts are chosen and how balance is kept. Each field is described in its comment. A
-    rule's only state is its bias: one with a memory would need a field of train.State as well."""
+    """How experts are chosen and how balance is kept. Each field is described in its comment."""
     # (logits_TE, bias_E, K) -> (expert_TK, margin_TE); an expert id of E: no expert in this slot
     select: Callable
     # (margin_LTE, valid_T, bias_LE, K, axis, rate, platform) -> new bias_LE; None: it never moves
@@ -42,6 +41,7 @@ class Rule(NamedTuple):
     rate: float = 0.0               # the default step size of a rule that has one
     # (prob_LTE, margin_LTE, valid_T, tokens, K, axis, rate) -> this device's share; None: no loss
     loss: Callable | None = None
+    memory: int = 0     # arrays [L,E], zeros at first: next_bias takes them last, returns them last
 
 
 def top_k(score_TE, bias_E, K):
@@ -133,8 +133,7 @@ def quantile(margin_LTE, valid_T, bias_LE, K, axis, rate, platform):
     That is the q-th largest margin minus the old bias, so the old bias is replaced, not moved. This
     pair of order statistics, (K+1)-th and q-th, reaches the program's optimum; the published pair,
     (K+1)-th and (q+1)-th, can stall short of it (python tests/arena.py failures)."""
-    here = jnp.sum(valid_T, dtype=jnp.int32)
-    q = even_load(_sum_devices(here, axis), K, bias_LE.shape[1])
+    q = even_load(_sum_devices(jnp.sum(valid_T, dtype=jnp.int32), axis), K, bias_LE.shape[1])
     return centered(bias_LE - kth_largest(margin_LTE, valid_T, q, axis, platform))
 
 
@@ -156,8 +155,7 @@ def sign(margin_LTE, valid_T, bias_LE, K, axis, rate, platform):
 
 def excess_load(margin_LTE, valid_T, K, axis):
     """Load over even load, minus 1, from the tokens of all devices: float32 [L,E]."""
-    here = jnp.sum(valid_T, dtype=jnp.int32)
-    load_LE, tokens = _sum_devices((loads(margin_LTE, valid_T), here), axis)
+    load_LE, tokens = _sum_devices((loads(margin_LTE, valid_T), jnp.sum(valid_T)), axis)
     return load_LE * (margin_LTE.shape[2] / K) / tokens - 1.0
 
 
@@ -216,20 +214,22 @@ def select(rule, logits_TE, bias_E, K):
 def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform="cpu"):
     """This step's margins -> (the next step's bias_LE, kept_L: layers that kept their old bias).
 
-    Call it once, after all layers: then the layer loop has no collective of it, and nothing waits
-    for it before the next step. A layer with a margin that is not finite keeps its bias, so that a
-    NaN does not outlive its step. rate: 0 takes the rule's own. axis, platform: see kth_largest."""
+    Call it once, after all layers: the layer loop has no collective of it, nothing waits for it. A
+    layer with a margin that is not finite keeps its bias, so that a NaN does not outlive its step.
+    bias_LE: alone, or (bias_LE, *memory). rate: 0 takes the rule's own. axis: see kth_largest."""
     known = rule_named(rule)
-    L, _, E = margin_LTE.shape
-    if K == E or known.next_bias is None:
-        return bias_LE, jnp.zeros(L, bool)
-    broken_LTE = ~jnp.isfinite(margin_LTE) & valid_T[:, None]
-    broken_L = jnp.sum(broken_LTE, axis=(1, 2), dtype=jnp.int32)
+    if K == margin_LTE.shape[2] or known.next_bias is None:
+        return bias_LE, jnp.zeros(len(margin_LTE), bool)
+    broken_L = jnp.sum(~jnp.isfinite(margin_LTE) & valid_T[:, None], (1, 2), jnp.int32)
     here = jnp.sum(valid_T, dtype=jnp.int32)
     tokens, broken_L = _sum_devices((here, broken_L), axis)
-    new_LE = known.next_bias(margin_LTE, valid_T, bias_LE, K, axis, rate or known.rate, platform)
-    kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(new_LE), axis=1)
-    return jnp.where(kept_L[:, None], bias_LE, new_LE), kept_L
+    alone = not isinstance(bias_LE, tuple)
+    old = (bias_LE, *[jnp.zeros_like(bias_LE)] * known.memory) if alone else bias_LE
+    args = margin_LTE, valid_T, old[0], K, axis, rate or known.rate, platform, *old[1:]
+    new = jnp.stack(jax.tree.leaves(known.next_bias(*args)))
+    kept_L = (broken_L > 0) | (tokens == 0) | ~jnp.all(jnp.isfinite(new), axis=(0, 2))
+    new = tuple(jnp.where(kept_L[:, None], jnp.stack(old), new))
+    return new[0] if alone else new, kept_L
 
 
 def auxiliary_loss(rule, prob_LTE, margin_LTE, valid_T, tokens, K, axis=None, rate=0.0):
@@ -281,7 +281,7 @@ def step(s_TE, bias_E, K, rule="quantile", rate=0.0):
 
 
 def demonstrate():
-    """One batch, update by update, beside scipy's solver; then a new batch for every update."""
+    """One batch, update by update, beside scipy's solver (bias = -beta); then new batches."""
     from scipy.optimize import linear_sum_assignment
     rng = np.random.default_rng(0)
     s_TE = (rng.standard_normal((64, 8)) + rng.standard_normal(8)).astype(np.float32)
@@ -292,8 +292,7 @@ def demonstrate():
     for i in range(8):
         load_E, new_E = step(s_TE, bias_E, 1)
         alpha_T1 = np.sort(s_TE + bias_E, axis=1)[:, -2:-1]
-        slack = np.maximum(0, s_TE + bias_E - alpha_T1).sum()
-        dual = slack + alpha_T1.sum() - 8 * bias_E.sum()        # bias = -beta
+        dual = np.maximum(0, s_TE + bias_E - alpha_T1).sum() + alpha_T1.sum() - 8 * bias_E.sum()
         print(f"after {i} updates: dual - optimum {dual - optimum:8.4f}, loads {load_E}")
         bias_E = new_E
     T, E, K, bias_E = 4096, 64, 4, jnp.zeros(64)

@@ -840,8 +840,9 @@ def parser():
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.set_defaults(do=story)
     commands = top.add_subparsers(parser_class=Parser)
-    def command(name, do, purpose):
-        sub = commands.add_parser(name, help=purpose, description=purpose)
+    def command(name, do, purpose, text=None):
+        sub = commands.add_parser(name, help=purpose, description=text or purpose,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(do=do)
         return sub.add_argument
     add = command("fit", fit_command, "fit a ladder and forecast")

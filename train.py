@@ -491,6 +491,7 @@ class State(NamedTuple):
     opt: typing.Any             # optax state
     bias_LE: jax.Array          # float32, the balancing bias in use: the only one there is
     history_2W: jax.Array       # float32, loss and gradient norm of the last W steps; -1: not yet
+    memory: tuple = ()          # float32 arrays [L,E], what a balancing rule keeps beside its bias
 
 
 def accept_step(t, state, loss, gnorm):
@@ -512,10 +513,10 @@ def accept_step(t, state, loss, gnorm):
 
 def make_state(c, t, key):
     """The state before step 1. orbax refuses empty arrays: a dense model has one expert's bias."""
-    params = model.init(c, key)
-    return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params),
-                 jnp.zeros((c.num_layers, max(1, c.num_experts)), jnp.float32),
-                 -jnp.ones((2, WINDOW), jnp.float32))
+    params, memory = model.init(c, key), balance.RULES[c.balancer].memory
+    bias_LE, *memory = jnp.zeros((1 + memory, c.num_layers, max(1, c.num_experts)))
+    return State(jnp.zeros((), jnp.int32), params, make_optimizer(c, t).init(params), bias_LE,
+                 -jnp.ones((2, WINDOW), jnp.float32), tuple(memory))
 
 
 def first_state(c, t, mesh, tokenizer):
@@ -523,8 +524,8 @@ def first_state(c, t, mesh, tokenizer):
     if t.init_from:
         from configs import convert
         return convert.begin(c, t, mesh, tokenizer)
-    return jax.jit(lambda: make_state(c, t, jax.random.key(t.seed)),
-                   out_shardings=state_shardings(c, t, mesh))()
+    make = functools.partial(make_state, c, t)      # without the key: one program for all seeds
+    return jax.jit(make, out_shardings=state_shardings(c, t, mesh))(jax.random.key(t.seed))
 
 
 def abstract_state(c, t, mesh):
@@ -534,7 +535,7 @@ def abstract_state(c, t, mesh):
     opt = optax.tree_map_params(
         make_optimizer(c, t), lambda a, spec: a if masked(a) else spec, shapes.opt, specs,
         transform_non_params=lambda _: Spec(), is_leaf=masked)
-    placed = State(step=Spec(), params=specs, opt=opt, bias_LE=Spec(), history_2W=Spec())
+    placed = State(Spec(), specs, opt, Spec(), Spec(), tuple(Spec() for _ in shapes.memory))
     return jax.tree.map(
         lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
         shapes, placed)
@@ -568,11 +569,11 @@ def make_train_step(c, t, mesh, platform=None):
         """Sum a gradient over the axes that copy its weight; others the transposes have summed."""
         split = jax.tree.leaves(tuple(spec))
         return lax.psum(g, tuple(axis for axis in MESH if axis not in split))
-    def gradients(params, bias_LE, batch):
+    def gradients(params, bias, batch):                 # bias: (bias_LE, *memory)
         totals = lax.psum({"weight": jnp.sum(batch["weights"]),
                            "tokens": jnp.sum(batch["segments"] != 0).astype(jnp.float32)}, MESH)
         def objective(params, rows):
-            return model.loss(params, bias_LE, rows, totals, c, True, platform)
+            return model.loss(params, bias[0], rows, totals, c, True, platform)
         def microbatch(total, rows):
             (_, record), grads = jax.value_and_grad(objective, has_aux=True)(params, rows)
             return jax.tree.map(jnp.add, total, grads), record
@@ -584,23 +585,23 @@ def make_train_step(c, t, mesh, platform=None):
             stats, real_T = merge_microbatches(stats), batch["segments"].reshape(-1) != 0
             load_LE, dropped_L, z = lax.psum(
                 (stats.load_E, stats.dropped, jnp.sum(stats.z_T * real_T)), MESH)
-            bias_LE, kept_L = balance.update(c.balancer, stats.margin_TE, real_T, bias_LE,
-                                             c.experts_per_token, MESH, c.balancer_rate, platform)
+            bias, kept_L = balance.update(c.balancer, stats.margin_TE, real_T, bias,
+                                          c.experts_per_token, MESH, c.balancer_rate, platform)
             metrics |= {"load_LE": load_LE, "dropped_L": dropped_L, "bias_kept": jnp.sum(kept_L),
                         "router_z": z / (c.num_layers * totals["tokens"])}
-        return grads, bias_LE, metrics
+        return grads, bias, metrics
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(specs, Spec(), Spec(None, MESH)),
                             out_specs=(specs, Spec(), Spec()), check_vma=False)
     def train_step(state, batch):
-        grads, bias_LE, metrics = sharded(state.params, state.bias_LE, batch)
+        grads, bias, metrics = sharded(state.params, (state.bias_LE, *state.memory), batch)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params, gnorm = optax.apply_updates(state.params, updates), optax.tree.norm(grads)
         good, history_2W = accept_step(t, state, metrics["loss"], gnorm)
         # XLA fuses this choice into the update itself, so it costs no pass over memory
-        new, old = (params, opt, bias_LE), (state.params, state.opt, state.bias_LE)
-        params, opt, bias_LE = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        new, old = (params, opt, bias), (state.params, state.opt, (state.bias_LE, *state.memory))
+        params, opt, (bias_LE, *memory) = jax.tree.map(functools.partial(jnp.where, good), new, old)
         metrics |= {"gnorm": gnorm, "lr_multiplier": lr_multiplier(t, state.step), "skipped": ~good}
-        return State(state.step + 1, params, opt, bias_LE, history_2W), metrics
+        return State(state.step + 1, params, opt, bias_LE, history_2W, tuple(memory)), metrics
     shardings = state_shardings(c, t, mesh), NamedSharding(mesh, Spec())
     return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 

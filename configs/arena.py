@@ -1,7 +1,7 @@
 """One small mixture of experts to compare balancers: python tests/arena.py trains it under each.
 
 Half a million parameters, sixteen experts, two per token; the books of smoke.py. It is small enough
-that all rules with three seeds (45 runs) take an hour on two quiet CPU cores, and large enough that
+that all rules with three seeds (48 runs) take an hour on two quiet CPU cores, and large enough that
 experts specialize: without a balancer the busiest carries 5.6 times its share. Every number that is
 not tagged otherwise is [assumed]."""
 

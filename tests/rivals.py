@@ -1,4 +1,4 @@
-"""Nine more rules of balancing. Importing this file adds them to balance.RULES and NON_CAUSAL.
+"""Ten more rules of balancing. Importing this file adds them to balance.RULES and NON_CAUSAL.
 
 A config gets them by the line `from tests import rivals`, as configs/arena.py does. They are here
 to be compared (python tests/arena.py); we recommend none of them.
@@ -99,6 +99,12 @@ def proportional(margin_LTE, valid_T, bias_LE, K, axis, rate, platform):
     return balance.centered(bias_LE - rate * balance.excess_load(margin_LTE, valid_T, K, axis))
 
 
+def heavy_ball(margin_LTE, valid_T, bias_LE, K, axis, rate, platform, speed_LE):
+    """`proportional` with momentum: a rule with a memory of one array [rate and .9 assumed]."""
+    speed_LE = 0.9 * speed_LE + balance.excess_load(margin_LTE, valid_T, K, axis)
+    return balance.centered(bias_LE - rate * speed_LE), speed_LE
+
+
 def aux_micro(prob_LTE, margin_LTE, valid_T, tokens, K, axis, rate):
     """The auxiliary loss with the loads of this device's microbatch [cited: arXiv 2101.03961]."""
     return balance.aux_global(prob_LTE, margin_LTE, valid_T, tokens, K, None, rate)
@@ -169,6 +175,7 @@ RIVALS = {
     "aux_micro": balance.Rule(balance.top_k, loss=aux_micro, rate=1e-2),
     "sign_rms": balance.Rule(balance.sigmoid_top_k, sign_rms, rate=1e-2),
     "proportional": balance.Rule(balance.sigmoid_top_k, proportional, rate=2e-2),
+    "heavy_ball": balance.Rule(balance.sigmoid_top_k, heavy_ball, rate=2e-3, memory=1),
     "bip": balance.Rule(bip_select, bip_bias),
     "sinkhorn": balance.Rule(sinkhorn_select),
     "threshold": balance.Rule(threshold_select, threshold_bias, rate=0.1),

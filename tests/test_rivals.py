@@ -22,7 +22,7 @@ from tests.lp import scores
 pytestmark = pytest.mark.slow        # rules to compare with; ours are in test_balance.py, too
 ROOT = Path(__file__).resolve().parent.parent
 MOVES = [name for name, rule in balance.RULES.items() if rule.next_bias]
-SIGMOID = ("sign", "sign_rms", "proportional", "quantile_k3", "bip")
+SIGMOID = ("sign", "sign_rms", "proportional", "heavy_ball", "quantile_k3", "bip")
 
 
 def choice(rule, s, bias, K):
@@ -114,7 +114,7 @@ def test_every_rule_balances_a_batch_that_it_sees_again(rule):
     greedy, _ = balance.step(s, bias, 2, "none")
     assert balance.max_violation(greedy) > 2
     for _ in range(60):
-        load, bias = balance.step(s, bias, 2, rule, {"sign": 1e-2}.get(rule, 0.0))
+        load, bias = balance.step(s, bias, 2, rule, {"sign": 1e-2, "heavy_ball": 2e-2}.get(rule, 0.0))
     fixed_steps = {"sign": 0.6, "sign_rms": 0.6}                # they never settle
     assert balance.max_violation(load) < ({"sinkhorn": 0.4} | fixed_steps).get(rule, 0.25)
 
@@ -166,6 +166,22 @@ def test_one_step_of_each_loss_free_rival_by_hand():
     np.testing.assert_allclose(step("proportional"), -2e-2 * excess, atol=1e-8)
     unit = excess / np.sqrt(np.mean(excess**2))
     np.testing.assert_allclose(step("sign_rms"), -1e-2 * unit, atol=1e-8)
+
+
+def test_a_rule_with_a_memory_keeps_it_from_step_to_step():
+    load = np.array([6, 3, 2, 1])
+    margin = jnp.asarray(np.arange(6)[:, None] < load, jnp.float32)[None] - 0.5
+    excess, state = load / 3 - 1, (jnp.zeros((1, 4)), jnp.zeros((1, 4)))
+    for factor in (1, 1.9, 2.71):                               # 1 + .9 + .81
+        before = state[0]
+        state, kept = balance.update("heavy_ball", margin, jnp.ones(6, bool), state, 2)
+        np.testing.assert_allclose(state[1][0], factor * excess, atol=1e-6)
+        np.testing.assert_allclose(state[0] - before, -2e-3 * state[1], atol=1e-6)
+        assert not kept.any()
+    broken, kept = balance.update("heavy_ball", margin.at[0, 0, 0].set(jnp.nan), jnp.ones(6, bool), state, 2)
+    assert kept.all() and all((new == old).all() for new, old in zip(broken, state))
+    plain, _ = balance.update("sign", margin, jnp.ones(6, bool), (state[0],), 2)
+    assert isinstance(plain, tuple) and len(plain) == 1
 
 
 def test_the_moving_average_moves_a_tenth_of_the_way():
@@ -275,6 +291,16 @@ def test_a_config_trains_with_any_rule(config, rule):
     command = [sys.executable, "train.py", str(config), f"--balancer={rule}", "--steps=4"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-1000:]
+
+
+@pytest.mark.slow
+def test_a_rules_memory_is_in_the_checkpoint(config):
+    config.write_text("from tests import rivals\n" + config.read_text())
+    c, t = train.load_config(config, ["--balancer=heavy_ball", "--steps=1", "--warmup=0.0"])
+    train.train(c, t)
+    state = train.Checkpoints(t).restore(c, t, train.make_mesh(c, t))
+    assert state.memory[0].shape == state.bias_LE.shape and (state.memory[0] != 0).any()
+    np.testing.assert_allclose(state.bias_LE, balance.centered(-2e-3 * state.memory[0]), atol=1e-6)
 
 
 @pytest.mark.slow

@@ -397,7 +397,7 @@ BINARY = ["nanogpt", "llmc", "olmo", "megatron .bin", "megatron .idx", "prepared
 TEXTUAL = ["prepared manifest.json", "prepared tokenizer", "prepared tokenizer.json", "tiktoken", "text .txt",
            "text .jsonl", "text .jsonl.gz", "text .txt.zst", "text .parquet", "config", "metrics",
            "run config.json", "checkpoint record", "run table .csv", "run result.json", "registration"]
-FLAGS = {"sample", "plan", "compile", "fresh", "replay", "processes", "process", "coordinator"}
+FLAGS = {"sample", "plan", "compile", "fresh", "search", "mfu", "replay", "processes", "process", "coordinator"}
 JSON = [n for n in TEXTUAL if "json" in n and "jsonl" not in n or n in ("registration", "checkpoint record")]
 
 

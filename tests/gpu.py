@@ -433,7 +433,7 @@ def cases_a(s):
     segment = jnp.asarray(documents(dict(B=B, S=S, document=S / 5)))
     owner = jnp.asarray([0, 0, 1, 2, 2, 3, E, E] if small else [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 7, E, E], jnp.int32)
     real = (jnp.repeat(owner, tile) < E)[:, None]
-    x, R = normal(owner.size * tile, D), owner.size * tile
+    x = normal(owner.size * tile, D)
     q, k, v = normal(B, S, N, H), normal(B, S, M, H), normal(B, S, M, H)
     target = jnp.arange(T) % V
     gate, up, down = normal(E, D, F) * D**-0.5, normal(E, D, F) * D**-0.5, normal(E, F, D) * F**-0.5

@@ -83,7 +83,7 @@ def remarks(c, t, mixture, tokens):
     often = (t.steps - 1) // t.eval_every * eval_tokens(mixture, t.eval_tokens)
     last = eval_tokens(mixture, t.eval_tokens_final)
     if max(often, last) > 0.3 * tokens:         # forward is a third of a training step
-        yield (f"note      evaluations score {often:,} tokens and the last one {last:,}: "
+        yield (f"note      evaluations score {often + last:,} tokens, {last:,} of them at the end: "
                f"{(often + last) / tokens / 3:.0%} of the training's FLOPs on top; --eval_every, "
                f"--eval_tokens and --eval_tokens_final bound them")
     if mixture.tokenizer.vocab_size < 0.9 * c.vocab_size:

@@ -181,7 +181,7 @@ def test_the_last_evaluation_can_be_bounded_and_a_long_one_is_said_before(config
     (tokens,) = (stream.tokens for stream in mixture.heldout.values())
     trained = t.steps * t.batch_size * c.seq_len
     (line,) = report.remarks(c, t, mixture, trained)
-    assert f"and the last one {tokens:,}: " in line and "--eval_tokens_final" in line
+    assert f"{tokens:,} of them at the end: " in line and "--eval_tokens_final" in line
     bounded = load(config, eval_tokens_final=100, eval_every=6)
     assert not list(report.remarks(*bounded, mixture, trained))
     assert report.eval_tokens(mixture, 100) == 100 and report.eval_tokens(mixture, 0) == tokens

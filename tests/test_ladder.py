@@ -307,6 +307,16 @@ def test_curves_of_one_shape_collapse_at_their_e_and_tell_the_end_from_the_begin
         curves.end_of(begun, family, 1.2, 0.05)
 
 
+def test_a_curve_is_read_from_a_run_whose_last_line_is_torn(tmp_path):
+    rows = [dict(step=10 * i, lr=0.01, mean_loss=5.0 - 0.1 * i) for i in range(1, 11)]
+    text = train.json_lines(rows) + '{"step": 110, "lr"'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"steps": 200}}))
+    curve = curves.read_curve(tmp_path)
+    assert curve.step_R.tolist() == [row["step"] for row in rows] and curve.steps == 200
+    assert curves.final_loss(curve) == pytest.approx(4.0)
+
+
 def test_the_noise_of_a_forecast_by_arithmetic_is_that_of_many_ladders():
     budgets, target, noise = np.geomspace(3e11, 3e13, 5), 3e14, 0.1
     truth = scaling.Law(E=0.82 / 2.65, A=(1e12)**0.103, alpha=0.103)

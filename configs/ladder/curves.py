@@ -13,8 +13,6 @@ two rows of metrics.jsonl: no text is seen twice, so that it is unseen loss.
                  rates since k [arXiv 2503.12811]
 Letters: R rows of a curve."""
 
-import contextlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +47,10 @@ class Curve:
 
 def read_curve(folder):
     """The Curve of a run directory of train.py."""
+    import train                                        # and with it jax: a table needs neither
     folder = Path(folder)
     config = scaling.read_json(folder / "config.json")
-    rows = []
-    with contextlib.suppress(OSError):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row.get("mean_loss")]
+    rows = [row for row in train.read_rows(folder / "metrics.jsonl") if row.get("mean_loss")]
     need(len(rows) >= 8, folder, "at least 8 rows with mean_loss in metrics.jsonl", len(rows),
          "train with a smaller --log_every")
     step_R, rate_R, loss_R = np.array([[row[key] for row in rows] for key in ("step", "lr", "mean_loss")], float)
@@ -80,14 +76,24 @@ def read_curves(names):
 
 # ----------------------------------------------------------------------------------------- two laws
 
+def last_R(curve, tail=0.05):
+    """Which rows are of the last share of the steps that there are: where a curve ends."""
+    return curve.step_R > (1 - tail) * curve.step_R[-1]
+
+
+def final_loss(curve):
+    """The mean loss at the end of a curve."""
+    return float(curve.loss_R[last_R(curve)].mean())
+
+
 def middle_R(curve):
     """The step in the middle of each row's steps: there a mean belongs."""
     return (curve.step_R + np.r_[0, curve.step_R[:-1]]) / 2
 
 
-def rates_of(curve, steps=0):
-    """The rate of every step up to `steps`, a line between rows; step 0 has the rate 0."""
-    return np.interp(np.arange(1, 1 + (steps or curve.step_R[-1])), np.r_[0, curve.step_R], np.r_[0, curve.rate_R])
+def rates_of(curve):
+    """The rate of every step up to the last row, a line between rows; step 0 has the rate 0."""
+    return np.interp(np.arange(1, 1 + curve.step_R[-1]), np.r_[0, curve.step_R], np.r_[0, curve.rate_R])
 
 
 def annealing_terms(rates, at_R):
@@ -165,13 +171,6 @@ def fit_curves(curves, name):
 SHARES = np.linspace(0.05, 0.95, 37)    # of a run's steps
 
 
-def final_loss(curve, tail=0.05):
-    """The mean loss of the last share of a curve's steps."""
-    last_R = curve.step_R > (1 - tail) * curve.step_R[-1]
-    last_R[-1] = True
-    return float(curve.loss_R[last_R].mean())
-
-
 def normalized(curves, E):
     """(L - E) / (final - E) of each curve at SHARES of its steps [arXiv 2507.02119]."""
     return np.array([np.interp(SHARES, middle_R(curve) / curve.steps, curve.loss_R - E) / (final_loss(curve) - E)
@@ -229,8 +228,7 @@ def curves_command(a):
         law = fit_curves(curves, name)
         print(law)
         for curve in held:
-            last_R = curve.step_R > 0.95 * curve.step_R[-1]
-            tell(curve, float(law.loss_R(rates_of(curve), middle_R(curve)[last_R]).mean()))
+            tell(curve, float(law.loss_R(rates_of(curve), middle_R(curve)[last_R(curve)]).mean()))
 
 
 def add_commands(command):

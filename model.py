@@ -212,13 +212,15 @@ def init(c, key):
 
 
 def gather_params(params, specs, c, sharded):
-    """FSDP: this device's shares of the weights, cast to the compute type and gathered. Backward,
-    each device receives the summed gradient of its own share."""
-    def one(name, w):
-        for axis, mesh in specs[name].gathers():
-            w = kernels.gather_weight(w, sharded and mesh, w.ndim + axis, c.compute_dtype)
-        return w
-    return {name: one(name, w) for name, w in params.items()}
+    """FSDP: the weights in the compute type, gathered from the devices' shares."""
+    return {name: gather(w, specs[name].gathers(), c, sharded) for name, w in params.items()}
+
+
+def gather(w, gathers, c, sharded):
+    """One of these weights. Backward, each device receives the summed gradient of its own share."""
+    for axis, mesh in gathers:
+        w = kernels.gather_weight(w, sharded and mesh, w.ndim + axis, c.compute_dtype)
+    return w
 
 
 # ------------------------------------------------------------------------------------ loss, forward
@@ -269,9 +271,7 @@ def forward(params, bias_LE, tokens_BS, segment_BS, c, sharded=False, platform="
     norms = {name: w for name, w in params.items() if "_norm_" in name}
     top = gather_params(norms, specs, c, sharded)
     *first, (_, last) = specs["embed_VD"].gathers()
-    embed_VD = params["embed_VD"]
-    for axis, mesh in first:
-        embed_VD = kernels.gather_weight(embed_VD, sharded and mesh, 2 + axis, c.compute_dtype)
+    embed_VD = gather(params["embed_VD"], first, c, sharded)
     x_TD = kernels.embed(embed_VD, tokens_BS.reshape(-1), sharded and last, c.compute_dtype)
     x_TD = gated_norm(x_TD, top, "embed")
     rotation = rope_angles(c)

@@ -206,9 +206,9 @@ def working(c, tokens, shards):
 
 
 def estimate(c, t, machine):
-    """A Candidate without its keys, by arithmetic on the weight table. machine: (name, slices, shape)."""
+    """A Candidate without its keys, by arithmetic on the weight table. machine: (slices, name, shape)."""
     from configs import plan
-    name, slices, shape = machine
+    slices, name, shape = machine
     chip, chips = plan.CHIPS[name], slices * math.prod(shape)
     size, held = train.mesh_shape(t, chips), 0
     muon, width = plan.muon_groups(t), 2 if c.compute_dtype == "bfloat16" else 4
@@ -217,16 +217,12 @@ def estimate(c, t, machine):
         copies = 2 + moments + (t.accumulate > 1)
         held += 4 * copies * elements / math.prod(size[axis] for axis in split)
     tokens = t.batch_size * c.seq_len // t.accumulate // chips
-    kept = ("none", "block", "attended").index(c.remat)
+    kept = plan.states_kept(c)
     layers = 1 if kept else c.num_layers
     memory = held + kept * c.num_layers * tokens * c.hidden_dim * width + layers * working(c, tokens, size["expert"])
-    count = plan.model.count(c)
-    peak = chip.tf32 if plan.is_gpu(name) and c.compute_dtype == "float32" else chip.flops
-    ideal = count.mfu_flops * t.batch_size * c.seq_len / chips / (t.peak_flops or peak)
-    executed = plan.executed_flops(c, muon, t.batch_size * c.seq_len, (chips * t.accumulate, size["expert"]),
-                                   plan.platform_of(name))
+    ideal, products = plan.product_seconds(c, t, machine)
     rates = network(name, chip, slices, shape, size, t.expert_block)
-    received, products = plan.traffic(c, t, size), ideal * executed / count.mfu_flops
+    received = plan.traffic(c, t, size)
     step = products + sum(seconds(received, rates).values())
     ringed = products + sum(seconds(received, rates, ring=True).values())
     return Candidate(step, ideal / step, ideal / ringed, memory, expected_drop(c, size["expert"], tokens), {})
@@ -234,7 +230,7 @@ def estimate(c, t, machine):
 
 def variants(c, t, machine):
     """(ModelConfig, TrainConfig, keys) of every layout that the mesh and the batch allow."""
-    name, slices, shape = machine
+    slices, name, shape = machine
     chips = slices * math.prod(shape)
     capacities = sorted({c.capacity_factor or 1.0, 1.0, 1.25})
     models = []
@@ -267,8 +263,8 @@ def search(c, t, machine, most=0.85):
     """Candidates by bound, best first: those that are estimated to fill at most so much of the memory, do not drop
     more than the config is expected to, and are not equal to a better one but for the order of the sides."""
     from configs import plan
-    limit, found, seen = most * plan.CHIPS[machine[0]].memory, [], set()
-    tokens = t.batch_size * c.seq_len // t.accumulate // (machine[1] * math.prod(machine[2]))
+    limit, found, seen = most * plan.CHIPS[machine[1]].memory, [], set()
+    tokens = t.batch_size * c.seq_len // t.accumulate // (machine[0] * math.prod(machine[2]))
     allowed = max(MOST_DROPPED, expected_drop(c, t.expert_parallel, tokens))
     for model_config, layout, keys in variants(c, t, machine):
         try:
@@ -319,8 +315,8 @@ def show_search(c, t, count, compile_too=False):
     to the compiler and print what it says of them. The exit code."""
     from configs import plan
     plan.jax.config.update("jax_platforms", "cpu")
-    began, (slices, name, shape) = time.monotonic(), plan.parse_topology(t)
-    memory, machine = plan.CHIPS[name].memory, (name, slices, shape)
+    began, machine = time.monotonic(), plan.parse_topology(t)
+    memory = plan.CHIPS[machine[1]].memory
     best = search(c, t, machine)
     print(f"search    {len(best):,} layouts of {t.topology} fill at most 85 % of the memory, by arithmetic, in "
           f"{time.monotonic() - began:.0f} s.")

@@ -6,7 +6,7 @@ Run:  python train.py CONFIG --plan [--compile] [--key=value ...]       (or pyth
 needs libtpu (pip install "jax[tpu]") and no TPU; tests/hlo.py reads what it made. Both read the config key
 `topology`.
 A plan is a lower bound of time and memory, and says what it assumes; TPUs and single GPU nodes.
-Read: traffic, plan, show_plan, compile_plan; layout.py has the network and the search."""
+Read: traffic, plan, show_plan, compile_layout; layout.py has the network and the search."""
 
 import argparse
 import collections
@@ -217,16 +217,31 @@ def executed_flops(c, muon, tokens, parts, platform="tpu"):
     return flops
 
 
+def product_seconds(c, t, machine):
+    """Seconds of a step's products at the peak of its chips: by the model's own count, and as executed. machine:
+    (slices, name, shape), as parse_topology gives it."""
+    slices, name, shape = machine
+    chip, chips, tokens = CHIPS[name], slices * math.prod(shape), t.batch_size * c.seq_len
+    peak = chip.tf32 if is_gpu(name) and c.compute_dtype == "float32" else chip.flops
+    executed = executed_flops(c, muon_groups(t), tokens, (chips * t.accumulate, t.expert_parallel), platform_of(name))
+    each = tokens / chips / (t.peak_flops or peak)
+    return each * model.count(c).mfu_flops, each * executed
+
+
+def states_kept(c):
+    """How many hidden states of each layer the forward pass keeps."""
+    return ("none", "block", "attended").index(c.remat)
+
+
 def plan(c, t):
     """The cost of a run on its `topology`, as a dict of numbers; see show_plan for words and units."""
     slices, name, shape = parse_topology(t)
-    chip, count, chips = CHIPS[name], model.count(c), slices * math.prod(shape)
+    chip, chips = CHIPS[name], slices * math.prod(shape)
     if reason := train.mesh_error(c, t, chips) or kernels.misfit(platform_of(name), c):
         raise train.ConfigError(reason)
     if train.mesh_shape(t, chips)["replica"] % slices:
         train.refuse("replicas", f"a multiple of the {slices} slices", t.replicas or chips)
     size, tokens = train.mesh_shape(t, chips), t.batch_size * c.seq_len
-    states = ("none", "block", "attended").index(c.remat)           # that are kept of each layer
     mesh = AbstractMesh(tuple(size.values()), MESH, axis_types=(AxisType.Auto,) * 3)
     state = train.abstract_state(c, t, mesh)
 
@@ -235,15 +250,12 @@ def plan(c, t):
                    for x in jax.tree.leaves(tree))
 
     weights = bytes_held(state.params)
-    inputs = states * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
+    inputs = states_kept(c) * c.num_layers * tokens / t.accumulate / chips * c.hidden_dim
     received, gpu = traffic(c, t, size), is_gpu(name)
     seconds = dict.fromkeys((axis for axis in MESH if size[axis] > 1), 0.0)
     rates = layout.network(name, chip, slices, shape, size, t.expert_block)
     seconds |= layout.seconds(received, rates)
-    peak = chip.tf32 if gpu and c.compute_dtype == "float32" else chip.flops
-    ideal = count.mfu_flops * tokens / chips / (t.peak_flops or peak)
-    executed = ideal * executed_flops(c, muon_groups(t), tokens, (chips * t.accumulate, t.expert_parallel),
-                                      platform_of(name)) / count.mfu_flops
+    ideal, executed = product_seconds(c, t, (slices, name, shape))
     bounds = {"overlapped": max(executed, *seconds.values(), 0.0),
               "one after the other": executed + sum(seconds.values())}
     if seconds and not gpu:
@@ -252,7 +264,7 @@ def plan(c, t):
         bounds = {"one chip": executed}
     reached = min(REACHED, ideal / max(bounds.values()))
     return {"chips": chips, "mesh": size, "tokens_per_step": tokens, "tokens": tokens * t.steps,
-            "count": count, "received": received, "seconds": seconds, "ideal": ideal,
+            "count": model.count(c), "received": received, "seconds": seconds, "ideal": ideal,
             "memory": {"weights": weights, "moments": bytes_held(state.opt),
                        "gradients": weights * (2 if t.accumulate > 1 else 1),
                        "layer inputs": inputs * jnp.dtype(c.compute_dtype).itemsize},
@@ -321,7 +333,7 @@ def show_plan(c, t, compile_too=False, mfu=None):
         fit = (f"does not fit: {(least - chip.memory) / GIB:.1f} GiB too much. Try more chips, a larger "
                f"--accumulate or --remat=block")
     print(f"verdict   {fit}")
-    return compile_plan(c, t) if compile_too else 0
+    return compile_layout(c, t)[0] if compile_too else 0
 
 
 def check_kernels(c, name):
@@ -339,11 +351,6 @@ def check_kernels(c, name):
     except ValueError as error:
         raise train.ConfigError(f"no kernel of {name} takes these sizes: {error}; seq_len, and wide "
                                 "hidden_dim and expert_dim, must be multiples of 128") from None
-
-
-def compile_plan(c, t):
-    """--plan --compile: `compile_layout`, for its exit code."""
-    return compile_layout(c, t)[0]
 
 
 def compile_layout(c, t):

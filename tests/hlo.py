@@ -549,7 +549,7 @@ if __name__ == "__main__":
     import train
     from configs import plan
     try:
-        code = plan.compile_plan(*train.load_config(sys.argv[1], sys.argv[2:]))
+        code, _ = plan.compile_layout(*train.load_config(sys.argv[1], sys.argv[2:]))
     except train.ConfigError as error:
         print(f"hlo.py: {error}", file=sys.stderr)
         code = 2

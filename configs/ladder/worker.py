@@ -62,13 +62,13 @@ class Runs:
             self.kept[tuple(words)] = SimpleNamespace(
                 c=c, t=t, mesh=mesh, mixture=mixture, step=train.make_train_step(c, t, mesh),
                 score=train.make_eval_step(c, mesh, mixture.tokenizer.bytes_V),
-                make=jax.jit(lambda key: train.make_state(c, t, jax.random.wrap_key_data(key)),
+                make=jax.jit(functools.partial(train.make_state, c, t),
                              out_shardings=train.state_shardings(c, t, mesh)))
         return self.kept[tuple(words)]
 
     def begin(self, p, key):
         """The state before the first step. key: the seed of the weights."""
-        return p.make(jax.device_get(jax.random.key_data(jax.random.key(key))))
+        return p.make(jax.random.key(key))
 
     def batch(self, p, i, seed):
         rows = data.batch_at(p.mixture, i, p.t.batch_size, p.c.seq_len, seed)

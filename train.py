@@ -989,13 +989,14 @@ def train(c, t, fresh=False):
             log_event(run, "broken_checkpoint", step=step, why=why)
             log(f"broken    checkpoint of step {step}: {why}; kept as broken-{step}-...")
         checkpoints.open()
-        verb = "resumed" if state is not None else "started"
+        resumed = state is not None
         state = state or first_state(c, t, mesh, mixture.tokenizer)
         start = int(state.step)
         report.keep_sources(run, mixture.tokenizer, start)
         rundir.keep_results(run, start, t.steps)
-        log_event(run, "resume" if verb == "resumed" else "start", step=start)
-        log(f"run       {run}, {verb}" + (f" after step {start}" if start else ""))
+        log_event(run, "resume" if resumed else "start", step=start)
+        log(f"run       {run}, {'resumed' if resumed else 'started'}"
+            + (f" after step {start}" if start else ""))
         metrics_log = report.Log(run, c, t, mesh, start, lambda step: data.rows_of(
             mixture, step - 1, t.batch_size, c.seq_len, t.seed))
         eval_step = make_eval_step(c, mesh, mixture.tokenizer.bytes_V)

@@ -825,6 +825,7 @@ def test_checkpoints_by_time_and_by_step(run_config, plain, tmp_path):
     assert saved_steps(tmp_path / "more") == [4, 6, 8, 12]
 
 
+@slow
 def test_a_new_machine_finds_the_config_in_the_checkpoints(run_config, plain, tmp_path):
     """With checkpoint_dir in a bucket the run directory is gone with the machine, the run is not."""
     c, t = train.load_config(run_config, [f"--run_dir={tmp_path}/new", f"--checkpoint_dir={plain}/checkpoints"])

@@ -46,7 +46,9 @@ DIRs, on a disk that all hosts share, and name them all in the mixture."""
 
 
 class DataError(Exception):
-    """Something about the data that the user can put right."""
+    """Something about the data that the user can put right, in one line whatever it quotes."""
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))
 
 
 def need(fine, message):

@@ -57,7 +57,9 @@ import scaling
 # ---------------------------------------------------------------------------------------- config
 
 class ConfigError(ValueError):
-    """A mistake in what the user gave. Exit code 2."""
+    """A mistake in what the user gave, in one line whatever it quotes. Exit code 2."""
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).split()))
 
 
 class Diverged(RuntimeError):

@@ -143,12 +143,24 @@ def flat(config):
     return config["model"] | config["train"] | config["versions"] | rest
 
 
+KINDS = {key.name: {int: (int,), float: (int, float), bool: (bool,), tuple: (list,)}.get(key.type, (str,))
+         for config in (model.ModelConfig, train.TrainConfig) for key in dataclasses.fields(config)}
+
+
+def whole(config):
+    """Whether this is the content of a config.json, and each key has a value of its kind. One that
+    lacks a part raises KeyError, TypeError or AttributeError."""
+    chosen = config["model"] | config["train"]
+    return (isinstance(config["data"], str) and bool(identity(config) and flat(config))
+            and all(type(chosen[key]) in KINDS[key] for key in chosen.keys() & KINDS))
+
+
 def read_config(run):
     """The content of a run directory's config.json; None if there is none or it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError,
                              AttributeError):
         config = json.loads(Path(run, "config.json").read_bytes())
-        return config if identity(config) and flat(config) else None
+        return config if whole(config) else None
 
 
 def newest_record(checkpoints):
@@ -156,7 +168,7 @@ def newest_record(checkpoints):
     for step in checkpoints.steps():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             record = checkpoints.record(step)
-            if identity(record["config"]) and flat(record["config"]):
+            if whole(record["config"]):
                 return record
 
 
@@ -167,8 +179,8 @@ def compare(place, then, now, keys, why):
         if old.get(key) != new.get(key):
             sides = [f"{key}={config.get(key)!r}" for config in (old, new)]
             if key == "data":
-                sides = [f"mixture={config['mixture']}, tokenizer={config['tokenizer']!r} (sha256 "
-                         f"{config['data'][:12]})" for config in (old, new)]
+                sides = [f"mixture={config.get('mixture')}, tokenizer={config.get('tokenizer')!r} "
+                         f"(sha256 {config[key][:12]})" for config in (old, new)]
             raise train.ConfigError(
                 f"{place}: holds a run with {sides[0]}, found {sides[1]}; {why}")
 

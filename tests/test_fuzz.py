@@ -338,6 +338,9 @@ def make(name, folder):
 
         def read():
             checked = rundir.check_run(c, t, mixture, checkpoints)
+            rundir.check_start(t, checked, checkpoints)
+            rundir.keep_results(Path(t.run_dir), 0, t.steps)
+            rundir.write_config(c, t, checked, checkpoints)
             return checked
         good = [(other, now) for other in rewritten(path.read_bytes())]
         return Format(path, read, lambda result, _: result == now, good)

@@ -4,10 +4,12 @@
     python configs/ladder/noise.py --budgets 3e11 3e12 3e13 --noise 0.1 --targets 3e14 9e14
 
 The second form is arithmetic: the standard deviation of a forecast, in % of the loss, if each vertex of
-the ladder has `--noise` % of it [derived: delta method, as for any least-squares fit]."""
+the ladder has `--noise` % of it, one number for all budgets or one for each [derived: delta method, as for any
+least-squares fit]. The noise of the run that is forecast comes on top."""
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -18,14 +20,15 @@ import scaling  # noqa: E402
 
 
 def seed_spread(rows):
-    """[(planned FLOPs, width, base, losses)] of the runs of a table that have several seeds."""
+    """[(planned FLOPs, width, name without the seed, losses)] of the runs of a table that have several seeds."""
     groups = {}
     for row in rows:
         if row["loss"]:
             words = [word for word in row["overrides"].split() if not word.startswith(("--seed=", "--run_dir="))]
+            name = re.sub(r"_s\d+$", "", row["config"])
             key = float(row["planned_flops"]), int(row["width"]), row["base"], " ".join(words)
-            groups.setdefault(key, []).append(float(row["loss"]))
-    return [(*key[:3], losses) for key, losses in sorted(groups.items()) if len(losses) > 1]
+            groups.setdefault(key, (name, []))[1].append(float(row["loss"]))
+    return [(*key[:2], name, losses) for key, (name, losses) in sorted(groups.items()) if len(losses) > 1]
 
 
 def deviation(losses):
@@ -42,7 +45,7 @@ def pooled(groups):
 
 def forecast_deviation(budgets, noise, target, E, alpha, free=True):
     """Standard deviation in % of the loss at a target, forecast from one vertex a budget whose deviation is
-    `noise` % of it, by a fit of log(L - E) as in scaling.loss_law. The unit of loss makes L - E one at 1e12 FLOPs.
+    `noise` % of it (a number, or one for each), by a fit of log(L - E) as in scaling.loss_law. The unit of loss makes L - E one at 1e12 FLOPs.
 
     d log(L - E) = da - c d alpha + dE / (L - E) at every budget, with c = log(C / 1e12): least squares give
     (da, d alpha, dE) from the errors of the vertices, and those the error at the target."""
@@ -61,22 +64,22 @@ def main(words):
     parser.add_argument("tables", nargs="*", metavar="TABLE")
     parser.add_argument("--budgets", type=float, nargs="+", default=[])
     parser.add_argument("--targets", type=float, nargs="+", default=[])
-    parser.add_argument("--noise", type=float, default=0.1, help="%% of the loss, of a vertex (%(default)s)")
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.1], help="%% of the loss, of a vertex (0.1)")
     parser.add_argument("--asymptote", type=float, default=0.82, help="E (%(default)s)")
     parser.add_argument("--gap", type=float, default=2.65, help="L - E at 1e12 FLOPs (%(default)s)")
     parser.add_argument("--alpha", type=float, default=0.103, help="(%(default)s)")
     a = parser.parse_args(words)
     for table in a.tables:
         groups = seed_spread(scaling.read_table(table)[1])
-        print(f"{table}\n\n| C | width | config | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
-        for C, width, base, losses in groups:
+        print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
+        for C, width, name, losses in groups:
             percent, error = deviation(losses)
-            print(f"| {C:.3g} | {width} | {Path(base).stem} | {len(losses)} | {np.mean(losses):.4f} "
+            print(f"| {C:.3g} | {width} | {name} | {len(losses)} | {np.mean(losses):.4f} "
                   f"| {percent:.2f} +- {error:.2f} |")
         for C in sorted({group[0] for group in groups}):
             print(f"{C:.3g}: {pooled([g[3] for g in groups if g[0] == C]):.2f} % over all its sizes")
     for target in a.targets:
-        free, fixed = (forecast_deviation(a.budgets, a.noise, target, a.asymptote / a.gap, a.alpha, way)
+        free, fixed = (forecast_deviation(a.budgets, np.asarray(a.noise), target, a.asymptote / a.gap, a.alpha, way)
                        for way in (True, False))
         print(f"{target:.3g}: {free:.2f} % with E free, {fixed:.2f} % with E fixed")
     return 0

@@ -98,6 +98,17 @@ class Runs:
         return macro | {"seconds": seconds} | {
             f"loss_{name}": domain["loss"] for name, domain in domains.items() if name != "macro"}
 
+    def run(self, words, seed):
+        """What a ladder's table says of a run, as report.write_result counts it."""
+        p = self.program(words)
+        n, tokens = model.count(p.c), p.t.steps * p.t.batch_size * p.c.seq_len
+        part = f"first {p.t.eval_tokens_final:,} tokens of" if p.t.eval_tokens_final else "whole"
+        return self.train(words, seed, seed) | {
+            "flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens, "params": n.params,
+            "total_params": n.total, "tokens": tokens, "bytes_per_token": p.mixture.bytes_per_token, "seed": seed,
+            "commit": train.git_commit(),
+            "eval": f"{part} held-out domains, seq_len {p.c.seq_len}, data {p.mixture.sha256[:16]}"}
+
     def look(self, words):
         """FLOPs that the traced step executes, and the memory of the compiled one, in bytes."""
         p = self.program(words)

@@ -1,0 +1,63 @@
+"""Train the rows of a table in few processes: one for all seeds of a shape, which compiles once.
+
+    python configs/ladder/seeds.py TABLE [--share=I/N]
+
+For tables of many small runs, of which `scaling.py ladder --run` spends most of its time on starting, compiling
+and drawing pages. A row gets the losses that `python train.py BASE OVERRIDES` gives, to the bit, but no run directory.
+Some processes may work on one table: --share=0/2 and --share=1/2 take every other shape."""
+
+import argparse
+import collections
+import fcntl
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import scaling  # noqa: E402
+from configs.ladder import gate  # noqa: E402
+from configs.ladder import plan  # noqa: E402
+
+
+def fill(path, name, found):
+    """Write the results of one row into a table that other processes may write too."""
+    with open(Path(path).with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        columns, rows = scaling.read_table(path)
+        row = next(row for row in rows if row["config"] == name)
+        row |= found
+        plan.write_table(path, list(dict.fromkeys([*columns, *row])), rows)
+    Path(lock.name).unlink(missing_ok=True)
+
+
+def shapes(rows):
+    """{(base, words but for seed and run_dir): rows without a loss}, the cheapest first."""
+    found = collections.defaultdict(list)
+    for row in sorted(rows, key=lambda row: float(row["planned_flops"])):
+        words = [word for word in shlex.split(row["overrides"]) if not word.startswith(("--seed=", "--run_dir="))]
+        if not row["loss"]:
+            found[row["base"], tuple(words)].append(row)
+    return found
+
+
+def main(words):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table")
+    parser.add_argument("--share", default="0/1", metavar="I/N")
+    a = parser.parse_args(words)
+    number, of = map(int, a.share.split("/"))
+    left = shapes(scaling.read_table(a.table)[1])
+    for (base, words), rows in [*left.items()][number::of]:
+        worker = gate.Worker(gate.Side(ROOT, base, (), "this code"))
+        for row in rows:
+            seed = next((int(word[7:]) for word in shlex.split(row["overrides"]) if word.startswith("--seed=")), 0)
+            found = worker.ask("run", words, seed)
+            fill(a.table, row["config"], found)
+            print(f"{row['config']}: {found['loss']:.4f} in {found['seconds']:.0f} s", flush=True)
+        worker.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

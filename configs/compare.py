@@ -7,6 +7,7 @@ runs in each panel: out/compare-NAME-NAME.html, unless --out says where. Only an
 replaced by it. Reads run directories, finished or not, and writes nothing into them."""
 
 import collections
+import contextlib
 import json
 import re
 import string
@@ -19,6 +20,7 @@ if __name__ == "__main__":
 import data
 import scaling
 import train
+from configs import convert
 from configs import report
 
 MARK = "<!-- a comparison of train.py -->"
@@ -66,6 +68,9 @@ def flat(files):
             for key, value in report.part_of(config, part).items() if key not in PLACES}
     patches = sorted(path.read_text("utf-8", "replace") for path in files.run.glob("diff*.patch"))
     changed = data.digest(patches) if patches else None
+    with contextlib.suppress(data.DataError, OSError):
+        found = convert.tokenizer_hash(files.run)
+        keys["tokenizer"] = f"sha256 {found[:12]}" if found else keys.get("tokenizer")
     return keys | {"data (sha256)": str(config.get("data"))[:12], "commit": config.get("commit"),
                    "changes since (sha256 of diff.patch)": changed}
 

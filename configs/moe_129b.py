@@ -1,13 +1,12 @@
-"""Marin's 129B-A16B mixture of experts at 1e23 FLOP, the run that happened (recipe V1, April and May 2026).
+"""Marin's 129B-A16B mixture of experts at 1e23 FLOP, recipe V1, in the best layout that --plan --search finds.
 
     python train.py configs/moe_129b.py --plan              what it costs          (seconds, any machine)
     python train.py configs/moe_129b.py --plan --compile    the step through the TPU compiler         (minutes)
     python train.py configs/moe_129b.py                     the run, the same command on every host of the pod
 
-Hardware: TPU v4, 1,024 chips (v4-2048). 1.01 T tokens, 25 days at the published 18 s a step, about 17 % MFU
-[derived: 120,332 x 18 s]; before that, on v4-1024 with ring over 4, 43.1 s and 14.2 % MFU [cited: marin #4697,
-#4867; seconds derived from tokens a second]. Expect: Paloma macro loss 2.252 as preregistered, 2.234 as measured
-[cited: marin #4697]. Run by us: no.
+Hardware: TPU v4, 1,024 chips (v4-2048). 1.01 T tokens. The compiled step is bound by 50 % MFU, in the layout of the
+run that happened (moe_129b_as_run.py, April and May 2026) by 45 %; that run reached 17 % [configs/README.md].
+Expect: Paloma macro loss 2.252 as preregistered, 2.234 as measured [cited: marin #4697]. Run by us: no.
 Every number is tagged [cited: where], [derived] from others, or [assumed] by us."""
 
 # 1.01e12 tokens [cited: marin #4697]. Weights are TiB of text [cited: marin experiments, nemotron mix]. The
@@ -34,7 +33,7 @@ window = 2048                       # three layers of four; the fourth sees all 
 router_z = 1e-3                     # [cited: marin #5601]
 logit_z = 1e-4                      # [cited: marin #4697]
 compute_dtype = "bfloat16"          # [cited: marin #4697]
-remat = "block"                     # [cited: marin #4697: "recompute whole block"]
+remat = "attended"                  # recompute a block from two states, not from one [derived: --plan --search]
 capacity_factor = 1.0               # [cited: marin #4017: 8 to 11 % faster than 1.25 for +0.001 bits per byte]
 
 batch_size = 2048                   # x 4,096 = 8.4 M tokens [cited: marin #4697]
@@ -46,11 +45,10 @@ warmup = 0.1
 clip = 1.0                          # the run went on with 1.5 from step 50,654 [cited: marin #4697]
 seed = 0                            # [cited: marin #4697]
 
-topology = "v4:8x8x16"              # where it ended; it began on half of it with ring, 4 ways [cited: marin #4697]
-expert_parallel = 8                 # [cited: marin #4697]
-exchange = "ragged"                 # [cited: marin #4697]
-# The layout above is the published one. The best that --plan --search finds for this pod, not run by anybody:
-# --expert_parallel=64 --expert_block=8x8x1 --weights_over=expert+data --remat=attended (README.md, Layouts)
+topology = "v4:8x8x16"              # where the run ended [cited: marin #4697]
+expert_parallel = 64                # one expert a chip of each plane of 8 x 8 [derived: --plan --search], as
+exchange = "ragged"                 # are the next two; the drops at capacity 1.0 are in configs/README.md
+weights_over = "expert+data"        # no gradient of a copy is summed
 
 eval_every = 1000                   # [cited: marin #4697]
 eval_tokens = 33_554_432            # of each domain: 8 batches of 1,024 x 4,096 [cited: marin #4697]

@@ -6,7 +6,7 @@ Hardware: TPU v4, 256 chips (v4-512). 326 B tokens, 13 days at the 14 % MFU of i
 was not retrieved]. Expect: Paloma macro loss 2.389 as predicted, 2.432 as measured, without a loss spike; 0.027 better
 when nothing is dropped in evaluation, as here [cited: marin #3800, mws.oa.dev 2026-04-06]. Run by us: no. Not from the V1
 heuristic: rates and schedule are the run's own. Data, tokenizer and losses as in moe_129b.py."""
-from configs.moe_129b import *
+from configs.moe_129b_as_run import *
 
 hidden_dim = 3200                   # [cited: marin #3800], as are the sizes to expert_dim
 num_layers = 32

@@ -11,7 +11,7 @@ The model is the published one: `python configs/convert.py` reads its public wei
 batch grew from 4,096 to 8,192 rows at step 15,000, with all rates times sqrt(2); here it stays. Its queries were scaled
 by 1.3 until the cooldown to 64 k tokens of context, from which the public weights and 1.5703 come. Its data, a mix that
 changes by phase, was not published: the mix of moe_129b.py stands in."""
-from configs.moe_129b import *
+from configs.moe_129b_as_run import *
 
 seq_len = 8192                      # [cited: marin #6044], as are the sizes to expert_dim
 hidden_dim = 2560

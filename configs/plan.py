@@ -95,10 +95,12 @@ def at_hand(advice):
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
                                text=True, timeout=20, check=True).stdout.splitlines()
-        known = [name for name, chip in CHIPS.items() if names[0] in chip.kinds]
-        if not known:
+        names = [name.strip() for name in names if name.strip() and not name.startswith("No devices")]
+        known = [key for key, chip in CHIPS.items() if names and names[0] in chip.kinds]
+        if names and not known:
             train.refuse("topology", "a chip in the table of configs/plan.py", names[0], advice)
-        return f"{known[0]}:{len(names)}"
+        if names:
+            return f"{known[0]}:{len(names)}"
     if word := os.environ.get("TPU_ACCELERATOR_TYPE"):
         return word
     if importlib.util.find_spec("libtpu") and any(Path("/dev").glob("accel[0-9]*")):

@@ -5,7 +5,7 @@ four. Hardware: TPU v5p, 4 chips (v5p-8), 0.6 hours at the published 405,630 tok
 Expect: Paloma macro loss 3.8104 [cited: marin experiments/grug/moe, v16 baseline]. Run by us: no.
 Everything but sizes, batch and steps is the 129B run's: data, optimizer, schedule, losses. expert_dim is
 hidden_dim / 2, shared_dim is hidden_dim, head_dim 128 [cited: marin #4697]."""
-from configs.moe_129b import *
+from configs.moe_129b_as_run import *
 
 hidden_dim = 512
 num_layers = 6

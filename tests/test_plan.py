@@ -33,7 +33,7 @@ def numbers(name, *overrides):
 
 def test_the_129b_plan_says_what_is_published():
     """Counts, tokens and steps of the job summary (#4697), and the arithmetic that its issue quotes."""
-    p = numbers("moe_129b")
+    p = numbers("moe_129b_as_run")
     assert f"{p['count'].total / 1e9:.2f} {p['count'].active / 1e9:.2f}" == "129.18 15.94"
     assert p["count"].flops_per_token == pytest.approx(3 * 3.3022e10, rel=1e-4)
     assert f"{p['tokens']:.5e}" == "1.00942e+12" and p["mesh"] == {"replica": 1, "data": 128, "expert": 8}
@@ -44,7 +44,7 @@ def test_the_129b_plan_says_what_is_published():
 
 def test_the_129b_state_per_chip_is_its_weights_over_their_axes():
     """Experts (120.80 B) over data x expert, all else but the small over data: float32, two moments."""
-    p = numbers("moe_129b")
+    p = numbers("moe_129b_as_run")
     experts, small = 48 * 64 * 3 * 5120 * 2560, 48 * (5120 * (64 + 40 + 2)) + 2 * 5120
     want = 4 * (experts / 1024 + (p["count"].total - experts - small) / 128 + small)
     assert p["memory"]["weights"] == want and p["memory"]["moments"] == pytest.approx(2 * want, abs=100)
@@ -53,13 +53,24 @@ def test_the_129b_state_per_chip_is_its_weights_over_their_axes():
 
 def test_the_roofline_of_the_129b_run_allows_40_percent():
     """Even if nothing overlaps, on v4; and ragged moves less than ring at 8 devices, more at 2."""
-    p = numbers("moe_129b")
+    p = numbers("moe_129b_as_run")
     assert p["mfu"]["one after the other"] > 0.40
-    by = {(how, P): numbers("moe_129b", f"--exchange={how}", f"--expert_parallel={P}")["received"]
+    by = {(how, P): numbers("moe_129b_as_run", f"--exchange={how}", f"--expert_parallel={P}")["received"]
           ["expert", f"tokens, by {how}"] for how in moe.EXCHANGES for P in (2, 8)}
     assert by["ragged", 8] < by["ring", 8] and by["ragged", 2] > by["ring", 2]
     # ring at 8: five passes (gathered forward and again, its transpose; two scatters) of 7 x 8,192 tokens
     assert by["ring", 8] == 5 * 48 * 7 * 8192 * 5120 * 2
+
+
+def test_the_129b_config_has_the_layout_that_the_search_found_and_the_published_one_a_name():
+    """The same model and training, another use of the pod: one expert a chip, no copies over expert."""
+    ours, theirs = numbers("moe_129b"), numbers("moe_129b_as_run")
+    assert ours["mesh"] == {"replica": 1, "data": 16, "expert": 64} and ours["mfu"]["one after the other"] > 0.50
+    assert theirs["mfu"]["one after the other"] < 0.46 and ours["count"] == theirs["count"]
+    where = {"expert_parallel", "weights_over", "remat"}
+    for mine, his in zip(*(train.load_config(ROOT / f"configs/{name}.py") for name in ("moe_129b", "moe_129b_as_run"))):
+        mine, his = vars(mine), vars(his)
+        assert {key for key in mine if mine[key] != his[key]} <= where | {"run_dir"}
 
 
 def test_the_gpu_config_is_a_real_moe_and_its_state_leaves_room_on_80_gb(capsys):
@@ -175,7 +186,7 @@ def test_gathers_along_a_side_load_its_links_as_planned(side, ring, factor, stri
 
 
 @pytest.mark.parametrize("word, words", [
-    ("3x3x1", "expected expert_parallel=8 chips, whose sides divide those of 8x8x16"),
+    ("3x3x1", "expected expert_parallel=64 chips, whose sides divide those of 8x8x16"),
     ("2x2", "found '2x2'"), ("axb", "found 'axb'"), ("8x1x1x1", "found '8x1x1x1'")])
 def test_a_block_that_does_not_fit_is_one_line(capsys, word, words):
     assert train.main([str(ROOT / "configs/moe_129b.py"), "--plan", f"--expert_block={word}"]) == 2
@@ -210,7 +221,7 @@ def test_the_search_prints_the_ten_best_within_memory(capsys):
     (["--seq_len=1000"], "seq_len on a TPU: expected a multiple of 128, found 1000"),
     (["--topology=v4:8x8x12"], "batch_size / accumulate: expected a multiple of the 768 devices, found 2048"),
     (["--expert_parallel=128", "--batch_size=2048"], "expected axes that divide over the mesh, found 64 over 128"),
-    (["--replicas=3"], "devices: expected a multiple of replicas x expert_parallel = 24"),
+    (["--replicas=3"], "devices: expected a multiple of replicas x expert_parallel = 192"),
     (["--exchange=teleport"], "exchange: expected 'ring' or 'ragged'"),
     (["--capacity_factor=0"], "capacity_factor: expected a positive number, since exchange='ragged'"),
     (["--topology=h200:1024"], "topology: expected h200:1 to h200:8, the GPUs of one node"),
@@ -257,6 +268,32 @@ def test_a_plan_says_hours_at_an_mfu_that_is_named_and_at_the_machine_at_hand(ca
 def test_a_topology_has_two_names(google, ours):
     read = lambda word: plan.parse_topology(types.SimpleNamespace(topology=word))
     assert read(google) == read(ours)
+
+
+@pytest.mark.parametrize("listed, words", [
+    ("NVIDIA H100 80GB HBM3\n" * 8, "8 x h100 (at hand)"), ("NVIDIA A100-SXM4-40GB\n", "1 x a100_40gb (at hand)"),
+    ("NVIDIA TITAN V\n", "topology: expected a chip in the table of configs/plan.py, found NVIDIA TITAN V"),
+    ("No devices were found\n", "1 x cpu (at hand)"), ("", "1 x cpu (at hand)")])
+def test_the_gpus_at_hand_are_what_nvidia_smi_lists(tmp_path, monkeypatch, capsys, listed, words):
+    (tmp_path / "listed").write_text(listed)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat {tmp_path}/listed\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(plan, "CHIPS", dict(plan.CHIPS))
+    plan.at_hand.cache_clear()
+    assert train.main([str(ROOT / "configs/smoke.py"), "--plan"]) == (2 if "expected" in words else 0)
+    said = capsys.readouterr()
+    assert words in said.out + said.err
+    plan.at_hand.cache_clear()
+
+
+def test_the_tpu_at_hand_is_what_its_host_says(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
+    plan.at_hand.cache_clear()
+    assert train.main([str(ROOT / "configs/tpu_host.py"), "--plan", "--topology="]) == 0
+    assert "8 x v6e (at hand)" in capsys.readouterr().out
+    plan.at_hand.cache_clear()
 
 
 def test_no_config_and_no_topology_ends_in_a_traceback():

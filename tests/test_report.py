@@ -310,6 +310,18 @@ def test_a_bad_comparison_is_one_line_and_exit_code_2(make_run, capsys, words, s
     assert said in line and (a / "report.html").read_text() == "mine"
 
 
+def test_a_tokenizer_has_one_name_in_a_comparison(make_run, capsys):
+    """A run that took the tokenizer of another by its directory, as fine-tuning does, and one with its own."""
+    a, b, c = (make_run(name, tokenizer=tokenizer) for name, tokenizer in
+               (("a", "bpe:265"), ("b", "out/a"), ("c", "bpe:265")))
+    for run, text in ((a, "the cat and the hat "), (b, "the cat and the hat "), (c, "another text ")):
+        report.keep_sources(run, data.train_bpe([text * 40], 265), 0)
+    assert train.main(["--compare", str(a), str(b), f"--out={a.parent}/c.html"]) == 0
+    assert "tokenizers differ" not in capsys.readouterr().out
+    assert train.main(["--compare", str(a), str(c), f"--out={a.parent}/c.html"]) == 0
+    assert "tokenizers differ" in capsys.readouterr().out
+
+
 def test_a_comparison_survives_any_line(make_run, undrawn, capsys):
     a, b = make_run("a"), make_run("b")
     for name in ("metrics.jsonl", "events.jsonl"):

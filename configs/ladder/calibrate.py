@@ -2,7 +2,8 @@
 
     python configs/ladder/calibrate.py aa        base against base, 40 times at a tiny size: aa.csv
     python configs/ladder/calibrate.py known     the gate's verdict on each variant of KNOWN: verdicts.csv
-    python configs/ladder/calibrate.py ideas     and on each patch in ideas/
+    python configs/ladder/calibrate.py ideas     and on each patch in ideas/; words that follow are names of
+                                                 variants, to judge no others, and options of the gate
     python configs/ladder/calibrate.py show      the tables, from these two files
 
 All can be stopped and go on: a row is written as each run ends. They need the corpus, see corpus.py.
@@ -86,6 +87,9 @@ def verdicts_of(rows):
 
 def judge(tried, options):
     """Run the gate on {name: (words, what is known)} and write each verdict into verdicts.csv."""
+    named = {name: tried[name] for name in tried if name in options}
+    options = [word for word in options if word not in tried]
+    tried = named or tried
     for name, (words, known) in tried.items():
         path = ROOT / "out/gate" / f"{name.replace(' ', '_')}.json"
         path.unlink(missing_ok=True)
@@ -94,8 +98,8 @@ def judge(tried, options):
             return 2
         # without a file training diverged
         found = row_of(json.loads(path.read_text())) if path.is_file() else {"verdict": "does not hold"}
-        rows = {row["name"]: row for row in read(VERDICTS)}
-        rows[name] = {"name": name, "words": " ".join([*words, *options]), "known": known} | found
+        rows = {(row["name"], row["budgets"]): row for row in read(VERDICTS)}
+        rows[name, found.get("budgets")] = {"name": name, "words": " ".join([*words, *options]), "known": known} | found
         columns = dict.fromkeys(key for row in rows.values() for key in row)
         plan.write_table(VERDICTS, [*columns], [*rows.values()])
         print()
@@ -137,8 +141,8 @@ def show():
     print(f"Base against base, {len(found)} gates of {SEEDS} seeds at C = "
           + " and ".join(f"{C:g}" for C in AA_BUDGETS) + ": " + ", ".join(f"{name} {n}" for name, n in count.items())
           + f"; the lower bound is below 1, as is true, in {below}\n")
-    print(figures.markdown(["variant", "known", "verdict", "speed-up, bounds", "by budget", "difference in nats"], [
-        (row["name"], row["known"], row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
+    print(figures.markdown(["variant", "known", "budgets", "verdict", "speed-up, bounds", "by budget", "difference in nats"], [
+        (row["name"], row["known"], row["budgets"].replace("+", "").replace(" ", ", "), row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
          f"{row['speedup']}, {row['at_least']} to {row['at_most']}", row["speedups"].replace(" ", ", "),
          ", ".join(f"{float(difference):+.4f}" for difference in row["differences"].split()))
         for row in read(VERDICTS)]))

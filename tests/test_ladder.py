@@ -14,7 +14,7 @@ import pytest
 import model
 import scaling
 import train
-from configs.ladder import curves, figures, plan
+from configs.ladder import curves, figures, plan, seeds
 from configs.ladder import noise as noise_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -350,3 +350,26 @@ def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():
         assert (c.head_dim, c.num_heads, c.num_kv_heads) == (16, c.hidden_dim // 8, c.hidden_dim // 8)
         assert c.expert_dim * 2 == c.hidden_dim == c.shared_dim
     assert (np.diff(flops, 2)[:30] > 0).all(), "FLOPs grow without a jump"
+
+
+@pytest.mark.slow
+def test_seeds_py_fills_a_table_as_train_py_does(tmp_path):
+    """Two seeds of a shape in one process, and train.py for one of them: equal losses, and the same columns."""
+    (tmp_path / "t.txt").write_text("the cat sat on the mat and looked at the hat. " * 400)
+    (tmp_path / "c.py").write_text(
+        f"mixture = (({str(tmp_path / 't.txt')!r}, 1.0),)\ntokenizer = 'bytes'\nvocab_size = 257\nseq_len = 32\n"
+        "hidden_dim = 16\nnum_layers = 2\nnum_heads = num_kv_heads = 1\nhead_dim = 16\nshared_dim = 16\nnum_experts = 4\n"
+        "experts_per_token = 2\nexpert_dim = 8\ngated_norm_rank = 4\nsteps = 12\nbatch_size = 4\nsample_tokens = 0\n")
+    rows = [{"config": f"c_s{seed}", "base": str(tmp_path / "c.py"), "planned_flops": "1e9", "width": "16", "loss": "",
+             "overrides": f"--steps=10 --data_dir={tmp_path}/data --seed={seed} --run_dir={tmp_path}/run{seed}"}
+            for seed in (0, 1)]
+    ours, theirs = tmp_path / "ours.csv", tmp_path / "theirs.csv"
+    plan.write_table(ours, [*rows[0]], rows)
+    plan.write_table(theirs, [*rows[0]], rows[1:])
+    assert seeds.main([str(ours)]) == 0
+    plan.run_ladder(theirs)
+    (one, two), (other,) = scaling.read_table(ours)[1], scaling.read_table(theirs)[1]
+    same = ("loss", "bpb", "flops", "flops_with_head", "params", "total_params", "tokens", "bytes_per_token", "seed", "eval")
+    assert {key: two[key] for key in same} == {key: other[key] for key in same} and one["loss"] != two["loss"]
+    before = ours.read_bytes()
+    assert seeds.main([str(ours)]) == 0 and ours.read_bytes() == before

@@ -51,8 +51,9 @@ def shape(width, experts, head_dim, rule=Rule()):
     With rule.unit the heads are the narrowest, of head_dim and more and in fours for half-RoPE, that
     divide the width. With rule.layers width is the only dial."""
     unit = rule.unit or head_dim
-    need(width >= max(unit, head_dim) and width % unit == 0, "hidden_dim",
-         f"a multiple of {unit}, at least {head_dim}", width, "choose such a width")
+    least = unit if rule.layers else max(unit, head_dim)
+    need(width >= least and width % unit == 0, "hidden_dim",
+         f"a multiple of {unit}, at least {least}", width, "choose such a width")
     if rule.unit and not rule.layers:
         head_dim = next((h for h in range(head_dim, width) if width % h == 0 and h % 4 == 0), width)
     heads = width // head_dim
@@ -93,7 +94,7 @@ def widths_of(base, rule):
     experts, head_dim = given.get("num_experts", 0), given.get("head_dim", 128)
     unit = rule.unit or head_dim
     shapes = [shape(width, experts, head_dim, rule) for width in range(unit, 129 * unit, unit)
-              if width >= head_dim]
+              if width >= head_dim or rule.layers]
     config, _ = load(base, {"steps": 1000, "batch_size": given.get("batch_size", 32)} | shapes[0])
     counts = [model.count(replace(config, **keys)) for keys in shapes]
     flops = [n.mfu_flops if rule.head else n.flops_per_token for n in counts]

@@ -60,7 +60,7 @@ class Runs:
                 raise ValueError("init_from: expected '', found a run; the gate trains from the start")
             mesh, mixture = train.make_mesh(c, t), train.open_data(c, t)
             self.kept[tuple(words)] = SimpleNamespace(
-                c=c, t=t, mesh=mesh, mixture=mixture, step=train.make_train_step(c, t, mesh),
+                c=c, t=t, mesh=mesh, mixture=mixture, filled=False, step=train.make_train_step(c, t, mesh),
                 score=train.make_eval_step(c, mesh, mixture.tokenizer.bytes_V),
                 make=jax.jit(functools.partial(train.make_state, c, t),
                              out_shardings=train.state_shardings(c, t, mesh)))
@@ -89,6 +89,10 @@ class Runs:
         state, start, skips = self.begin(p, key), time.perf_counter(), 0
         for i in range(p.t.steps):
             state, metrics = p.step(state, self.batch(p, i, seed))
+            if not p.filled:            # the step has just been compiled, as in train.loop
+                jax.block_until_ready(metrics)
+                kernels.fill_holes()
+                p.filled = True
             skips = skips + 1 if metrics["skipped"] else 0
             if skips >= p.t.max_skips:
                 return {"loss": None, "bpb": None, "seconds": time.perf_counter() - start}
@@ -137,6 +141,7 @@ if __name__ == "__main__":
     import jax
 
     import data
+    import kernels
     import model
     import train
     from tests import hlo

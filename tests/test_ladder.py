@@ -332,22 +332,23 @@ def test_the_noise_of_a_forecast_by_arithmetic_is_that_of_many_ladders():
 
 def test_seeds_of_one_run_are_told_from_other_runs():
     row = dict(base="configs/a.py", planned_flops="1e12", width="32")
-    rows = [row | dict(overrides=f"--steps={steps} --seed={seed} --run_dir=out/{steps}{seed}", loss=loss)
+    rows = [row | dict(config=f"a_{steps}" + f"_s{seed}" * (seed > 0), loss=loss,
+                       overrides=f"--steps={steps} --seed={seed} --run_dir=out/{steps}{seed}")
             for steps, seed, loss in ((10, 0, "2.0"), (10, 1, "2.02"), (20, 0, "3.0"), (10, 2, ""))]
     (group,) = noise_study.seed_spread(rows)
-    assert group == (1e12, 32, "configs/a.py", [2.0, 2.02])
+    assert group == (1e12, 32, "a_10", [2.0, 2.02])
     assert noise_study.deviation(group[3])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
 
 
 def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():
-    rule = plan.Rule(batch=16, head=True, layers=4, group=1, unit=8)
+    rule = plan.Rule(batch=16, head=True, layers=2, heads=2, group=1, unit=8)
     widths, config = plan.widths_of("configs/ladder/third.py", rule)
-    assert [keys["hidden_dim"] for keys, _ in widths[:4]] == [16, 24, 32, 40]
+    assert [keys["hidden_dim"] for keys, _ in widths[:4]] == [8, 16, 24, 32]
     flops = np.array([flops for _, flops in widths])
     for keys, _ in widths[:30]:
         c = dataclasses.replace(config, **keys)
-        assert [model.sees_all(c, i) for i in range(c.num_layers)] == [False, False, False, True]
-        assert (c.head_dim, c.num_heads, c.num_kv_heads) == (16, c.hidden_dim // 8, c.hidden_dim // 8)
+        assert [model.sees_all(c, i) for i in range(c.num_layers)] == [False, True]
+        assert (2 * c.head_dim, c.num_heads, c.num_kv_heads) == (c.hidden_dim, 2, 2)
         assert c.expert_dim * 2 == c.hidden_dim == c.shared_dim
     assert (np.diff(flops, 2)[:30] > 0).all(), "FLOPs grow without a jump"
 

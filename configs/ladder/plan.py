@@ -40,7 +40,8 @@ class Rule:
     law: tuple = ()         # (a, b) of D* = a C^b; (): a published one
     head: bool = False      # C counts the output head in every model, not only in dense ones
     aspect: float = 0.0     # width per layer, for models of two layers and more; 0: the recipe's rule
-    layers: int = 0         # depth of every model, which has a head of head_dim for each `unit`; 0: grows
+    layers: int = 0         # depth of every model; 0: grows with the width
+    heads: int = 0          # of every model, with `layers`; 0: as many as fit
     group: int = 4          # query heads that share a key/value head, or more where it does not divide
     unit: int = 0           # widths are its multiples, and heads no narrower than head_dim; 0: head_dim
 
@@ -49,24 +50,25 @@ def shape(width, experts, head_dim, rule=Rule()):
     """Config keys of a width by the recipe's rules [cited: marin #4447]; experts = 0 is dense (4x MLP).
 
     With rule.unit the heads are the narrowest, of head_dim and more and in fours for half-RoPE, that
-    divide the width. With rule.layers width is the only dial."""
+    divide the width. With rule.layers and rule.heads width is the only dial."""
     unit = rule.unit or head_dim
-    least = unit if rule.layers else max(unit, head_dim)
-    need(width >= least and width % unit == 0, "hidden_dim",
+    least = max(unit, rule.heads * 4 or head_dim)
+    need(width >= least and width % max(unit, rule.heads * 4) == 0, "hidden_dim",
          f"a multiple of {unit}, at least {least}", width, "choose such a width")
-    if rule.unit and not rule.layers:
+    if rule.heads:
+        head_dim = width // rule.heads
+    elif rule.unit:
         head_dim = next((h for h in range(head_dim, width) if width % h == 0 and h % 4 == 0), width)
     heads = width // head_dim
     layers = max(1, round(width / (64 + 4 * math.log2(width) - 9)))
     if rule.aspect:
         layers = max(2, round(width / rule.aspect))
-    if rule.layers:
-        heads, layers = width // unit, rule.layers
+    layers = rule.layers or layers
     sizes = dict(hidden_dim=width, num_layers=layers, num_heads=heads)
     if not experts:
         return sizes | dict(num_kv_heads=heads, head_dim=head_dim, shared_dim=4 * width)
     kv_heads = max([n for n in range(1, heads // rule.group + 1) if heads % n == 0] or [1])
-    expert_dim = width // 2 if rule.layers else math.ceil(width / 2 / unit) * unit
+    expert_dim = width // 2 if rule.heads else math.ceil(width / 2 / unit) * unit
     return sizes | dict(num_kv_heads=kv_heads, head_dim=head_dim, expert_dim=expert_dim, shared_dim=width)
 
 
@@ -94,7 +96,7 @@ def widths_of(base, rule):
     experts, head_dim = given.get("num_experts", 0), given.get("head_dim", 128)
     unit = rule.unit or head_dim
     shapes = [shape(width, experts, head_dim, rule) for width in range(unit, 129 * unit, unit)
-              if width >= head_dim or rule.layers]
+              if width >= (rule.heads * 4 or head_dim)]
     config, _ = load(base, {"steps": 1000, "batch_size": given.get("batch_size", 32)} | shapes[0])
     counts = [model.count(replace(config, **keys)) for keys in shapes]
     flops = [n.mfu_flops if rule.head else n.flops_per_token for n in counts]
@@ -249,7 +251,7 @@ def run_ladder(path, jobs=1):
 # ---------------------------------------------------------------------------------------- command line
 
 def rule_of(a):
-    return Rule(a.batch, tuple(a.law), a.count_head, a.aspect, a.layers, a.group, a.unit)
+    return Rule(a.batch, tuple(a.law), a.count_head, a.aspect, a.layers, a.heads, a.group, a.unit)
 
 
 def plan_command(a):
@@ -279,7 +281,8 @@ def add_planning(add):
     add("--law", type=number, nargs=2, default=(), metavar=("a", "b"), help="D* = a C^b, as `fit` prints it")
     add("--count-head", action="store_true", help="C with the output head in every model")
     add("--aspect", type=number, default=0.0, metavar="R", help="width per layer, instead of the rule")
-    add("--layers", type=scaling.count, default=0, metavar="L", help="depth of every model, with a head for each U")
+    add("--layers", type=scaling.count, default=0, metavar="L", help="depth of every model")
+    add("--heads", type=scaling.count, default=0, metavar="N", help="heads of every model, with --layers")
     add("--group", type=scaling.count, default=4, metavar="N", help="query heads a key/value head")
     add("--unit", type=scaling.count, default=0, metavar="U",
         help="widths in multiples of it, heads of head_dim or wider")

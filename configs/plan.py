@@ -96,10 +96,10 @@ def at_hand(advice):
         names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
                                text=True, timeout=20, check=True).stdout.splitlines()
         names = [name.strip() for name in names if name.strip() and not name.startswith("No devices")]
-        known = [key for key, chip in CHIPS.items() if names and names[0] in chip.kinds]
-        if names and not known:
-            train.refuse("topology", "a chip in the table of configs/plan.py", names[0], advice)
         if names:
+            known = [key for key, chip in CHIPS.items() if names[0] in chip.kinds]
+            if not known:
+                train.refuse("topology", "a chip in the table of configs/plan.py", names[0], advice)
             return f"{known[0]}:{len(names)}"
     if word := os.environ.get("TPU_ACCELERATOR_TYPE"):
         return word

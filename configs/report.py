@@ -234,19 +234,23 @@ class Log:
                                  f"Look at the batch with --replay {step}, or lower the rates")
 
 
+def facts_of(c, t, mixture):
+    """What result.json says of a run that its config and data decide."""
+    n, tokens = model.count(c), t.steps * t.batch_size * c.seq_len
+    part = f"first {t.eval_tokens_final:,} tokens of" if t.eval_tokens_final else "whole"
+    return {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens,
+            "params": n.params, "total_params": n.total, "tokens": tokens,
+            "bytes_per_token": mixture.bytes_per_token, "seed": t.seed, "commit": train.git_commit(),
+            "eval": f"{part} held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
+
+
 def write_result(c, t, run, mixture, domains):
     """Write result.json: what scaling.py reads, and what a table may quote."""
-    n, rows = model.count(c), list(filter(is_metrics, train.read_rows(run / "metrics.jsonl")))
-    tokens = t.steps * t.batch_size * c.seq_len
+    rows = list(filter(is_metrics, train.read_rows(run / "metrics.jsonl")))
     speeds = [row["tokens_per_second"] for row in rows]
-    part = f"first {t.eval_tokens_final:,} tokens of" if t.eval_tokens_final else "whole"
-    result = {"flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens,
-              "params": n.params, "total_params": n.total, "tokens": tokens, **domains["macro"],
-              "domains": domains, "bytes_per_token": mixture.bytes_per_token, "seed": t.seed,
-              "commit": train.git_commit(),
-              "tokens_per_second": float(np.median(speeds)) if speeds else None,
-              "seconds": sum(row["seconds"] * row["steps"] for row in rows),
-              "eval": f"{part} held-out domains, seq_len {c.seq_len}, data {mixture.sha256[:16]}"}
+    result = facts_of(c, t, mixture) | domains["macro"] | {
+        "domains": domains, "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "seconds": sum(row["seconds"] * row["steps"] for row in rows)}
     if c.num_experts:
         last = [value for row in rows if row["step"] > 0.9 * t.steps
                 if (value := number(row.get("maxvio"))) is not None]

@@ -270,6 +270,16 @@ def test_a_topology_has_two_names(google, ours):
     assert read(google) == read(ours)
 
 
+@pytest.fixture
+def no_machine_known(monkeypatch):
+    """The machine at hand is looked for anew, in this test and after it."""
+    monkeypatch.setattr(plan, "CHIPS", dict(plan.CHIPS))
+    plan.at_hand.cache_clear()
+    yield
+    plan.at_hand.cache_clear()
+
+
+@pytest.mark.usefixtures("no_machine_known")
 @pytest.mark.parametrize("listed, words", [
     ("NVIDIA H100 80GB HBM3\n" * 8, "8 x h100 (at hand)"), ("NVIDIA A100-SXM4-40GB\n", "1 x a100_40gb (at hand)"),
     ("NVIDIA TITAN V\n", "topology: expected a chip in the table of configs/plan.py, found NVIDIA TITAN V"),
@@ -279,21 +289,17 @@ def test_the_gpus_at_hand_are_what_nvidia_smi_lists(tmp_path, monkeypatch, capsy
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat {tmp_path}/listed\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(plan, "CHIPS", dict(plan.CHIPS))
-    plan.at_hand.cache_clear()
     assert train.main([str(ROOT / "configs/smoke.py"), "--plan"]) == (2 if "expected" in words else 0)
     said = capsys.readouterr()
     assert words in said.out + said.err
-    plan.at_hand.cache_clear()
 
 
+@pytest.mark.usefixtures("no_machine_known")
 def test_the_tpu_at_hand_is_what_its_host_says(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
-    plan.at_hand.cache_clear()
     assert train.main([str(ROOT / "configs/tpu_host.py"), "--plan", "--topology="]) == 0
     assert "8 x v6e (at hand)" in capsys.readouterr().out
-    plan.at_hand.cache_clear()
 
 
 def test_no_config_and_no_topology_ends_in_a_traceback():

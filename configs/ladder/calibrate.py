@@ -97,9 +97,10 @@ def judge(tried, options):
         if code == 2:
             return 2
         # without a file training diverged
-        found = row_of(json.loads(path.read_text())) if path.is_file() else {"verdict": "does not hold"}
+        found = row_of(json.loads(path.read_text())) if path.is_file() else {
+            "verdict": "does not hold", "budgets": ""}
         rows = {(row["name"], row["budgets"]): row for row in read(VERDICTS)}
-        rows[name, found.get("budgets")] = {"name": name, "words": " ".join([*words, *options]), "known": known} | found
+        rows[name, found["budgets"]] = {"name": name, "words": " ".join([*words, *options]), "known": known} | found
         columns = dict.fromkeys(key for row in rows.values() for key in row)
         plan.write_table(VERDICTS, [*columns], [*rows.values()])
         print()
@@ -141,8 +142,10 @@ def show():
     print(f"Base against base, {len(found)} gates of {SEEDS} seeds at C = "
           + " and ".join(f"{C:g}" for C in AA_BUDGETS) + ": " + ", ".join(f"{name} {n}" for name, n in count.items())
           + f"; the lower bound is below 1, as is true, in {below}\n")
-    print(figures.markdown(["variant", "known", "budgets", "verdict", "speed-up, bounds", "by budget", "difference in nats"], [
-        (row["name"], row["known"], row["budgets"].replace("+", "").replace(" ", ", "), row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
+    columns = "variant", "known", "budgets", "verdict", "speed-up, bounds", "by budget", "difference in nats"
+    print(figures.markdown([*columns], [
+        (row["name"], row["known"], row["budgets"].replace("+", "").replace(" ", ", "),
+         row["verdict"] + (f", {row['more_seeds']} more seeds" if row["more_seeds"] else ""),
          f"{row['speedup']}, {row['at_least']} to {row['at_most']}", row["speedups"].replace(" ", ", "),
          ", ".join(f"{float(difference):+.4f}" for difference in row["differences"].split()))
         for row in read(VERDICTS)]))

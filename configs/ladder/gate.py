@@ -19,7 +19,6 @@ worth nothing "hold" in 9 of 100 cases instead of 4 [simulated].
 Exit codes: 0 holds, 1 does not hold, 3 undecided, 2 bad input. How often it errs: calibrate.py."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -29,7 +28,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -182,13 +180,9 @@ class Table:
     """runs.csv of --out: a row for each run, written as a whole when one ends."""
 
     def __init__(self, out):
-        self.path, self.lock = Path(out) / "runs.csv", threading.Lock()
-        self.rows = self.read()
-
-    def read(self):
-        if not self.path.is_file():
-            return {}
-        return {row["config"]: row for row in scaling.read_table(self.path)[1]}
+        self.path = Path(out) / "runs.csv"
+        rows = scaling.read_table(self.path)[1] if self.path.is_file() else []
+        self.rows = {row["config"]: row for row in rows}
 
     def losses(self, budget, seeds):
         """The rows of a Budget, trained where they are missing."""
@@ -198,12 +192,8 @@ class Table:
                 print(f"training {row['config']}", flush=True)
                 row |= budget.worker.ask("train", budget.words, seed, seed)
                 row["loss"] = "diverged" if row["loss"] is None else row["loss"]
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.lock, open(self.path.with_suffix(".lock"), "w") as guard:
-                    fcntl.flock(guard, fcntl.LOCK_EX)               # other gates add rows, too
-                    self.rows = self.read() | self.rows | {row["config"]: row}
-                    columns = dict.fromkeys(key for row in self.rows.values() for key in row)
-                    plan.write_table(self.path, [*columns], [*self.rows.values()])
+                plan.put_row(self.path, row)            # other gates add rows, too
+                self.rows[row["config"]] = row
         return [self.rows[f"{budget.label}_s{seed}"] for seed in seeds]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import scaling  # noqa: E402
+from configs.ladder import plan  # noqa: E402
 
 
 def seed_spread(rows):
@@ -24,9 +25,8 @@ def seed_spread(rows):
     groups = {}
     for row in rows:
         if row["loss"]:
-            words = [word for word in row["overrides"].split() if not word.startswith(("--seed=", "--run_dir="))]
-            name = re.sub(r"_s\d+$", "", row["config"])
-            key = float(row["planned_flops"]), int(row["width"]), row["base"], " ".join(words)
+            name, (words, _) = re.sub(r"_s\d+$", "", row["config"]), plan.without_seed(row["overrides"])
+            key = float(row["planned_flops"]), int(row["width"]), row["base"], words
             groups.setdefault(key, (name, []))[1].append(float(row["loss"]))
     return [(*key[:2], name, losses) for key, (name, losses) in sorted(groups.items()) if len(losses) > 1]
 
@@ -45,7 +45,8 @@ def pooled(groups):
 
 def forecast_deviation(budgets, noise, target, E, alpha, free=True):
     """Standard deviation in % of the loss at a target, forecast from one vertex a budget whose deviation is
-    `noise` % of it (a number, or one for each), by a fit of log(L - E) as in scaling.loss_law. The unit of loss makes L - E one at 1e12 FLOPs.
+    `noise` % of it (a number, or one for each), by a fit of log(L - E) as in scaling.loss_law. The unit of loss
+    makes L - E one at 1e12 FLOPs.
 
     d log(L - E) = da - c d alpha + dE / (L - E) at every budget, with c = log(C / 1e12): least squares give
     (da, d alpha, dE) from the errors of the vertices, and those the error at the target."""

@@ -8,6 +8,7 @@ A ladder is a table, one row a run: `python train.py BASE OVERRIDES` trains it, 
 rest of the row. `scaling.py fit ladder.csv` reads the same table. To try an idea at every size, copy the
 rows of a ladder, change their base, and blank the results."""
 
+import fcntl
 import math
 import os
 import runpy
@@ -41,9 +42,17 @@ class Rule:
     head: bool = False      # C counts the output head in every model, not only in dense ones
     aspect: float = 0.0     # width per layer, for models of two layers and more; 0: the recipe's rule
     layers: int = 0         # depth of every model; 0: grows with the width
-    heads: int = 0          # of every model, with `layers`; 0: as many as fit
+    heads: int = 0          # of every model; 0: as many as fit
     group: int = 4          # query heads that share a key/value head, or more where it does not divide
     unit: int = 0           # widths are its multiples, and heads no narrower than head_dim; 0: head_dim
+
+
+def width_step(head_dim, rule):
+    """(widths are multiples of this, the least width). Of rule.heads each has a multiple of 4, for half-RoPE."""
+    if rule.heads:
+        step = math.lcm(rule.unit or 1, 4 * rule.heads)
+        return step, step
+    return rule.unit or head_dim, max(rule.unit, head_dim)
 
 
 def shape(width, experts, head_dim, rule=Rule()):
@@ -51,9 +60,8 @@ def shape(width, experts, head_dim, rule=Rule()):
 
     With rule.unit the heads are the narrowest, of head_dim and more and in fours for half-RoPE, that
     divide the width. With rule.layers and rule.heads width is the only dial."""
-    unit = rule.unit or head_dim
-    least = max(unit, rule.heads * 4 or head_dim)
-    need(width >= least and width % max(unit, rule.heads * 4) == 0, "hidden_dim",
+    unit, least = width_step(head_dim, rule)
+    need(width >= least and width % unit == 0, "hidden_dim",
          f"a multiple of {unit}, at least {least}", width, "choose such a width")
     if rule.heads:
         head_dim = width // rule.heads
@@ -94,9 +102,8 @@ def widths_of(base, rule):
     except Exception as error:                          # a config is the user's code: anything may happen
         raise BadInput(base, "a config of plain assignments", repr(error), "correct it") from None
     experts, head_dim = given.get("num_experts", 0), given.get("head_dim", 128)
-    unit = rule.unit or head_dim
-    shapes = [shape(width, experts, head_dim, rule) for width in range(unit, 129 * unit, unit)
-              if width >= (rule.heads * 4 or head_dim)]
+    unit, least = width_step(head_dim, rule)
+    shapes = [shape(width, experts, head_dim, rule) for width in range(unit, 129 * unit, unit) if width >= least]
     config, _ = load(base, {"steps": 1000, "batch_size": given.get("batch_size", 32)} | shapes[0])
     counts = [model.count(replace(config, **keys)) for keys in shapes]
     flops = [n.mfu_flops if rule.head else n.flops_per_token for n in counts]
@@ -187,6 +194,24 @@ def write_table(path, columns, rows):
     os.replace(partial, path)
 
 
+def put_row(path, row):
+    """Write a row into a table, in the place of one with its name, while others write other rows."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(Path(path).with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # threads wait too: each has opened the file for itself
+        columns, rows = scaling.read_table(path) if Path(path).is_file() else ([], [])
+        table = {old["config"]: old for old in rows} | {row["config"]: row}
+        columns = dict.fromkeys([*columns, *(key for row in table.values() for key in row)])
+        write_table(path, [*columns], [*table.values()])
+
+
+def without_seed(overrides):
+    """(the words of a row that its other seeds share, its seed)."""
+    words = shlex.split(overrides)
+    seeds = [int(word.partition("=")[2]) for word in words if word.startswith("--seed=")]
+    return tuple(word for word in words if not word.startswith(("--seed=", "--run_dir="))), sum(seeds)
+
+
 NOT_TRAINING = {"run_dir", "data_dir", "compiled_dir", "checkpoint_dir", "devices", "replicas", "topology",
                 "expert_parallel", "accumulate", "peak_flops", "log_every", "eval_every", "eval_tokens",
                 "save_every", "save_minutes", "keep", "keep_every", "stuck_minutes", "heartbeat_seconds",
@@ -215,7 +240,7 @@ def run_ladder(path, jobs=1):
     left = [row for row in rows if not row["loss"]]
     left.sort(key=lambda row: (number(row["planned_flops"], path, "planned_flops"), row["config"]))
     print(f"{path}: {len(rows) - len(left)} runs done, {len(left)} to go", flush=True)
-    failed, filling = threading.Event(), threading.Lock()
+    failed = threading.Event()
 
     def train(row):
         if failed.is_set():
@@ -239,10 +264,7 @@ def run_ladder(path, jobs=1):
         domains.pop("macro", None)
         found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
         found["eval_bytes"] = sum(domain.get("bytes", 0) for domain in domains.values())
-        with filling:
-            row |= found
-            names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
-            write_table(path, list(names), rows)
+        put_row(path, row | found)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, left))
@@ -282,7 +304,7 @@ def add_planning(add):
     add("--count-head", action="store_true", help="C with the output head in every model")
     add("--aspect", type=number, default=0.0, metavar="R", help="width per layer, instead of the rule")
     add("--layers", type=scaling.count, default=0, metavar="L", help="depth of every model")
-    add("--heads", type=scaling.count, default=0, metavar="N", help="heads of every model, with --layers")
+    add("--heads", type=scaling.count, default=0, metavar="N", help="heads of every model")
     add("--group", type=scaling.count, default=4, metavar="N", help="query heads a key/value head")
     add("--unit", type=scaling.count, default=0, metavar="U",
         help="widths in multiples of it, heads of head_dim or wider")

@@ -8,8 +8,6 @@ Some processes may work on one table: --share=0/2 and --share=1/2 take every oth
 
 import argparse
 import collections
-import fcntl
-import shlex
 import sys
 from pathlib import Path
 
@@ -20,24 +18,12 @@ from configs.ladder import gate  # noqa: E402
 from configs.ladder import plan  # noqa: E402
 
 
-def fill(path, name, found):
-    """Write the results of one row into a table that other processes may write too."""
-    with open(Path(path).with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        columns, rows = scaling.read_table(path)
-        row = next(row for row in rows if row["config"] == name)
-        row |= found
-        plan.write_table(path, list(dict.fromkeys([*columns, *row])), rows)
-    Path(lock.name).unlink(missing_ok=True)
-
-
 def shapes(rows):
-    """{(base, words but for seed and run_dir): rows without a loss}, the cheapest first."""
+    """{(base, words without the seed): rows without a loss}, the cheapest first."""
     found = collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: float(row["planned_flops"])):
-        words = [word for word in shlex.split(row["overrides"]) if not word.startswith(("--seed=", "--run_dir="))]
         if not row["loss"]:
-            found[row["base"], tuple(words)].append(row)
+            found[row["base"], plan.without_seed(row["overrides"])[0]].append(row)
     return found
 
 
@@ -51,9 +37,8 @@ def main(words):
     for (base, words), rows in [*left.items()][number::of]:
         worker = gate.Worker(gate.Side(ROOT, base, (), "this code"))
         for row in rows:
-            seed = next((int(word[7:]) for word in shlex.split(row["overrides"]) if word.startswith("--seed=")), 0)
-            found = worker.ask("run", words, seed)
-            fill(a.table, row["config"], found)
+            found = worker.ask("run", words, plan.without_seed(row["overrides"])[1])
+            plan.put_row(a.table, row | found)
             print(f"{row['config']}: {found['loss']:.4f} in {found['seconds']:.0f} s", flush=True)
         worker.close()
     return 0

@@ -60,7 +60,7 @@ class Runs:
                 raise ValueError("init_from: expected '', found a run; the gate trains from the start")
             mesh, mixture = train.make_mesh(c, t), train.open_data(c, t)
             self.kept[tuple(words)] = SimpleNamespace(
-                c=c, t=t, mesh=mesh, mixture=mixture, filled=False, step=train.make_train_step(c, t, mesh),
+                c=c, t=t, mesh=mesh, mixture=mixture, step=train.make_train_step(c, t, mesh),
                 score=train.make_eval_step(c, mesh, mixture.tokenizer.bytes_V),
                 make=jax.jit(functools.partial(train.make_state, c, t),
                              out_shardings=train.state_shardings(c, t, mesh)))
@@ -89,10 +89,9 @@ class Runs:
         state, start, skips = self.begin(p, key), time.perf_counter(), 0
         for i in range(p.t.steps):
             state, metrics = p.step(state, self.batch(p, i, seed))
-            if not p.filled:            # the step has just been compiled, as in train.loop
+            if i == 0:                  # the step, or an evaluation, has just been compiled: see train.loop
                 jax.block_until_ready(metrics)
                 kernels.fill_holes()
-                p.filled = True
             skips = skips + 1 if metrics["skipped"] else 0
             if skips >= p.t.max_skips:
                 return {"loss": None, "bpb": None, "seconds": time.perf_counter() - start}
@@ -103,15 +102,11 @@ class Runs:
             f"loss_{name}": domain["loss"] for name, domain in domains.items() if name != "macro"}
 
     def run(self, words, seed):
-        """What a ladder's table says of a run, as report.write_result counts it."""
+        """What a ladder's table says of a run."""
+        from configs import report                      # not before: the digest is of what training imports
         p = self.program(words)
-        n, tokens = model.count(p.c), p.t.steps * p.t.batch_size * p.c.seq_len
-        part = f"first {p.t.eval_tokens_final:,} tokens of" if p.t.eval_tokens_final else "whole"
-        return self.train(words, seed, seed) | {
-            "flops": n.flops_per_token * tokens, "flops_with_head": n.mfu_flops * tokens, "params": n.params,
-            "total_params": n.total, "tokens": tokens, "bytes_per_token": p.mixture.bytes_per_token, "seed": seed,
-            "commit": train.git_commit(),
-            "eval": f"{part} held-out domains, seq_len {p.c.seq_len}, data {p.mixture.sha256[:16]}"}
+        facts = report.facts_of(p.c, dataclasses.replace(p.t, seed=seed), p.mixture)
+        return facts | self.train(words, seed, seed)
 
     def look(self, words):
         """FLOPs that the traced step executes, and the memory of the compiled one, in bytes."""

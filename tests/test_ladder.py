@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -317,6 +318,18 @@ def test_a_curve_is_read_from_a_run_whose_last_line_is_torn(tmp_path):
     assert curves.final_loss(curve) == pytest.approx(4.0)
 
 
+def test_what_the_widths_of_a_seed_share_is_told_from_what_each_has_of_its_own():
+    """Planted: 0.8 % shared, 0.3 % of each run's own, five widths of 200 seeds, the last without the first 100."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(0, 0.008, 200)
+    widths = [dict(enumerate(level * (1 + common + rng.normal(0, 0.003, 200)))) for level in (4, 3.9, 3.8, 3.9, 4.1)]
+    widths[-1] = {seed: loss for seed, loss in widths[-1].items() if seed >= 100}
+    assert noise_study.shared(widths) == pytest.approx(0.8, rel=0.1)
+    assert noise_study.pooled([[*w.values()] for w in widths]) == pytest.approx(math.hypot(0.8, 0.3), rel=0.1)
+    own = [dict(enumerate(4 + rng.normal(0, 0.01, 200))) for _ in range(5)]
+    assert noise_study.shared(own) < 0.05 and noise_study.shared(own[:1]) == 0
+
+
 def test_the_noise_of_a_forecast_by_arithmetic_is_that_of_many_ladders():
     budgets, target, noise = np.geomspace(3e11, 3e13, 5), 3e14, 0.1
     truth = scaling.Law(E=0.82 / 2.65, A=(1e12)**0.103, alpha=0.103)
@@ -336,8 +349,8 @@ def test_seeds_of_one_run_are_told_from_other_runs():
                        overrides=f"--steps={steps} --seed={seed} --run_dir=out/{steps}{seed}")
             for steps, seed, loss in ((10, 0, "2.0"), (10, 1, "2.02"), (20, 0, "3.0"), (10, 2, ""))]
     (group,) = noise_study.seed_spread(rows)
-    assert group == (1e12, 32, "a_10", [2.0, 2.02])
-    assert noise_study.deviation(group[3])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
+    assert group == (1e12, 32, "a_10", {0: 2.0, 1: 2.02})
+    assert noise_study.deviation([*group[3].values()])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
 
 
 def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():

@@ -328,7 +328,7 @@ def test_a_node_of_gpus_is_planned_with_one_rate_for_all_links():
 
 
 def test_the_third_line_is_at_the_mfu_of_others_and_data_and_checkpoints_are_sized(capsys):
-    """14.5 hours on one GPU at 20 %, as README has it; 6.63e9 tokens of 2 bytes; 12 bytes a parameter."""
+    """14.5 hours on one GPU at 20 %; 6.63e9 tokens of 2 bytes; 12 bytes a parameter."""
     assert train.main([str(ROOT / "configs/gpu_h200.py"), "--plan"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"likely .* MFU 20.0 %, 14.5\d hours, 14.5\d chip-hours", out)

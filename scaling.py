@@ -698,8 +698,8 @@ def write_record(path, record):
         scaling_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),     # no condition
         date=datetime.now(timezone.utc).isoformat()))
     write_new(path, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
-    print(f"registered {path}: {record['forecast']['loss']:.4f} at C = {record['target']['C']:.4g}; "
-          "commit it before the run")
+    loss, C = record["forecast"]["loss"], record["target"]["C"]
+    print(f"registered {path}: {loss:.4f} at C = {C:.4g}; commit it before the run")
 
 
 def outcome_of(record, run):

@@ -31,7 +31,8 @@ def shapes(rows):
 
 def keep_curve(path, run, curve):
     """Append the curve of a run to a table of `scaling.py curves`, which may be new."""
-    lines = [dict(zip(curves.COLUMNS, (run, step, curve[-1][0], f"{rate:.6g}", f"{loss:.5f}"))) for step, rate, loss in curve]
+    lines = [dict(zip(curves.COLUMNS, (run, step, curve[-1][0], f"{rate:.6g}", f"{loss:.5f}")))
+             for step, rate, loss in curve]
     header, rows = scaling.csv_text(curves.COLUMNS, lines).split("\n", 1)
     new = not Path(path).is_file()
     with open(path, "a") as file:

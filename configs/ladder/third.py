@@ -6,10 +6,10 @@ Every model has the same kinds of layers: one with a window, one that sees the w
 the width, with their own keys and values; experts are half as wide as the model. The second ladder grew in depth, its
 heads were between 16 and 52 wide, and its models of one to three layers never saw the whole sequence (see README.md).
 
-Four layers waste a small budget: at 3e12 FLOPs 3.33 nats, two layers 3.16 [measured: third/pilot.csv]. V2's key offset
-lets one layer look for what came after an earlier token. At 3e12 and width 48 it gives 3.00 for 3.14 [measured: LOG.md].
-Batches grow with the budget as C^(1/6), from 8 sequences at 3e11 FLOPs, to the next even number [assumed; 8 was better
-than 4 and 16 at 3e11].
+Four layers waste a small budget: at 3e12 FLOPs 3.33 nats, two layers 3.16 [measured: third/pilot.csv]. V2's key
+offset lets one layer look for what came after an earlier token. At 3e12 and width 48 it gives 3.00 for 3.14 [measured:
+LOG.md]. Batches grow with the budget as C^(1/6), from 8 sequences at 3e11 FLOPs, to the next even number [assumed; 8
+was better than 4 and 16 at 3e11].
 
 Seeds of one run spread by 0.4 % at 3e11 and up to 1 % at 3e13, and the widths of a budget share most of it, so the
 level of a vertex is as good as its seeds are many. With 0.15, 0.2, 0.2, 0.3 and 0.4 % for the vertices a forecast with

@@ -685,15 +685,20 @@ def register(a):
     forecast = r["forecasts"][0] | {"outcomes": []}
     target = dict(C=a.target, N=forecast["params"], D=forecast["tokens"],
                   config=a.target_config and Path(a.target_config).read_text(errors="replace"))
-    record = plain(dict(
+    write_record(a.out, dict(
         forecast=forecast, target=target, unit=r["unit"], eval=definition, failure=a.failure,
         known_differences=a.difference, form="E + A C^-alpha", envelope=law, choices=r["config"],
-        flags=warnings_of(r), bytes_per_token=run.bytes_per_token or None, runs=sources,
-        runs_sha256=data_sha256(sources),
+        flags=warnings_of(r), bytes_per_token=run.bytes_per_token or None, runs=sources))
+
+
+def write_record(path, record):
+    """Lock a forecast in a new file: with the digest of the runs that it read, the date, a seal."""
+    record = plain(record | dict(
+        runs_sha256=data_sha256(record["runs"]),
         scaling_sha256=hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),     # no condition
         date=datetime.now(timezone.utc).isoformat()))
-    write_new(a.out, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
-    print(f"registered {a.out}: {record['forecast']['loss']:.4f} at C = {a.target:.4g}; "
+    write_new(path, json.dumps(record | {"sha256": seal(record)}, indent=1) + "\n")
+    print(f"registered {path}: {record['forecast']['loss']:.4f} at C = {record['target']['C']:.4g}; "
           "commit it before the run")
 
 

@@ -335,10 +335,12 @@ class Optimizer:
 
 
 class Trainer:
-    """Weights, optimizer and balancing bias; step(batch) is one training step."""
+    """Weights, optimizer and balancing bias; step(batch) is one training step. compiled: forward and
+    backward by torch.compile (inductor, which needs a C++ compiler); the optimizer stays eager."""
 
-    def __init__(self, c, t, weights, experts=experts_loop):
+    def __init__(self, c, t, weights, experts=experts_loop, compiled=False):
         self.c, self.t, self.experts = c, t, experts
+        self.forward = torch.compile(forward) if compiled else forward
         self.w = from_numpy(weights)
         self.optimizer = Optimizer(self.w, rates(c, t), t)
         self.bias_LE = torch.zeros(c.num_layers, c.num_experts)
@@ -347,7 +349,7 @@ class Trainer:
         """Fills the .grad of every weight; returns loss, logits and the next bias."""
         for w in sum(self.optimizer.groups.values(), []):
             w.grad = None
-        logits_TV, scores, margins = forward(self.w, self.bias_LE, batch, self.c, self.experts)
+        logits_TV, scores, margins = self.forward(self.w, self.bias_LE, batch, self.c, self.experts)
         loss = objective(logits_TV, scores, batch, self.c)
         loss.backward()
         bias_LE = next_bias(margins, batch, self.c) if margins else self.bias_LE
@@ -518,27 +520,29 @@ def speed(paths, rounds):
     print(f"whole training step, random tokens; best of {rounds} rounds of 10 steps, in turns, "
           f"a process each; jax {jax.__version__}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads")
-    print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s}   "
-          "ours over the faster torch")
+    print(f"{'config':20s} {'tokens':>7s} {'ours ms':>8s} {'torch loop':>11s} {'grouped':>8s} {'compiled':>9s}   "
+          "ours over the faster eager torch, over the compiled one")
     for path in paths:
         c, t = train.load_config(path)
-        names = ["ours", "loop"] + (["grouped"] if c.num_experts else [])
+        names = ["ours", "loop", "compiled"] + (["grouped"] if c.num_experts else [])
         commands = {name: [Path(__file__), path, f"--runner={name}"] for name in names}
         ms = {name: 1e3 * s for name, s in race(commands, rounds, steps=10).items()}
-        tokens, fastest = t.batch_size * c.seq_len, min(ms[name] for name in names[1:])
+        tokens, fastest = t.batch_size * c.seq_len, min(ms["loop"], ms.get("grouped", math.inf))
         print(f"{path:20s} {tokens:7,} {ms['ours']:8.1f} {ms['loop']:11.1f} "
-              f"{ms.get('grouped', math.nan):8.1f}   {fastest / ms['ours']:.2f} x its tokens per "
-              f"second ({tokens / ms['ours']:.1f} ktok/s)", flush=True)
+              f"{ms.get('grouped', math.nan):8.1f} {ms['compiled']:9.1f}   {fastest / ms['ours']:.2f} x and "
+              f"{ms['compiled'] / ms['ours']:.2f} x its tokens per second ({tokens / ms['ours']:.1f} ktok/s)", flush=True)
 
 
 def runner(name, path):
-    """What takes a step of a config: "ours", or the peer with experts as "loop" or "grouped"."""
+    """What takes a step of a config: "ours", or the peer with experts as "loop" or "grouped"; or "compiled": by
+    torch.compile, but for the experts' products, as grouped_mm (torch 2.13 cannot compile them for a CPU)."""
     c, t = train.load_config(path)
     _, _, batch = problem(c, t.batch_size, 0, padding=False)
     w = jax.tree.map(np.asarray, model.init(c, jax.random.key(0))) if name != "ours" else None
     if name == "ours":
         return our_step(c, t, batch)
-    peer = Trainer(c, t, w, {"loop": experts_loop, "grouped": experts_grouped}[name])
+    experts = {"loop": experts_loop, "grouped": experts_grouped, "compiled": torch.compiler.disable(experts_grouped)}
+    peer = Trainer(c, t, w, experts[name], name == "compiled")
     rows = to_torch(batch)
     return lambda: peer.step(rows)
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -307,6 +308,42 @@ def test_curves_of_one_shape_collapse_at_their_e_and_tell_the_end_from_the_begin
         curves.end_of(begun, family, 1.2, 0.05)
 
 
+def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_path, capsys):
+    """Planted: five curves of one shape, whose held-out loss is 1.1 of the final one to the power 0.9."""
+    law = curves.CurveLaw("annealing", 0.0, 3.0, 0.01, (0.5,))
+    shape = synthetic_curve(law, 3000, 0.9)
+    rng, runs, rows = np.random.default_rng(0), [], []
+    for name, size, stop in (("a", 1.0, 60), ("b", 0.85, 60), ("c", 0.7, 60), ("d", 0.6, 60), ("e", 0.5, 60), ("held", 0.4, 18)):
+        loss_R = 0.9 + size * shape.loss_R + 1e-3 * rng.standard_normal(60)
+        held_out = 1.1 * (0.9 + size * curves.final_loss(shape))**0.9
+        runs += [dict(run=f"out/{name}", step=int(step), steps=3000, rate=rate, loss=loss)
+                 for step, rate, loss in [*zip(shape.step_R, shape.rate_R, loss_R)][:stop]]
+        rows.append(dict(config=name, base="b.py", overrides=f"--run_dir=out/{name}", planned_flops="1e12", width="32",
+                         note="", loss=held_out if name != "held" else "", eval="text", bytes_per_token=2.3, flops=1e12))
+    table, ladder, record = tmp_path / "curves.csv", tmp_path / "runs.csv", tmp_path / "stage.json"
+    for path, lines in ((table, runs), (ladder, rows)):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    parts = [tmp_path / f"{name}.csv" for name in ("known", "held")]
+    text = table.read_text().splitlines(True)
+    parts[0].write_text("".join(line for line in text if "held" not in line))
+    parts[1].write_text("".join(line for line in text if "held" in line or line.startswith("run,")))
+    words = ["curves", str(parts[0]), "--collapse", "--asymptote=0.9", "--hold", str(parts[1]), "--until=0.3"]
+    assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 0
+    locked = json.loads(record.read_text())
+    low, high = locked["forecast"]["intervals"]["each from the rest, 95 %"]
+    assert locked["forecast"]["loss"] == pytest.approx(held_out, rel=2e-3) and low < held_out < high < 1.02 * low
+    assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 0
+    assert "inside  each from the rest" in capsys.readouterr().out
+    assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 2
+    ladder.write_text(ladder.read_text().replace("out/c", "out/other"))
+    capsys.readouterr()
+    assert scaling.main([*words, f"--ladder={ladder}"]) == 2
+    assert "a row with a loss for every run, found none for out/c" in capsys.readouterr().err
+
+
 def test_a_curve_is_read_from_a_run_whose_last_line_is_torn(tmp_path):
     rows = [dict(step=10 * i, lr=0.01, mean_loss=5.0 - 0.1 * i) for i in range(1, 11)]
     text = train.json_lines(rows) + '{"step": 110, "lr"'
@@ -315,6 +352,18 @@ def test_a_curve_is_read_from_a_run_whose_last_line_is_torn(tmp_path):
     curve = curves.read_curve(tmp_path)
     assert curve.step_R.tolist() == [row["step"] for row in rows] and curve.steps == 200
     assert curves.final_loss(curve) == pytest.approx(4.0)
+
+
+def test_what_the_widths_of_a_seed_share_is_told_from_what_each_has_of_its_own():
+    """Planted: 0.8 % shared, 0.3 % of each run's own, five widths of 200 seeds, the last without the first 100."""
+    rng = np.random.default_rng(0)
+    common = rng.normal(0, 0.008, 200)
+    widths = [dict(enumerate(level * (1 + common + rng.normal(0, 0.003, 200)))) for level in (4, 3.9, 3.8, 3.9, 4.1)]
+    widths[-1] = {seed: loss for seed, loss in widths[-1].items() if seed >= 100}
+    assert noise_study.shared(widths) == pytest.approx(0.8, rel=0.1)
+    assert noise_study.pooled([[*w.values()] for w in widths]) == pytest.approx(math.hypot(0.8, 0.3), rel=0.1)
+    own = [dict(enumerate(4 + rng.normal(0, 0.01, 200))) for _ in range(5)]
+    assert noise_study.shared(own) < 0.05 and noise_study.shared(own[:1]) == 0
 
 
 def test_the_noise_of_a_forecast_by_arithmetic_is_that_of_many_ladders():
@@ -336,8 +385,8 @@ def test_seeds_of_one_run_are_told_from_other_runs():
                        overrides=f"--steps={steps} --seed={seed} --run_dir=out/{steps}{seed}")
             for steps, seed, loss in ((10, 0, "2.0"), (10, 1, "2.02"), (20, 0, "3.0"), (10, 2, ""))]
     (group,) = noise_study.seed_spread(rows)
-    assert group == (1e12, 32, "a_10", [2.0, 2.02])
-    assert noise_study.deviation(group[3])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
+    assert group == (1e12, 32, "a_10", {0: 2.0, 1: 2.02})
+    assert noise_study.deviation([*group[3].values()])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
 
 
 def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():
@@ -360,15 +409,19 @@ def test_seeds_py_fills_a_table_as_train_py_does(tmp_path):
     (tmp_path / "c.py").write_text(
         f"mixture = (({str(tmp_path / 't.txt')!r}, 1.0),)\ntokenizer = 'bytes'\nvocab_size = 257\nseq_len = 32\n"
         "hidden_dim = 16\nnum_layers = 2\nnum_heads = num_kv_heads = 1\nhead_dim = 16\nshared_dim = 16\nnum_experts = 4\n"
-        "experts_per_token = 2\nexpert_dim = 8\ngated_norm_rank = 4\nsteps = 12\nbatch_size = 4\nsample_tokens = 0\n")
+        "experts_per_token = 2\nexpert_dim = 8\ngated_norm_rank = 4\nsteps = 12\nbatch_size = 4\nsample_tokens = 0\nlog_every = 1\n")
     rows = [{"config": f"c_s{seed}", "base": str(tmp_path / "c.py"), "planned_flops": "1e9", "width": "16", "loss": "",
              "overrides": f"--steps=10 --data_dir={tmp_path}/data --seed={seed} --run_dir={tmp_path}/run{seed}"}
             for seed in (0, 1)]
     ours, theirs = tmp_path / "ours.csv", tmp_path / "theirs.csv"
     plan.write_table(ours, [*rows[0]], rows)
     plan.write_table(theirs, [*rows[0]], rows[1:])
-    assert seeds.main([str(ours)]) == 0
+    assert seeds.main([str(ours), f"--curves={tmp_path}/curves.csv"]) == 0
     plan.run_ladder(theirs)
+    (_, second), (there,) = curves.read_curves([tmp_path / "curves.csv"]), curves.read_curves([tmp_path / "run1"])
+    for key in ("step_R", "rate_R", "loss_R", "steps"):
+        np.testing.assert_allclose(getattr(second, key), getattr(there, key), 1e-5)
+    assert second.run == there.run
     (one, two), (other,) = scaling.read_table(ours)[1], scaling.read_table(theirs)[1]
     same = ("loss", "bpb", "flops", "flops_with_head", "params", "total_params", "tokens", "bytes_per_token", "seed", "eval")
     assert {key: two[key] for key in same} == {key: other[key] for key in same} and one["loss"] != two["loss"]

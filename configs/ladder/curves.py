@@ -3,6 +3,7 @@
     python scaling.py curves RUN [RUN ...] --hold RUN       fit both laws to some runs, forecast others
     python scaling.py curves RUN [RUN ...] --collapse       E from compute-optimal runs of several sizes
     python scaling.py curves RUN [RUN ...] --collapse --hold RUN --until 0.3     the end of a run from its first 30 %
+    ... --ladder runs.csv --target 3e14 --register FILE.json        its held-out loss, locked in a file for `score`
 
 RUN is a run directory, also of a run that goes on, or a table that `--out=TABLE.csv` wrote from some.
 Without --collapse the runs have one size; lengths and schedules may differ. Loss is the mean training loss between
@@ -13,6 +14,7 @@ two rows of metrics.jsonl: no text is seen twice, so that it is unseen loss.
                  rates since k [arXiv 2503.12811]
 Letters: R rows of a curve."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,11 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize
 from scipy import signal
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import scaling  # noqa: E402
+from configs.ladder import plan  # noqa: E402
 from scaling import need  # noqa: E402
 from scaling import number  # noqa: E402
 
@@ -199,6 +203,58 @@ def end_of(curve, curves, E, until):
     return float(E + np.mean((curve.loss_R[known_R] - E) / np.interp(share_R[known_R], SHARES, shape)))
 
 
+# -------------------------------------------------------------------- a held-out loss while a run goes on
+
+def rows_of(curves, table):
+    """The row of each curve's run in the ladder's table, which has its held-out loss."""
+    rows = {plan.run_dir_of(row["overrides"]): row for row in scaling.read_table(table)[1] if row["loss"]}
+    missing = [curve.run for curve in curves if curve.run not in rows]
+    need(not missing, table, "a row with a loss for every run", f"none for {', '.join(missing)}",
+         "name the runs as their --run_dir does, from the checkout")
+    return [rows[curve.run] for curve in curves]
+
+
+def heldout_end(curve, curves, losses, E, until):
+    """The held-out loss at the end of a curve, from its first share `until`. losses: of the others, held out.
+
+    A curve gives the end of the training loss. The logarithms of the two losses lie on a line [assumed; how well
+    is part of `error_of`]."""
+    ends, end = [final_loss(other) for other in curves], end_of(curve, curves, E, until)
+    slope, level = np.polyfit(np.log(ends), np.log(losses), 1)
+    return float(np.exp(level + slope * np.log(end)))
+
+
+def error_of(curves, losses, E, until):
+    """The standard deviation of log(loss / forecast): each curve is forecast from the others."""
+    need(len(curves) >= 4, "--ladder", "four runs or more", len(curves), "name more")
+    errors = []
+    for i, curve in enumerate(curves):
+        others, theirs = curves[:i] + curves[i + 1:], [*losses[:i], *losses[i + 1:]]
+        errors.append(math.log(losses[i] / heldout_end(curve, others, theirs, E, until)))
+    return math.sqrt(np.mean(np.square(errors)))
+
+
+def stage(a, curve, curves, E):
+    """Forecast a run's held-out loss from its beginning; print it, and with --register lock it in a file."""
+    rows = rows_of(curves, a.ladder)
+    losses = [number(row["loss"], a.ladder, "loss") for row in rows]
+    share = a.until if curve.step_R[-1] >= a.until * curve.steps else curve.step_R[-1] / curve.steps
+    loss, error = heldout_end(curve, curves, losses, E, share), error_of(curves, losses, E, share)
+    ends = [loss * math.exp(sign * stats.t.ppf(0.975, len(curves) - 1) * error) for sign in (-1, 1)]
+    print(f"  {curve.run}: {loss:.4f} held out ({ends[0]:.4f} to {ends[1]:.4f}), from its first {share:.1%}; "
+          f"each of the others from the rest: {100 * error:.2f} % off")
+    if a.register:
+        need(a.target, "--target", "the FLOPs of the held run", "none", "give them")
+        same = {(row["eval"], row["bytes_per_token"]) for row in rows}
+        need(len(same) == 1, a.ladder, "one eval definition", sorted(same), "take runs that were scored alike")
+        forecast = dict(C=a.target, loss=loss, intervals={"each from the rest, 95 %": ends}, outcomes=[])
+        scaling.write_record(a.register, dict(
+            forecast=forecast, target=dict(C=a.target, run=curve.run), unit="nats", eval=rows[0]["eval"],
+            failure="outside the interval, or off by 1 % or more", form=f"collapse, E {E:.4f}, first {share:.4f}",
+            curve=[curve.step_R, curve.loss_R], bytes_per_token=number(rows[0]["bytes_per_token"], a.ladder, "bytes"),
+            runs=[a.ladder]))
+
+
 # ------------------------------------------------------------------------------------- command line
 
 def tell(curve, forecast):
@@ -223,6 +279,8 @@ def curves_command(a):
             print(f"E = {E:.3f}: normalized curves lie {100 * spread(curves, E):.2f} % apart")
         for curve in held:
             tell(curve, end_of(curve, curves, best, a.until))
+            if a.ladder:
+                stage(a, curve, curves, best)
         return
     for name in STARTS:
         law = fit_curves(curves, name)
@@ -239,6 +297,9 @@ def add_commands(command):
     add("--collapse", action="store_true", help="E from compute-optimal runs of several sizes")
     add("--asymptote", type=scaling.number, metavar="E", help="with --collapse, instead of the best")
     add("--until", type=scaling.number, default=0.3, metavar="SHARE", help="of a held run that is known (%(default)s)")
+    add("--ladder", metavar="TABLE", help="with --hold: the table of the runs, for the held-out loss of the held one")
+    add("--register", metavar="FILE", help="with --ladder: lock that forecast in a new file")
+    add("--target", type=scaling.number, metavar="C", help="with --register: FLOPs of the held run")
     add("--out", metavar="TABLE.csv", help="the curves as a new table")
 
 

@@ -8,6 +8,7 @@ the ladder has `--noise` % of it, one number for all budgets or one for each [de
 least-squares fit]. The noise of the run that is forecast comes on top."""
 
 import argparse
+import itertools
 import math
 import re
 import sys
@@ -21,13 +22,13 @@ from configs.ladder import plan  # noqa: E402
 
 
 def seed_spread(rows):
-    """[(planned FLOPs, width, name without the seed, losses)] of the runs of a table that have several seeds."""
+    """[(planned FLOPs, width, name without the seed, {seed: loss})] of a table's runs that have several seeds."""
     groups = {}
     for row in rows:
         if row["loss"]:
-            name, (words, _) = re.sub(r"_s\d+$", "", row["config"]), plan.without_seed(row["overrides"])
+            name, (words, seed) = re.sub(r"_s\d+$", "", row["config"]), plan.without_seed(row["overrides"])
             key = float(row["planned_flops"]), int(row["width"]), row["base"], words
-            groups.setdefault(key, (name, []))[1].append(float(row["loss"]))
+            groups.setdefault(key, (name, {}))[1][seed] = float(row["loss"])
     return [(*key[:2], name, losses) for key, (name, losses) in sorted(groups.items()) if len(losses) > 1]
 
 
@@ -41,6 +42,18 @@ def pooled(groups):
     """The standard deviation in % over some groups of seeds, which have different means."""
     freedom = sum(len(losses) - 1 for losses in groups)
     return math.sqrt(sum((len(losses) - 1) * deviation(losses)[0]**2 for losses in groups) / freedom)
+
+
+def shared(groups):
+    """The part in % of that deviation which a seed has in common at different widths, from {seed: loss} of each
+    width: the root of their mean covariance. More seeds average it in a vertex, more widths do not."""
+    total = freedom = 0
+    for a, b in itertools.combinations(groups, 2):
+        seeds = sorted(a.keys() & b.keys())
+        if len(seeds) > 1:
+            off = [[losses[seed] / np.mean([losses[s] for s in seeds]) - 1 for seed in seeds] for losses in (a, b)]
+            total, freedom = total + 1e4 * float(np.dot(*off)), freedom + len(seeds) - 1
+    return math.sqrt(max(0.0, total / freedom)) if freedom else 0.0
 
 
 def forecast_deviation(budgets, noise, target, E, alpha, free=True):
@@ -74,11 +87,13 @@ def main(words):
         groups = seed_spread(scaling.read_table(table)[1])
         print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
         for C, width, name, losses in groups:
-            percent, error = deviation(losses)
-            print(f"| {C:.3g} | {width} | {name} | {len(losses)} | {np.mean(losses):.4f} "
+            percent, error = deviation([*losses.values()])
+            print(f"| {C:.3g} | {width} | {name} | {len(losses)} | {np.mean([*losses.values()]):.4f} "
                   f"| {percent:.2f} +- {error:.2f} |")
         for C in sorted({group[0] for group in groups}):
-            print(f"{C:.3g}: {pooled([g[3] for g in groups if g[0] == C]):.2f} % over all its sizes")
+            of_C = [losses for budget, _, _, losses in groups if budget == C]
+            every = pooled([[*losses.values()] for losses in of_C])
+            print(f"{C:.3g}: {every:.2f} % over all its sizes, {shared(of_C):.2f} % shared by the widths of a seed")
     for target in a.targets:
         free, fixed = (forecast_deviation(a.budgets, np.asarray(a.noise), target, a.asymptote / a.gap, a.alpha, way)
                        for way in (True, False))

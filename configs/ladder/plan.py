@@ -212,6 +212,11 @@ def without_seed(overrides):
     return tuple(word for word in words if not word.startswith(("--seed=", "--run_dir="))), sum(seeds)
 
 
+def run_dir_of(overrides):
+    """The --run_dir of a row; "" if it has none."""
+    return next((word.partition("=")[2] for word in shlex.split(overrides) if word.startswith("--run_dir=")), "")
+
+
 NOT_TRAINING = {"run_dir", "data_dir", "compiled_dir", "checkpoint_dir", "devices", "replicas", "topology",
                 "expert_parallel", "accumulate", "peak_flops", "log_every", "eval_every", "eval_tokens",
                 "save_every", "save_minutes", "keep", "keep_every", "stuck_minutes", "heartbeat_seconds",
@@ -246,9 +251,9 @@ def run_ladder(path, jobs=1):
         if failed.is_set():
             return
         words = shlex.split(row["overrides"])
-        folders = [word.partition("=")[2] for word in words if word.startswith("--run_dir=")]
-        need(folders, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
-        result = Path(folders[0]) / "result.json"
+        folder = run_dir_of(row["overrides"])
+        need(folder, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
+        result = Path(folder) / "result.json"
         code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
         command = [sys.executable, str(code), row["base"], *words]
         if result.parent.is_dir() and any(result.parent.glob("*.json")):

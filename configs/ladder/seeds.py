@@ -1,10 +1,11 @@
 """Train the rows of a table in few processes: one for all seeds of a shape, which compiles once.
 
-    python configs/ladder/seeds.py TABLE [--share=I/N]
+    python configs/ladder/seeds.py TABLE [--share=I/N] [--curves=TABLE.csv]
 
 For tables of many small runs, of which `scaling.py ladder --run` spends most of its time on starting, compiling
 and drawing pages. A row gets the losses that `python train.py BASE OVERRIDES` gives, to the bit, but no run directory.
-Some processes may work on one table: --share=0/2 and --share=1/2 take every other shape."""
+Some processes may work on one table: --share=0/2 and --share=1/2 take every other shape. --curves: a table for
+`scaling.py curves`, which the training losses are added to."""
 
 import argparse
 import collections
@@ -14,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import scaling  # noqa: E402
+from configs.ladder import curves  # noqa: E402
 from configs.ladder import gate  # noqa: E402
 from configs.ladder import plan  # noqa: E402
 
@@ -27,10 +29,20 @@ def shapes(rows):
     return found
 
 
+def keep_curve(path, run, curve):
+    """Append the curve of a run to a table of `scaling.py curves`, which may be new."""
+    lines = [dict(zip(curves.COLUMNS, (run, step, curve[-1][0], f"{rate:.6g}", f"{loss:.5f}"))) for step, rate, loss in curve]
+    header, rows = scaling.csv_text(curves.COLUMNS, lines).split("\n", 1)
+    new = not Path(path).is_file()
+    with open(path, "a") as file:
+        file.write(f"{header}\n" * new + rows)
+
+
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table")
     parser.add_argument("--share", default="0/1", metavar="I/N")
+    parser.add_argument("--curves", default="", metavar="TABLE.csv")
     a = parser.parse_args(words)
     number, of = map(int, a.share.split("/"))
     left = shapes(scaling.read_table(a.table)[1])
@@ -38,6 +50,9 @@ def main(words):
         worker = gate.Worker(gate.Side(ROOT, base, (), "this code"))
         for row in rows:
             found = worker.ask("run", words, plan.without_seed(row["overrides"])[1])
+            curve = found.pop("curve", [])              # none of a run that ended early
+            if a.curves and curve:
+                keep_curve(a.curves, plan.run_dir_of(row["overrides"]), curve)
             plan.put_row(a.table, row | found)
             print(f"{row['config']}: {found['loss']:.4f} in {found['seconds']:.0f} s", flush=True)
         worker.close()

@@ -37,6 +37,13 @@ def loaded(folder):
     return {file for file in files if file and Path(folder) in Path(file).parents and not file.endswith("hlo.py")}
 
 
+def curve_of(losses, c, t):
+    """[step, rate of the matrices, mean loss since the row before] every t.log_every steps, as in metrics.jsonl."""
+    ends, rate = [*range(t.log_every, t.steps, t.log_every), t.steps], train.rates(c, t).matrix_lr
+    means = [np.mean([float(x) for x in losses[first:end]]) for first, end in zip([0, *ends], ends)]
+    return [[end, rate * float(train.lr_multiplier(t, end - 1)), float(mean)] for end, mean in zip(ends, means)]
+
+
 class Runs:
     """What can be asked. words: --key=value of a run, without its seed."""
 
@@ -86,15 +93,17 @@ class Runs:
         """Train one run and score it. seed: of the data; key: of the weights. A run ends early, with a loss
         of null, where train.py would: after max_skips updates in a row that are not finite."""
         p = self.program(words)
-        state, start, skips = self.begin(p, key), time.perf_counter(), 0
+        state, start, skips, losses = self.begin(p, key), time.perf_counter(), 0, []
         for i in range(p.t.steps):
             state, metrics = p.step(state, self.batch(p, i, seed))
+            losses.append(metrics["loss"])
             if i == 0:                  # the step, or an evaluation, has just been compiled: see train.loop
                 jax.block_until_ready(metrics)
                 kernels.fill_holes()
             skips = skips + 1 if metrics["skipped"] else 0
             if skips >= p.t.max_skips:
                 return {"loss": None, "bpb": None, "seconds": time.perf_counter() - start}
+        self.curve = curve_of(losses, p.c, p.t)
         seconds = time.perf_counter() - start
         domains = train.evaluate(state, p.score, p.mixture, p.c, p.t, p.mesh, p.t.eval_tokens_final)
         macro = domains["macro"] if math.isfinite(domains["macro"]["loss"]) else {"loss": None, "bpb": None}
@@ -106,7 +115,8 @@ class Runs:
         from configs import report                      # not before: the digest is of what training imports
         p = self.program(words)
         facts = report.facts_of(p.c, dataclasses.replace(p.t, seed=seed), p.mixture)
-        return facts | self.train(words, seed, seed)
+        self.curve = []
+        return facts | self.train(words, seed, seed) | {"curve": self.curve}
 
     def look(self, words):
         """FLOPs that the traced step executes, and the memory of the compiled one, in bytes."""
@@ -134,6 +144,7 @@ if __name__ == "__main__":
     checkout, config = sys.argv[1:]
     sys.path[0] = checkout
     import jax
+    import numpy as np
 
     import data
     import kernels

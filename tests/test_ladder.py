@@ -397,7 +397,7 @@ def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():
     for keys, _ in widths[:30]:
         c = dataclasses.replace(config, **keys)
         assert [model.sees_all(c, i) for i in range(c.num_layers)] == [False, True]
-        assert (2 * c.head_dim, c.num_heads, c.num_kv_heads) == (c.hidden_dim, 2, 2)
+        assert (2 * c.head_dim, c.num_heads, c.num_kv_heads) == (max(64, c.hidden_dim), 2, 2)
         assert c.expert_dim * 2 == c.hidden_dim == c.shared_dim
     assert (np.diff(flops, 2)[:30] > 0).all(), "FLOPs grow without a jump"
 

@@ -42,7 +42,7 @@ class Rule:
     head: bool = False      # C counts the output head in every model, not only in dense ones
     aspect: float = 0.0     # width per layer, for models of two layers and more; 0: the recipe's rule
     layers: int = 0         # depth of every model; 0: grows with the width
-    heads: int = 0          # of every model; 0: as many as fit
+    heads: int = 0          # of every model, of equal parts of the width or of head_dim; 0: as many as fit
     group: int = 4          # query heads that share a key/value head, or more where it does not divide
     unit: int = 0           # widths are its multiples, and heads no narrower than head_dim; 0: head_dim
 
@@ -59,15 +59,15 @@ def shape(width, experts, head_dim, rule=Rule()):
     """Config keys of a width by the recipe's rules [cited: marin #4447]; experts = 0 is dense (4x MLP).
 
     With rule.unit the heads are the narrowest, of head_dim and more and in fours for half-RoPE, that
-    divide the width. With rule.layers and rule.heads width is the only dial."""
+    divide the width. With rule.layers and rule.heads width is the only dial, and heads have at least head_dim."""
     unit, least = width_step(head_dim, rule)
     need(width >= least and width % unit == 0, "hidden_dim",
          f"a multiple of {unit}, at least {least}", width, "choose such a width")
     if rule.heads:
-        head_dim = width // rule.heads
+        head_dim = max(head_dim, width // rule.heads)
     elif rule.unit:
         head_dim = next((h for h in range(head_dim, width) if width % h == 0 and h % 4 == 0), width)
-    heads = width // head_dim
+    heads = rule.heads or width // head_dim
     layers = max(1, round(width / (64 + 4 * math.log2(width) - 9)))
     if rule.aspect:
         layers = max(2, round(width / rule.aspect))

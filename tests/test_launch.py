@@ -18,7 +18,7 @@ from configs import launch
 # answer. With a file `real` beside it, commands for workers run here in worker/.
 FAKE = r'''#!/usr/bin/env bash
 cd "$(dirname "$0")"
-printf '%s\x1f' "$@" >> calls; printf '\x1e' >> calls
+{ printf '%s\x1f' "$@"; printf '\x1e'; } > "call.$$"; cat "call.$$" >> calls; rm "call.$$"    # one write: some run at once
 next() { head -n 1 "$1"; [[ $(wc -l < "$1") -gt 1 ]] && sed -i 1d "$1"; true; }
 if [[ -f real && "$*" == *--command=* ]]; then
     for word in "$@"; do case $word in --command=*) cd worker; exec bash -c "${word#--command=}" ;; esac; done

@@ -313,13 +313,14 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     law = curves.CurveLaw("annealing", 0.0, 3.0, 0.01, (0.5,))
     shape = synthetic_curve(law, 3000, 0.9)
     rng, runs, rows = np.random.default_rng(0), [], []
-    for name, size, stop in (("a", 1.0, 60), ("b", 0.85, 60), ("c", 0.7, 60), ("d", 0.6, 60), ("e", 0.5, 60), ("held", 0.4, 18)):
+    for name, size in (("a", 1.0), ("b", 0.85), ("c", 0.7), ("d", 0.6), ("e", 0.5), ("held", 0.4)):
+        stop = 18 if name == "held" else 60
         loss_R = 0.9 + size * shape.loss_R + 1e-3 * rng.standard_normal(60)
         held_out = 1.1 * (0.9 + size * curves.final_loss(shape))**0.9
         runs += [dict(run=f"out/{name}", step=int(step), steps=3000, rate=rate, loss=loss)
                  for step, rate, loss in [*zip(shape.step_R, shape.rate_R, loss_R)][:stop]]
-        rows.append(dict(config=name, base="b.py", overrides=f"--run_dir=out/{name}", planned_flops="1e12", width="32",
-                         note="", loss=held_out if name != "held" else "", eval="text", bytes_per_token=2.3, flops=1e12))
+        rows.append(dict(config=name, base="b.py", overrides=f"--run_dir=out/{name}", planned_flops="1e12",
+                         width="32", note="", loss=held_out if name != "held" else "", eval="text", bytes_per_token=2.3, flops=1e12))
     table, ladder, record = tmp_path / "curves.csv", tmp_path / "runs.csv", tmp_path / "stage.json"
     for path, lines in ((table, runs), (ladder, rows)):
         with open(path, "w", newline="") as file:
@@ -338,6 +339,8 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 0
     assert "inside  each from the rest" in capsys.readouterr().out
     assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 2
+    parts[0].write_text(parts[0].read_text().replace(",0.0", ",0.1", 1))
+    assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 2, "the curves are part of what was read"
     ladder.write_text(ladder.read_text().replace("out/c", "out/other"))
     capsys.readouterr()
     assert scaling.main([*words, f"--ladder={ladder}"]) == 2
@@ -409,7 +412,8 @@ def test_seeds_py_fills_a_table_as_train_py_does(tmp_path):
     (tmp_path / "c.py").write_text(
         f"mixture = (({str(tmp_path / 't.txt')!r}, 1.0),)\ntokenizer = 'bytes'\nvocab_size = 257\nseq_len = 32\n"
         "hidden_dim = 16\nnum_layers = 2\nnum_heads = num_kv_heads = 1\nhead_dim = 16\nshared_dim = 16\nnum_experts = 4\n"
-        "experts_per_token = 2\nexpert_dim = 8\ngated_norm_rank = 4\nsteps = 12\nbatch_size = 4\nsample_tokens = 0\nlog_every = 1\n")
+        "experts_per_token = 2\nexpert_dim = 8\ngated_norm_rank = 4\nsteps = 12\nbatch_size = 4\n"
+        "sample_tokens = 0\nlog_every = 1\n")
     rows = [{"config": f"c_s{seed}", "base": str(tmp_path / "c.py"), "planned_flops": "1e9", "width": "16", "loss": "",
              "overrides": f"--steps=10 --data_dir={tmp_path}/data --seed={seed} --run_dir={tmp_path}/run{seed}"}
             for seed in (0, 1)]

@@ -78,6 +78,12 @@ def read_curves(names):
     return curves
 
 
+def table_rows(run, steps, points):
+    """The rows of a table for the curve of a run. points: (step, rate, loss) of each."""
+    return [dict(zip(COLUMNS, (run, f"{step:.0f}", steps, f"{rate:.6g}", f"{loss:.5f}")))
+            for step, rate, loss in points]
+
+
 # ----------------------------------------------------------------------------------------- two laws
 
 def last_R(curve, tail=0.05):
@@ -252,7 +258,7 @@ def stage(a, curve, curves, E):
             forecast=forecast, target=dict(C=a.target, run=curve.run), unit="nats", eval=rows[0]["eval"],
             failure="outside the interval, or off by 1 % or more", form=f"collapse, E {E:.4f}, first {share:.4f}",
             curve=[curve.step_R, curve.loss_R], bytes_per_token=number(rows[0]["bytes_per_token"], a.ladder, "bytes"),
-            runs=[a.ladder]))
+            runs=[a.ladder, *a.runs]))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -269,8 +275,8 @@ def tell(curve, forecast):
 def curves_command(a):
     curves, held = read_curves(a.runs), read_curves(a.hold)
     if a.out:
-        rows = [dict(zip(COLUMNS, (curve.run, f"{step:.0f}", curve.steps, f"{rate:.6g}", f"{loss:.5f}")))
-                for curve in curves + held for step, rate, loss in zip(curve.step_R, curve.rate_R, curve.loss_R)]
+        rows = [row for curve in curves + held
+                for row in table_rows(curve.run, curve.steps, zip(curve.step_R, curve.rate_R, curve.loss_R))]
         scaling.write_new(a.out, scaling.csv_text(COLUMNS, rows))
     if a.collapse:
         need(len(curves) >= 2, "--collapse", "two runs or more", len(curves), "name more")

@@ -86,9 +86,10 @@ def main(words):
     for table in a.tables:
         groups = seed_spread(scaling.read_table(table)[1])
         print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
-        for C, width, name, losses in groups:
-            percent, error = deviation([*losses.values()])
-            print(f"| {C:.3g} | {width} | {name} | {len(losses)} | {np.mean([*losses.values()]):.4f} "
+        for C, width, name, by_seed in groups:
+            losses = [*by_seed.values()]
+            percent, error = deviation(losses)
+            print(f"| {C:.3g} | {width} | {name} | {len(losses)} | {np.mean(losses):.4f} "
                   f"| {percent:.2f} +- {error:.2f} |")
         for C in sorted({group[0] for group in groups}):
             of_C = [losses for budget, _, _, losses in groups if budget == C]

@@ -9,6 +9,8 @@ Some processes may work on one table: --share=0/2 and --share=1/2 take every oth
 
 import argparse
 import collections
+import fcntl
+import os
 import sys
 from pathlib import Path
 
@@ -30,13 +32,12 @@ def shapes(rows):
 
 
 def keep_curve(path, run, curve):
-    """Append the curve of a run to a table of `scaling.py curves`, which may be new."""
-    lines = [dict(zip(curves.COLUMNS, (run, step, curve[-1][0], f"{rate:.6g}", f"{loss:.5f}")))
-             for step, rate, loss in curve]
-    header, rows = scaling.csv_text(curves.COLUMNS, lines).split("\n", 1)
-    new = not Path(path).is_file()
+    """Append the curve of a run to a table of `scaling.py curves`, which may be new, while others do so."""
+    text = scaling.csv_text(curves.COLUMNS, curves.table_rows(run, curve[-1][0], curve))
     with open(path, "a") as file:
-        file.write(f"{header}\n" * new + rows)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        new = file.seek(0, os.SEEK_END) == 0
+        file.write(text if new else text.split("\n", 1)[1])
 
 
 def main(words):

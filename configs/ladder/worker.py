@@ -89,21 +89,22 @@ class Runs:
             digest.update(repr((name, p.mixture.tokenizer.decode(ids), p.t.eval_tokens_final)).encode())
         return {"tokenizer": p.mixture.tokenizer.sha256, "heldout": digest.hexdigest()}
 
-    def train(self, words, seed, key):
-        """Train one run and score it. seed: of the data; key: of the weights. A run ends early, with a loss
-        of null, where train.py would: after max_skips updates in a row that are not finite."""
+    def train(self, words, seed, key, losses=None):
+        """Train one run and score it. seed: of the data; key: of the weights; losses: a list that gets the loss
+        of every step. A run ends early, with a loss of null, where train.py would: after max_skips updates in
+        a row that are not finite."""
         p = self.program(words)
-        state, start, skips, losses = self.begin(p, key), time.perf_counter(), 0, []
+        state, start, skips = self.begin(p, key), time.perf_counter(), 0
         for i in range(p.t.steps):
             state, metrics = p.step(state, self.batch(p, i, seed))
-            losses.append(metrics["loss"])
+            if losses is not None:
+                losses.append(metrics["loss"])
             if i == 0:                  # the step, or an evaluation, has just been compiled: see train.loop
                 jax.block_until_ready(metrics)
                 kernels.fill_holes()
             skips = skips + 1 if metrics["skipped"] else 0
             if skips >= p.t.max_skips:
                 return {"loss": None, "bpb": None, "seconds": time.perf_counter() - start}
-        self.curve = curve_of(losses, p.c, p.t)
         seconds = time.perf_counter() - start
         domains = train.evaluate(state, p.score, p.mixture, p.c, p.t, p.mesh, p.t.eval_tokens_final)
         macro = domains["macro"] if math.isfinite(domains["macro"]["loss"]) else {"loss": None, "bpb": None}
@@ -111,12 +112,13 @@ class Runs:
             f"loss_{name}": domain["loss"] for name, domain in domains.items() if name != "macro"}
 
     def run(self, words, seed):
-        """What a ladder's table says of a run."""
+        """What a ladder's table says of a run, and its curve; without one it ended early."""
         from configs import report                      # not before: the digest is of what training imports
         p = self.program(words)
         facts = report.facts_of(p.c, dataclasses.replace(p.t, seed=seed), p.mixture)
-        self.curve = []
-        return facts | self.train(words, seed, seed) | {"curve": self.curve}
+        losses = []
+        found = facts | self.train(words, seed, seed, losses)
+        return found | {"curve": curve_of(losses, p.c, p.t)} if len(losses) == p.t.steps else found
 
     def look(self, words):
         """FLOPs that the traced step executes, and the memory of the compiled one, in bytes."""

@@ -1,6 +1,7 @@
 """The pictures and tables of this folder, from its committed tables.
 
     python configs/ladder/figures.py                    draws ladder.png and rungs.png
+    python configs/ladder/figures.py configs/ladder/third       the third ladder's ladder.png
     python configs/ladder/figures.py --markdown         prints the tables that README.md pastes
     python scaling.py fit TABLE --plot FILE             the picture of any fit
 
@@ -18,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import scaling  # noqa: E402
+from configs.ladder import curves  # noqa: E402
 from configs.ladder.speedup import speedup  # noqa: E402
 
 LADDER = Path(__file__).resolve().parent
@@ -34,30 +36,35 @@ NAMES = {"a_dense_adamw": "dense, AdamW, tuned rate", "b_dense_adamh": "dense, A
 # ----------------------------------------------------------------------------------------- the tables
 
 def forecasts(folder=LADDER):
-    """dict(name, C, E, law, forecast, interval, outcome, error in %) of every registered record.
+    """dict(name, C, law, form, forecast, interval, outcomes) of every registered record, the first ones first.
 
-    The interval is the run bootstrap's; outcome and error are None until the record has been scored."""
+    law: None for a forecast from a run's own beginning. interval: the run bootstrap's, or that record's only one.
+    outcomes: (loss, error in %) of every run that was scored with the record."""
     found = []
-    for path in sorted((folder / "hero").glob("*.json")):
-        record, outcome = scaling.read_json(path), {}
+    for path in (folder / "hero").glob("*.json"):
+        record, outcomes = scaling.read_json(path), []
         with contextlib.suppress(FileNotFoundError):
-            for line in path.with_suffix(".outcomes.jsonl").read_text().splitlines():
-                scored = json.loads(line)
-                outcome = scored if scored["record"] == record["sha256"] else outcome
-        law = scaling.Law(*(record["envelope"][key] for key in ("E", "A", "alpha")))
-        found.append(dict(name=path.stem, C=record["target"]["C"], E=law.E, law=law,
-                          forecast=record["forecast"]["loss"],
-                          interval=record["forecast"]["intervals"]["run_bootstrap"],
-                          outcome=outcome.get("loss"), error=outcome.get("error_percent")))
-    return found
+            lines = path.with_suffix(".outcomes.jsonl").read_text().splitlines()
+            outcomes = [(scored["loss"], scored["error_percent"]) for scored in map(json.loads, lines)
+                        if scored["record"] == record["sha256"]]
+        law, intervals = record.get("envelope"), record["forecast"]["intervals"]
+        if law:
+            law = scaling.Law(*(law[key] for key in ("E", "A", "alpha")))
+        found.append(dict(name=path.stem, C=record["target"]["C"], law=law, date=record["date"],
+                          form=f"$E$ = {law.E:.2f}" if law else record["form"].replace("collapse, E ", "$E$ = "),
+                          forecast=record["forecast"]["loss"], outcomes=outcomes,
+                          interval=intervals.get("run_bootstrap") or [*intervals.values()][0]))
+    return sorted(found, key=lambda record: (record["C"], record["date"]))
 
 
 def ladder_fit(folder=LADDER, draws=400):
-    """The analysis of isoflop/runs.csv with E free, as scaling.analyse gives it."""
-    runs = scaling.read_csv(folder / "isoflop" / "runs.csv", head=True)
+    """The analysis of a ladder's runs with E free, as scaling.analyse gives it."""
+    tables = [path for path in (folder / "isoflop" / "runs.csv", folder / "runs.csv") if path.is_file()]
+    scaling.need(tables, folder, "isoflop/runs.csv or runs.csv", "none", "name the folder of a ladder")
+    runs = scaling.read_csv(tables[0], head=True)
     targets = [record["C"] for record in forecasts(folder)] or [1e14]
     return scaling.analyse(runs, scaling.FitConfig(head=True), sorted(set(targets)),
-                           source="isoflop/runs.csv", draws=draws)
+                           source=str(tables[0]), draws=draws)
 
 
 def rung_points(folder=LADDER):
@@ -98,8 +105,8 @@ def rung_table(points, E, alpha):
 
 def registered_law(folder=LADDER):
     """The law by which rungs are compared: the last record's, or the ladder's own fit without records."""
-    records = forecasts(folder)
-    return records[-1]["law"] if records else ladder_fit(folder, draws=1)["fit"].law
+    laws = [record["law"] for record in forecasts(folder) if record["law"]]
+    return laws[-1] if laws else ladder_fit(folder, draws=1)["fit"].law
 
 
 # (label, rung, FLOPs, width or 0, what varies, what is fixed) of the pilot's table
@@ -157,12 +164,13 @@ def gain_cell(gain, key):
 
 
 def print_markdown(folder=LADDER):
-    """Every table of README.md."""
-    print("Pilot: loss by what was varied\n")
-    print(markdown(["what", "FLOPs", "value: loss"], [
-        (label, f"{C:.2g}".replace("+", ""), ", ".join(f"{value}: {loss:.3f}" for value, loss in found.items()))
-        for label, C, found in pilot_table(folder)]))
-
+    """Every table of README.md. Only the folder of the rungs has a pilot and rungs."""
+    rungs = (folder / "rung_runs" / "runs.csv").is_file()
+    if rungs:
+        print("Pilot: loss by what was varied\n")
+        print(markdown(["what", "FLOPs", "value: loss"], [
+            (label, f"{C:.2g}".replace("+", ""), ", ".join(f"{value}: {loss:.3f}" for value, loss in found.items()))
+            for label, C, found in pilot_table(folder)]))
     fit = ladder_fit(folder, draws=1)
     print("Ladder: the optimum of each budget\n")
     print(markdown(["C", "runs", "D*", "N*", "loss*"], [
@@ -174,13 +182,14 @@ def print_markdown(folder=LADDER):
     rows = []
     for r in forecasts(folder):
         low, high = r["interval"]
-        outcome = ["", ""]
-        if r["outcome"]:
-            inside = "inside" if low <= r["outcome"] <= high else "outside"
-            outcome = [f"{r['outcome']:.4f}", f"{r['error']:+.2f} %, {inside}"]
-        rows.append((f"`{r['name']}`", f"{r['C']:.1e}".replace("+", ""), f"{r['E']:.2f}",
-                     f"{r['forecast']:.4f}", f"{low:.4f} to {high:.4f}", *outcome))
-    print(markdown(["record", "C", "E", "forecast", "95 %, run bootstrap", "observed", "error"], rows))
+        for loss, error in r["outcomes"] or [(math.nan, math.nan)]:
+            inside = "inside" if low <= loss <= high else "outside"
+            outcome = [f"{loss:.4f}", f"{error:+.2f} %, {inside}"] if loss > 0 else ["", ""]
+            rows.append((f"`{r['name']}`", f"{r['C']:.1e}".replace("+", ""), r["form"].replace("$", ""),
+                         f"{r['forecast']:.4f}", f"{low:.4f} to {high:.4f}", *outcome))
+    print(markdown(["record", "C", "law", "forecast", "95 %", "observed", "error"], rows))
+    if not rungs:
+        return
 
     law = registered_law(folder)
     table = rung_table(rung_points(folder), law.E, law.alpha)
@@ -313,16 +322,16 @@ def draw_registered(ax, records, optima):
     """The registered laws, each forecast with its interval, and what was observed."""
     C = np.array([v.budget for v in optima])
     ax.plot(C, [v.loss for v in optima], "o", ms=4, color=BLUE, label="optima (fitted)")
-    last = max(record["C"] for record in records)
-    for style, E in zip(("-", "--", ":"), dict.fromkeys(record["E"] for record in records)):
-        law = next(record["law"] for record in records if record["E"] == E)
+    last, laws = max(record["C"] for record in records), [record["law"] for record in records if record["law"]]
+    for style, E in zip(("-", "--", ":"), dict.fromkeys(law.E for law in laws)):
+        law = next(law for law in laws if law.E == E)
         grid = np.geomspace(C.min() / 1.5, 1.5 * last, 80)
-        ax.plot(grid, law.loss(grid), style, color=BLUE, lw=1.2, label=f"registered with $E$ = {E:g}")
+        ax.plot(grid, law.loss(grid), style, color=BLUE, lw=1.2, label=f"registered with $E$ = {E:.2f}")
     for i, record in enumerate(records):
         ax.plot(record["C"], record["forecast"], "s", ms=5, color=BLUE, mfc="w",
                 label="" if i else "forecast")
-        if record["outcome"]:
-            ax.plot(record["C"], record["outcome"], "*", ms=9, color=RED, label="" if i else "observed")
+        for j, (loss, _) in enumerate(record["outcomes"]):
+            ax.plot(record["C"], loss, "*", ms=9, color=RED, label="" if i or j else "observed")
     ax.set(xscale="log", xlabel="training compute $C$ (FLOPs)", ylabel="macro loss (nats per token)",
            title="the registered laws")
     ax.legend()
@@ -334,13 +343,12 @@ def draw_errors(ax, records):
     for i, record in zip(at, records):
         low, high = (100 * (end / record["forecast"] - 1) for end in record["interval"])
         ax.errorbar(i, (low + high) / 2, (high - low) / 2, fmt="none", color=BLUE, capsize=4,
-                    label="" if i else "95 % run bootstrap")
-        if record["outcome"]:
-            ax.plot(i, record["error"], "*", ms=10, color=RED, label="" if i else "observed")
-            ax.annotate(f"{record['error']:+.2f} %", (i, record["error"]), (8, 0), fontsize=8, va="center",
-                        textcoords="offset points")
+                    label="" if i else "95 %")
+        for j, (_, error) in enumerate(record["outcomes"]):
+            ax.plot(i, error, "*", ms=10, color=RED, label="" if i or j else "observed")
+            ax.annotate(f"{error:+.2f} %", (i, error), (8, 0), fontsize=8, va="center", textcoords="offset points")
     ax.axhline(0, color=BLUE, lw=1.2, label="registered forecast")
-    ax.set_xticks(at, [f"{record['name']}\n{scientific(record['C'])}, $E$ = {record['E']:g}"
+    ax.set_xticks(at, [f"{record['name'].removeprefix('forecast_')}\n{scientific(record['C'])}\n{record['form']}"
                        for record in records], fontsize=7)
     ax.set(ylabel="distance from its forecast (%)", title="each outcome against its own forecast")
     ax.set_xlim(-0.5, len(records) - 0.2)
@@ -348,8 +356,23 @@ def draw_errors(ax, records):
     ax.legend(loc="upper center", ncols=3)
 
 
+def draw_collapse(ax, table):
+    """The training curves of compute-optimal runs, normalized by what they end at: (L - E) / (end - E)."""
+    found = curves.read_curves([table])
+    E = curves.collapse_E(found)
+    for i, curve in enumerate(found):
+        shade = 0.1 + 0.8 * i / max(1, len(found) - 1)
+        share_R, known_R = curves.middle_R(curve) / curve.steps, curve.fitted_R()
+        y = (curve.loss_R - E) / (curves.final_loss(curve) - E)
+        ax.plot(share_R[known_R], y[known_R], lw=1, color=(0.15, 0.75 * shade, 1 - 0.75 * shade),
+                label=re.sub(r".*_(c[\de]+)_(d\d+).*", r"\1 \2", curve.run))
+    ax.set(xlabel="share of the run", ylabel="(loss - $E$) / (its end - $E$)",
+           title=f"training losses collapse at $E$ = {E:.2f}, {100 * curves.spread(found, E):.1f} % apart")
+    ax.legend()
+
+
 def draw_ladder(folder=LADDER, draws=400):
-    """ladder.png: the isoFLOP curves, the registered laws, each error, and what E decides."""
+    """ladder.png: the isoFLOP curves, the registered laws, each error, and the collapse or what E decides."""
     records = forecasts(folder)
     r = ladder_fit(folder, 1 if records else draws)     # records bring their own intervals
     if not records:
@@ -360,32 +383,39 @@ def draw_ladder(folder=LADDER, draws=400):
         draw_isoflop(curves, r)
         draw_registered(laws, records, r["fit"].optima)
         draw_errors(errors, records)
-        draw_profile(profile, r, [(record["E"], record["forecast"],
+        if (folder / "curves.csv").is_file():
+            draw_collapse(profile, folder / "curves.csv")
+            return
+        draw_profile(profile, r, [(record["law"].E, record["forecast"],
                                    f"{record['name']}: {record['forecast']:.4f}") for record in last])
-        if last[0]["outcome"]:
-            profile.axhline(last[0]["outcome"], color=RED, lw=1.2, label=f"{last[0]['outcome']:.4f} observed")
-            profile.legend()
+        for loss, _ in last[0]["outcomes"]:
+            profile.axhline(loss, color=RED, lw=1.2, label=f"{loss:.4f} observed")
+        profile.legend()
 
 
 def draw_rungs(table, path):
-    """Cumulative compute and wall-clock speed-up over the first rung, with intervals; Marin's in gray."""
+    """Speed-up over the first rung at equal loss against compute, a line a rung; Marin's at 1e18 FLOPs in gray."""
     names = [row["rung"][2:].replace("_", " ") for row in table]
     names = ["attention, not V2's" if name == "attention" else name for name in names]
-    with figure(1, 2, (9, 3.4), path) as axes:
+    with figure(1, 2, (9, 3.8), path) as axes:
         for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
-            at = np.arange(len(table))
-            y = np.array([row["cumulative"][key] or math.nan for row in table])
-            ends = [row["cumulative"][f"{key}_interval"] or (v, v) for row, v in zip(table, y)]
-            ax.errorbar(at, y, np.abs(np.transpose(ends) - y), fmt="o-", color=BLUE, capsize=3,
-                        label="here, 90 %")
-            theirs = np.cumprod([PUBLISHED.get(row["rung"], (1, 1))[k] for row in table])
-            ax.plot(at, theirs, "s--", color=GRAY, ms=4, label="published, at 1e18 FLOPs and more")
+            for i, row in enumerate(table[1:], 1):
+                gains = {C: gain for C, gain in row["by_budget"].items() if gain[key]}
+                C, y = np.array([*gains], float), np.array([gain[key] for gain in gains.values()])
+                ends = np.array([gain[f"{key}_interval"] or (gain[key],) * 2 for gain in gains.values()])
+                color = ("0.5", "C0", "C1", "C2", "C3")[(i - 1) % 5]
+                at = C * 1.05**(i - 3)                  # apart, so that intervals can be seen
+                if len(y):
+                    ax.errorbar(at, y, np.abs(ends.T - y), fmt="o-", ms=4, lw=1.2, color=color, capsize=2,
+                                label=names[i])
+                theirs = np.cumprod([PUBLISHED.get(r["rung"], (1, 1))[k] for r in table])[i]
+                if row["rung"] in PUBLISHED:
+                    ax.plot(1e18, theirs, "s", color=color, ms=5, mfc="w")
             ax.axhline(1, color="k", lw=0.6)
-            ax.set_xticks(at, names, rotation=25, ha="right")
-            ax.set(yscale="log", ylabel=f"{key.replace('_', '-')} speed-up over {names[0]}")
+            ax.set(xscale="log", yscale="log", xlabel="training compute $C$ (FLOPs); squares: published",
+                   title=f"{key.replace('_', '-')} speed-up over {names[0]}")
             ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", *"1248", "16"])
             ax.minorticks_off()
-            ax.set_ylim(0.8 * np.nanmin([y, theirs]), 1.25 * np.nanmax([y, theirs]))
         axes[0].legend()
 
 

@@ -84,7 +84,7 @@ def test_adamw_is_adam_with_the_decay_apart(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- the tables
 
-@pytest.mark.parametrize("folder, count", [("isoflop", 32), ("hero", 3), ("rung_runs", 60)])
+@pytest.mark.parametrize("folder, count", [("isoflop", 32), ("hero", 3), ("rung_runs", 60), ("third", 118)])
 def test_every_row_says_how_its_run_is_trained_again(folder, count, monkeypatch):
     """Its base and overrides load, and give the parameters, tokens and FLOPs that its result has."""
     monkeypatch.chdir(ROOT)
@@ -155,11 +155,20 @@ def test_a_registered_forecast_still_scores(name, tmp_path, monkeypatch, capsys)
     assert f"{before['error_percent']:+.2f} %" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("path", sorted(LADDER.glob("third/hero/*.json")), ids=lambda path: path.stem)
+def test_a_record_of_the_third_ladder_is_as_it_was_registered(path):
+    """Its seal, and the results that it was made from."""
+    record = scaling.read_json(path)
+    assert record["sha256"] == scaling.seal(record)
+    assert record["runs_sha256"] == scaling.data_sha256([ROOT / source for source in record["runs"]])
+
+
+@pytest.mark.parametrize("name", [*RECORDS, "forecast_3e14", "forecast_9e14"])
 def test_a_registered_law_is_what_its_table_gives(name):
-    record = scaling.read_json(LADDER / "hero" / f"{name}.json")
+    hero, runs = ("third/hero", "third") if name.endswith("e14") else ("hero", "isoflop")
+    record = scaling.read_json(LADDER / hero / f"{name}.json")
     config = scaling.FitConfig(asymptote=record["choices"]["asymptote"], head=True)
-    runs = scaling.checked(scaling.read_csv(LADDER / "isoflop" / "runs.csv", True), name)
+    runs = scaling.checked(scaling.read_csv(LADDER / runs / "runs.csv", True), name)
     law = scaling.fit_law(runs, config).law
     assert [law.E, law.A, law.alpha] == pytest.approx([record["envelope"][key] for key in ("E", "A", "alpha")],
                                                       rel=1e-6)
@@ -391,6 +400,17 @@ def test_seeds_of_one_run_are_told_from_other_runs():
     (group,) = noise_study.seed_spread(rows)
     assert group == (1e12, 32, "a_10", {0: 2.0, 1: 2.02})
     assert noise_study.deviation([*group[3].values()])[0] == pytest.approx(100 * 0.02 / 2**0.5 / 2.01)
+
+
+def test_a_setting_is_compared_with_the_runs_of_the_same_seeds():
+    def row(loss, *words, seed=0):
+        overrides = " ".join(["--hidden_dim=32", *words, f"--run_dir=out/{loss}", *[f"--seed={seed}"] * (seed > 0)])
+        return dict(base="b", overrides=overrides, planned_flops="3e11", width="32", loss=loss and str(loss))
+    base = [row(4.0), row(5.0, seed=1), row("", seed=2)]
+    others = [row(4.04, "--beta2=0.9"), row(5.15, "--beta2=0.9", seed=1), row(9.0, "--beta2=0.9", seed=2),
+              row(1.0, "--beta2=0.9", "--clip=1"), row(2.0, "--clip=1")]
+    assert noise_study.against(base, others) == [
+        (3e11, 32, "--beta2=0.9", 2, pytest.approx(2.0)), (3e11, 32, "--clip=1", 1, pytest.approx(-50.0))]
 
 
 def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():

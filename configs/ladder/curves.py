@@ -7,7 +7,7 @@
 
 RUN is a run directory, also of a run that goes on, or a table that `--out=TABLE.csv` wrote from some.
 Without --collapse the runs have one size; lengths and schedules may differ. Loss is the mean training loss between
-two rows of metrics.jsonl: no text is seen twice, so that it is unseen loss.
+two rows of metrics.jsonl, which is that of unseen text as long as no text is read twice.
     annealing    L = E + A S^-a - C Q       S: sum of the rates; Q: sum of how much they have fallen, each
                  drop fading by 0.999 a step [arXiv 2408.11029]
     multipower   L = E + A S^-a - B sum_k (drop at k) (1 - (1 + c rate_k^-g S_k)^-b)    S_k: the sum of the

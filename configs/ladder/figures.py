@@ -51,7 +51,8 @@ def forecasts(folder=LADDER):
         if law:
             law = scaling.Law(*(law[key] for key in ("E", "A", "alpha")))
         found.append(dict(name=path.stem, C=record["target"]["C"], law=law, date=record["date"],
-                          form=f"$E$ = {law.E:.2f}" if law else record["form"].replace("collapse, E ", "$E$ = "),
+                          form=f"$E$ = {law.E:.2f}" if law else "curve, first {:.0%}".format(
+                              float(record["form"].split()[-1])),
                           forecast=record["forecast"]["loss"], outcomes=outcomes,
                           interval=intervals.get("run_bootstrap") or [*intervals.values()][0]))
     return sorted(found, key=lambda record: (record["C"], record["date"]))
@@ -319,10 +320,11 @@ def draw_fit(r, path):
 
 
 def draw_registered(ax, records, optima):
-    """The registered laws, each forecast with its interval, and what was observed."""
+    """The registered laws, each forecast by one, and what was observed."""
+    records = [record for record in records if record["law"]]
     C = np.array([v.budget for v in optima])
     ax.plot(C, [v.loss for v in optima], "o", ms=4, color=BLUE, label="optima (fitted)")
-    last, laws = max(record["C"] for record in records), [record["law"] for record in records if record["law"]]
+    last, laws = max(record["C"] for record in records), [record["law"] for record in records]
     for style, E in zip(("-", "--", ":"), dict.fromkeys(law.E for law in laws)):
         law = next(law for law in laws if law.E == E)
         grid = np.geomspace(C.min() / 1.5, 1.5 * last, 80)
@@ -348,27 +350,31 @@ def draw_errors(ax, records):
             ax.plot(i, error, "*", ms=10, color=RED, label="" if i or j else "observed")
             ax.annotate(f"{error:+.2f} %", (i, error), (8, 0), fontsize=8, va="center", textcoords="offset points")
     ax.axhline(0, color=BLUE, lw=1.2, label="registered forecast")
-    ax.set_xticks(at, [f"{record['name'].removeprefix('forecast_')}\n{scientific(record['C'])}\n{record['form']}"
-                       for record in records], fontsize=7)
+    ax.set_xticks(at, [record["name"].removeprefix("forecast_").replace("_", "\n")
+                       + (f"\n{record['form']}" if record["law"] else "") for record in records], fontsize=7)
     ax.set(ylabel="distance from its forecast (%)", title="each outcome against its own forecast")
     ax.set_xlim(-0.5, len(records) - 0.2)
     ax.set_ylim(top=1.3 * ax.get_ylim()[1])             # room for the legend
     ax.legend(loc="upper center", ncols=3)
 
 
-def draw_collapse(ax, table):
-    """The training curves of compute-optimal runs, normalized by what they end at: (L - E) / (end - E)."""
-    found = curves.read_curves([table])
-    E = curves.collapse_E(found)
-    for i, curve in enumerate(found):
-        shade = 0.1 + 0.8 * i / max(1, len(found) - 1)
-        share_R, known_R = curves.middle_R(curve) / curve.steps, curve.fitted_R()
-        y = (curve.loss_R - E) / (curves.final_loss(curve) - E)
-        ax.plot(share_R[known_R], y[known_R], lw=1, color=(0.15, 0.75 * shade, 1 - 0.75 * shade),
-                label=re.sub(r".*_(c[\de]+)_(d\d+).*", r"\1 \2", curve.run))
+def draw_collapse(ax, tables):
+    """The training curves of runs near the optimum, a color a budget: (L - E) / (end - E)."""
+    found = curves.read_curves(tables)
+    E, drawn = curves.collapse_E(found), {}
+    for curve in found:
+        budget = float(re.search(r"_c([\de.]+)_d", curve.run)[1])
+        drawn.setdefault(budget, []).append(curve)
+    for i, budget in enumerate(sorted(drawn)):
+        shade = 0.1 + 0.8 * i / max(1, len(drawn) - 1)
+        for j, curve in enumerate(drawn[budget]):
+            y = (curve.loss_R - E) / (curves.final_loss(curve) - E)
+            known_R = curve.fitted_R()
+            ax.plot((curves.middle_R(curve) / curve.steps)[known_R], y[known_R], lw=0.6,
+                    color=(0.15, 0.75 * shade, 1 - 0.75 * shade), label="" if j else scientific(budget))
     ax.set(xlabel="share of the run", ylabel="(loss - $E$) / (its end - $E$)",
-           title=f"training losses collapse at $E$ = {E:.2f}, {100 * curves.spread(found, E):.1f} % apart")
-    ax.legend()
+           title=f"training losses lie closest at $E$ = {E:.2f}: {100 * curves.spread(found, E):.1f} %")
+    ax.legend(title="$C$ (FLOPs)")
 
 
 def draw_ladder(folder=LADDER, draws=400):
@@ -384,7 +390,7 @@ def draw_ladder(folder=LADDER, draws=400):
         draw_registered(laws, records, r["fit"].optima)
         draw_errors(errors, records)
         if (folder / "curves.csv").is_file():
-            draw_collapse(profile, folder / "curves.csv")
+            draw_collapse(profile, sorted(folder.glob("*curves.csv")))
             return
         draw_profile(profile, r, [(record["law"].E, record["forecast"],
                                    f"{record['name']}: {record['forecast']:.4f}") for record in last])

@@ -1,9 +1,10 @@
 """Noise first: how far seeds lie apart, and what a ladder with this noise can forecast.
 
     python configs/ladder/noise.py TABLE [TABLE ...]                     spread of the seeds of each run
+    python configs/ladder/noise.py third/runs.csv --against third/rates.csv     what one more setting changes
     python configs/ladder/noise.py --budgets 3e11 3e12 3e13 --noise 0.1 --targets 3e14 9e14
 
-The second form is arithmetic: the standard deviation of a forecast, in % of the loss, if each vertex of
+The last form is arithmetic: the standard deviation of a forecast, in % of the loss, if each vertex of
 the ladder has `--noise` % of it, one number for all budgets or one for each [derived: delta method, as for any
 least-squares fit]. The noise of the run that is forecast comes on top."""
 
@@ -56,6 +57,21 @@ def shared(groups):
     return math.sqrt(max(0.0, total / freedom)) if freedom else 0.0
 
 
+def against(rows, others):
+    """[(FLOPs, width, setting, seeds, mean difference of the loss in %)] of runs that have one word more than
+    runs with the same seeds."""
+    base = {(row["base"], *plan.without_seed(row["overrides"])): float(row["loss"]) for row in rows if row["loss"]}
+    found = {}
+    for row in others:
+        words, seed = plan.without_seed(row["overrides"])
+        for word in words:
+            key = row["base"], tuple(w for w in words if w != word), seed
+            if row["loss"] and key in base:
+                group = float(row["planned_flops"]), int(row["width"]), word
+                found.setdefault(group, []).append(100 * (float(row["loss"]) / base[key] - 1))
+    return [(*group, len(percent), float(np.mean(percent))) for group, percent in sorted(found.items())]
+
+
 def forecast_deviation(budgets, noise, target, E, alpha, free=True):
     """Standard deviation in % of the loss at a target, forecast from one vertex a budget whose deviation is
     `noise` % of it (a number, or one for each), by a fit of log(L - E) as in scaling.loss_law. The unit of loss
@@ -76,6 +92,7 @@ def forecast_deviation(budgets, noise, target, E, alpha, free=True):
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE")
+    parser.add_argument("--against", metavar="TABLE", help="runs with one more setting than those of the tables")
     parser.add_argument("--budgets", type=float, nargs="+", default=[])
     parser.add_argument("--targets", type=float, nargs="+", default=[])
     parser.add_argument("--noise", type=float, nargs="+", default=[0.1], help="%% of the loss, of a vertex (0.1)")
@@ -83,6 +100,11 @@ def main(words):
     parser.add_argument("--gap", type=float, default=2.65, help="L - E at 1e12 FLOPs (%(default)s)")
     parser.add_argument("--alpha", type=float, default=0.103, help="(%(default)s)")
     a = parser.parse_args(words)
+    if a.against:
+        rows = [row for table in a.tables for row in scaling.read_table(table)[1]]
+        for C, width, word, seeds, percent in against(rows, scaling.read_table(a.against)[1]):
+            print(f"{C:.3g}, width {width}, {word}: {percent:+.2f} %, {seeds} seeds")
+        return 0
     for table in a.tables:
         groups = seed_spread(scaling.read_table(table)[1])
         print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")

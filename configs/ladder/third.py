@@ -11,12 +11,10 @@ lets a layer look for what came after an earlier token. At 3e12 and width 48 it 
 It needs heads of more than 20: at 1e12 two heads of 16, 20 and 24 give 3.585, 3.464 and 3.404 (widths 32, 40 and 48)
 [measured: third/pilot.csv], and heads of 32 give 3.468 at width 32 and 3.411 at 48 (one seed) [measured: LOG.md].
 Batches grow with the budget as C^(1/6), from 8 sequences at 3e11 FLOPs, to the nearest even number [assumed; 8 was
-better than 4 and 16 at 3e11]. The ladder of this family is still to be trained.
+better than 4 and 16 at 3e11]. README.md has the fit; third/rates.csv, what other rates give.
 
-Seeds of one run spread by 0.4 % at 3e11 and up to 1 % at 3e13. There the widths of a budget shared most of it, so that
-only more seeds make a vertex better; at 3e11 and 1e12 they share little [measured: noise.py third/pilot.csv]. With
-0.15, 0.2, 0.2, 0.3 and 0.4 % for the vertices a forecast with E free spreads by 1.3 % at 3e14 and 2.0 % at 9e14, with E
-known by 0.4 and 0.5 % [noise.py --budgets --noise]."""
+Seeds spread by 0.6, 1.2, 1.2, 0.5 and 0.2 % at 3e11, 1e12, 3e12, 1e13 and 3e13, most in runs of 500 to 1,100 steps
+[measured: noise.py third/runs.csv]."""
 from configs.ladder.rungs.c_moe_v1 import *
 
 head_dim = 32                       # the least

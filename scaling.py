@@ -467,8 +467,8 @@ def fit_law(runs, config, start=None, inside=True):
 
 def run_bootstrap(runs, fit, config, targets, draws=400, seed=0):
     """A 95 % interval for one new run at each target, or Nones: resample the runs' residuals about
-    the fit, refit everything, and forecast. More than 5 % of refits that fail give none. A budget of
-    8 runs draws from its own, for noise falls with the budget [measured: configs/ladder/third]."""
+    the fit, refit everything, and forecast. More than 5 % of refits that fail give none. A budget
+    of 8 runs draws from its own, for noise depends on it [measured: configs/ladder/third]."""
     residual, spare = columns_of(runs, "loss")[0] - fit.fitted, len(runs) - fit.unknowns
     if spare < 1:
         return [None] * len(targets)

@@ -475,17 +475,18 @@ def run_bootstrap(runs, fit, config, targets, draws=400, seed=0):
     # Residuals of a fit are smaller than the noise: it has bent towards each run.
     residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)
     rng, forecasts = np.random.default_rng(seed), []
-    pools = [(rows, residual[rows] if len(rows) >= 8 else residual)
-             for rows in by_budget(runs).values()]
+    groups = [*by_budget(runs).values()]
+    last = residual[groups[-1]] if len(groups[-1]) >= 8 else residual
     for _ in range(draws):
-        losses = fit.fitted.copy()
-        for rows, pool in pools:
-            losses[rows] += rng.choice(pool, len(rows))
+        losses = fit.fitted + rng.choice(residual, len(runs))
+        for rows in groups:
+            if len(rows) >= 8:
+                losses[rows] = fit.fitted[rows] + rng.choice(residual[rows], len(rows))
         sample = [replace(r, loss=float(y)) for r, y in zip(runs, losses)]
         with contextlib.suppress(BadInput):
             # A resampled curve may have its minimum outside its runs, the fitted one may not.
             law = fit_law(sample, config, fit.start, inside=False).law
-            forecasts.append([law.loss(C) + rng.choice(pools[-1][1]) for C in targets])
+            forecasts.append([law.loss(C) + rng.choice(last) for C in targets])
     if len(forecasts) < 0.95 * draws:
         return [None] * len(targets)
     return np.quantile(forecasts, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T.tolist()

@@ -476,12 +476,12 @@ def run_bootstrap(runs, fit, config, targets, draws=400, seed=0):
     residual = (residual - residual.mean()) * math.sqrt(len(runs) / spare)
     rng, forecasts = np.random.default_rng(seed), []
     groups = [*by_budget(runs).values()]
+    own = [rows for rows in groups if len(rows) >= 8]
     last = residual[groups[-1]] if len(groups[-1]) >= 8 else residual
     for _ in range(draws):
         losses = fit.fitted + rng.choice(residual, len(runs))
-        for rows in groups:
-            if len(rows) >= 8:
-                losses[rows] = fit.fitted[rows] + rng.choice(residual[rows], len(rows))
+        for rows in own:
+            losses[rows] = fit.fitted[rows] + rng.choice(residual[rows], len(rows))
         sample = [replace(r, loss=float(y)) for r, y in zip(runs, losses)]
         with contextlib.suppress(BadInput):
             # A resampled curve may have its minimum outside its runs, the fitted one may not.

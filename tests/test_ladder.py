@@ -15,7 +15,7 @@ import pytest
 import model
 import scaling
 import train
-from configs.ladder import curves, figures, plan, seeds
+from configs.ladder import copying, curves, figures, plan, seeds
 from configs.ladder import noise as noise_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -411,6 +411,16 @@ def test_a_setting_is_compared_with_the_runs_of_the_same_seeds():
               row(1.0, "--beta2=0.9", "--clip=1"), row(2.0, "--clip=1")]
     assert noise_study.against(base, others) == [
         (3e11, 32, "--beta2=0.9", 2, pytest.approx(2.0)), (3e11, 32, "--clip=1", 1, pytest.approx(-50.0))]
+
+
+def test_a_row_that_repeats_tells_every_token_of_its_second_half():
+    class Mixture:
+        heldout = {"one": type("S", (), {"read": lambda self, at, count: np.arange(50)})()}
+        tokenizer = type("T", (), {"eot": 7})()
+    tokens, targets = copying.repeated_rows(Mixture, 3, 8)
+    assert tokens.shape == targets.shape == (3, 16) and tokens.dtype == targets.dtype == np.int32
+    assert (tokens[:, :8] == tokens[:, 8:]).all() and (targets[:, :-1] == tokens[:, 1:]).all()
+    assert 7 not in tokens and len(np.unique(tokens)) > 8
 
 
 def test_every_model_of_the_third_ladder_has_the_same_kinds_of_layers():

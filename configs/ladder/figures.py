@@ -236,13 +236,18 @@ def scientific(C):
     return rf"${times}10^{{{int(power)}}}$"
 
 
+def budget_color(i, budgets):
+    """From blue for the smallest budget to green for the largest."""
+    shade = 0.1 + 0.8 * i / max(1, budgets - 1)
+    return 0.15, 0.75 * shade, 1 - 0.75 * shade
+
+
 def draw_isoflop(ax, r):
     """Every run of the ladder, the curve through each budget, its optimum, and what was excluded."""
     axis, fit = r["config"].axis, r["fit"]
     for i, v in enumerate(fit.optima):
         x, y = scaling.columns_of([run for run in r["ladder"] if run.budget == v.budget], axis, "loss")
-        shade = 0.1 + 0.8 * i / max(1, len(fit.optima) - 1)
-        color = (0.15, 0.75 * shade, 1 - 0.75 * shade)              # from blue to green with the budget
+        color = budget_color(i, len(fit.optima))
         ax.plot(x, y, "o", ms=3, color=color)
         ax.plot(getattr(v, axis), v.loss, "*", ms=9, color=color, mec="k", mew=0.5)
         ax.annotate(scientific(v.budget), max(zip(x, y)), (5, 4 if i % 2 else -4), va="center", fontsize=7,
@@ -320,8 +325,7 @@ def draw_fit(r, path):
 
 
 def draw_registered(ax, records, optima):
-    """The registered laws, each forecast by one, and what was observed."""
-    records = [record for record in records if record["law"]]
+    """The registered laws, each forecast by one, and what was observed. records: those with a law."""
     C = np.array([v.budget for v in optima])
     ax.plot(C, [v.loss for v in optima], "o", ms=4, color=BLUE, label="optima (fitted)")
     last, laws = max(record["C"] for record in records), [record["law"] for record in records]
@@ -361,17 +365,15 @@ def draw_errors(ax, records):
 def draw_collapse(ax, tables):
     """The training curves of runs near the optimum, a color a budget: (L - E) / (end - E)."""
     found = curves.read_curves(tables)
-    E, drawn = curves.collapse_E(found), {}
+    E, by_budget = curves.collapse_E(found), {}
     for curve in found:
-        budget = float(re.search(r"_c([\de.]+)_d", curve.run)[1])
-        drawn.setdefault(budget, []).append(curve)
-    for i, budget in enumerate(sorted(drawn)):
-        shade = 0.1 + 0.8 * i / max(1, len(drawn) - 1)
-        for j, curve in enumerate(drawn[budget]):
+        by_budget.setdefault(float(re.search(r"_c([\de.]+)_d", curve.run)[1]), []).append(curve)
+    for i, budget in enumerate(sorted(by_budget)):
+        for j, curve in enumerate(by_budget[budget]):
+            fitted_R = curve.fitted_R()
             y = (curve.loss_R - E) / (curves.final_loss(curve) - E)
-            known_R = curve.fitted_R()
-            ax.plot((curves.middle_R(curve) / curve.steps)[known_R], y[known_R], lw=0.6,
-                    color=(0.15, 0.75 * shade, 1 - 0.75 * shade), label="" if j else scientific(budget))
+            ax.plot((curves.middle_R(curve) / curve.steps)[fitted_R], y[fitted_R], lw=0.6,
+                    color=budget_color(i, len(by_budget)), label="" if j else scientific(budget))
     ax.set(xlabel="share of the run", ylabel="(loss - $E$) / (its end - $E$)",
            title=f"training losses lie closest at $E$ = {E:.2f}: {100 * curves.spread(found, E):.1f} %")
     ax.legend(title="$C$ (FLOPs)")
@@ -380,17 +382,18 @@ def draw_collapse(ax, tables):
 def draw_ladder(folder=LADDER, draws=400):
     """ladder.png: the isoFLOP curves, the registered laws, each error, and the collapse or what E decides."""
     records = forecasts(folder)
-    r = ladder_fit(folder, 1 if records else draws)     # records bring their own intervals
-    if not records:
+    by_law = [record for record in records if record["law"]]
+    r = ladder_fit(folder, 1 if by_law else draws)      # records bring their own intervals
+    if not by_law:
         draw_fit(r, folder / "ladder.png")
         return
-    last = [record for record in records if record["C"] == r["forecasts"][-1]["C"]]
-    with figure(2, 2, (9, 7), folder / "ladder.png") as (curves, laws, errors, profile):
-        draw_isoflop(curves, r)
-        draw_registered(laws, records, r["fit"].optima)
+    last = [record for record in by_law if record["C"] == r["forecasts"][-1]["C"]]
+    with figure(2, 2, (9, 7), folder / "ladder.png") as (isoflop, laws, errors, profile):
+        draw_isoflop(isoflop, r)
+        draw_registered(laws, by_law, r["fit"].optima)
         draw_errors(errors, records)
-        if (folder / "curves.csv").is_file():
-            draw_collapse(profile, sorted(folder.glob("*curves.csv")))
+        if tables := sorted(folder.glob("*curves.csv")):
+            draw_collapse(profile, tables)
             return
         draw_profile(profile, r, [(record["law"].E, record["forecast"],
                                    f"{record['name']}: {record['forecast']:.4f}") for record in last])
@@ -400,11 +403,12 @@ def draw_ladder(folder=LADDER, draws=400):
 
 
 def draw_rungs(table, path):
-    """Speed-up over the first rung at equal loss against compute, a line a rung; Marin's at 1e18 FLOPs in gray."""
+    """Speed-up over the first rung at equal loss against compute, a line a rung; squares: Marin's, at 1e18 FLOPs."""
     names = [row["rung"][2:].replace("_", " ") for row in table]
     names = ["attention, not V2's" if name == "attention" else name for name in names]
     with figure(1, 2, (9, 3.8), path) as axes:
         for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
+            theirs = np.cumprod([PUBLISHED.get(row["rung"], (1, 1))[k] for row in table])
             for i, row in enumerate(table[1:], 1):
                 gains = {C: gain for C, gain in row["by_budget"].items() if gain[key]}
                 C, y = np.array([*gains], float), np.array([gain[key] for gain in gains.values()])
@@ -414,9 +418,8 @@ def draw_rungs(table, path):
                 if len(y):
                     ax.errorbar(at, y, np.abs(ends.T - y), fmt="o-", ms=4, lw=1.2, color=color, capsize=2,
                                 label=names[i])
-                theirs = np.cumprod([PUBLISHED.get(r["rung"], (1, 1))[k] for r in table])[i]
                 if row["rung"] in PUBLISHED:
-                    ax.plot(1e18, theirs, "s", color=color, ms=5, mfc="w")
+                    ax.plot(1e18, theirs[i], "s", color=color, ms=5, mfc="w")
             ax.axhline(1, color="k", lw=0.6)
             ax.set(xscale="log", yscale="log", xlabel="training compute $C$ (FLOPs); squares: published",
                    title=f"{key.replace('_', '-')} speed-up over {names[0]}")

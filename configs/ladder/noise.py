@@ -1,7 +1,7 @@
 """Noise first: how far seeds lie apart, and what a ladder with this noise can forecast.
 
     python configs/ladder/noise.py TABLE [TABLE ...]                     spread of the seeds of each run
-    python configs/ladder/noise.py third/runs.csv --against third/rates.csv     what one more setting changes
+    python configs/ladder/noise.py TABLE [TABLE ...] --against TABLE     what one more setting changes
     python configs/ladder/noise.py --budgets 3e11 3e12 3e13 --noise 0.1 --targets 3e14 9e14
 
 The last form is arithmetic: the standard deviation of a forecast, in % of the loss, if each vertex of

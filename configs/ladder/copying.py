@@ -7,6 +7,7 @@ held-out tokens, so that only what stands before tells what comes. README.md has
     --steps=1568 --batch_size=12
 
 with third.py, and with third/pilot.py, which lacks the key offset."""
+import argparse
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(config, words):
     step, state = train.make_train_step(c, t, mesh), train.first_state(c, t, mesh, mixture.tokenizer)
     score, half = train.make_eval_step(c, mesh, mixture.tokenizer.bytes_V), c.seq_len // 2
     tokens, targets = repeated_rows(mixture, t.batch_size, half)
-    at = np.arange(c.seq_len)
+    at = np.arange(2 * half)
 
     def loss(which):
         weights = np.broadcast_to(which, tokens.shape).astype(np.float32)
@@ -55,4 +56,11 @@ def main(config, words):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    arguments, words = parser.parse_known_args()
+    try:
+        main(arguments.config, words)
+    except (train.ConfigError, data.DataError) as error:
+        print(f"copying.py: {error}", file=sys.stderr)
+        sys.exit(2)

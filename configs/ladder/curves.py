@@ -256,7 +256,8 @@ def stage(a, curve, curves, E):
         forecast = dict(C=a.target, loss=loss, intervals={"each from the rest, 95 %": ends}, outcomes=[])
         scaling.write_record(a.register, dict(
             forecast=forecast, target=dict(C=a.target, run=curve.run), unit="nats", eval=rows[0]["eval"],
-            failure="outside the interval, or off by 1 % or more", form=f"collapse, E {E:.4f}, first {share:.4f}",
+            choices=dict(head=a.count_head), failure="outside the interval, or off by 1 % or more",
+            form=f"collapse, E {E:.4f}, first {share:.4f}",
             curve=[curve.step_R, curve.loss_R], bytes_per_token=number(rows[0]["bytes_per_token"], a.ladder, "bytes"),
             runs=[a.ladder, *a.runs]))
 
@@ -306,6 +307,7 @@ def add_commands(command):
     add("--ladder", metavar="TABLE", help="with --hold: the table of the runs, for the held-out loss of the held one")
     add("--register", metavar="FILE", help="with --ladder: lock that forecast in a new file")
     add("--target", type=scaling.number, metavar="C", help="with --register: FLOPs of the held run")
+    add("--count-head", action="store_true", help="with --register: C counts the output head")
     add("--out", metavar="TABLE.csv", help="the curves as a new table")
 
 

@@ -30,7 +30,7 @@ PUBLISHED = {"c_moe_v1": (6.7, 3.6), "d_more_experts": (1.4, 1.3), "e_muonh": (1
              "f_attention": (1.25, 1.25)}
 NAMES = {"a_dense_adamw": "dense, AdamW, tuned rate", "b_dense_adamh": "dense, AdamH",
          "c_moe_v1": "MoE V1: 16 experts, quantile balancing", "d_more_experts": "64 experts",
-         "e_muonh": "MuonH", "f_attention": "half-RoPE, key offset, no full layer (not V2's attention)"}
+         "e_muonh": "MuonH", "f_attention": "V2's attention"}
 
 
 # ----------------------------------------------------------------------------------------- the tables
@@ -68,17 +68,22 @@ def ladder_fit(folder=LADDER, draws=400):
                            source=str(tables[0]), draws=draws)
 
 
-def rung_points(folder=LADDER):
-    """{rung: [(budget asked for, (C, loss, tokens per second or nan))]} of rung_runs/.
+def rung_tables(folder=LADDER):
+    """The tables of rungs in a ladder's folder: in the second ladder's shapes, and in the third's."""
+    return [path for path in (folder / "rung_runs" / "runs.csv", folder / "third" / "rungs.csv") if path.is_file()]
 
-    The rate is FLOPs per second from speed.csv, measured apart on a quiet machine: at equal C a run
-    takes C over it, whatever its width."""
+
+def rung_points(table):
+    """{rung: [(budget asked for, (C, loss, tokens per second or nan))]} of a table of rungs.
+
+    The rate is FLOPs per second from speed.csv beside it, measured apart on a quiet machine: at equal C a
+    run takes C over it, whatever its width."""
     rate = {}
     with contextlib.suppress(FileNotFoundError):
-        with open(folder / "rung_runs" / "speed.csv", newline="") as file:
+        with open(table.parent / "speed.csv", newline="") as file:
             rate = {row["config"]: float(row["flops_per_second"]) for row in csv.DictReader(file)}
     points = {}
-    for run in scaling.read_csv(folder / "rung_runs" / "runs.csv", head=True):
+    for run in scaling.read_csv(table, head=True):
         name = run.extra["config"]
         rung, budget = re.fullmatch(r"(.+)_c([\d.e]+)_d\d+(?:_s\d+)?", name).groups()
         speed = rate.get(re.sub(r"_s\d+$", "", name), math.nan)
@@ -86,26 +91,33 @@ def rung_points(folder=LADDER):
     return {rung: points[rung] for rung in sorted(points)}
 
 
-def rung_table(points, E, alpha):
-    """A dict(rung, loss {budget: mean over seeds}, per_rung, cumulative, by_budget) for each rung.
+def rung_law(tables):
+    """The law of the first rung's losses in all tables, E free: the compute it needs to reach a loss."""
+    first = [point for table in tables for point in next(iter(rung_points(table).values()))]
+    by_budget = {C: [point for at, point in first if at == C] for C, _ in first}
+    means = [np.mean([point[:2] for point in points], axis=0) for points in by_budget.values()]
+    return scaling.loss_law(*np.transpose(means), where=tables[0])
 
-    The last three are what `speedup` gives at equal loss: over the rung before, over the first, and
-    over the first at each budget. E, alpha: the law of the ladder, which trains one of the rungs."""
-    table, rungs = [], list(points)
-    for i, rung in enumerate(rungs):
-        def gain(base, budget=None):
-            sides = [[point for C, point in points[name] if budget in (None, C)] for name in (base, rung)]
-            return speedup(*sides, E, alpha)
 
-        budgets = sorted({C for C, _ in points[rung]})
-        losses = {C: float(np.mean([point[1] for at, point in points[rung] if at == C])) for C in budgets}
-        table.append(dict(rung=rung, loss=losses, per_rung=gain(rungs[max(0, i - 1)]),
-                          cumulative=gain(rungs[0]), by_budget={C: gain(rungs[0], C) for C in budgets}))
+def rung_table(points, law):
+    """{rung: {budget: dict(loss)}} of what rung_points gave: the mean over seeds, and what `speedup` gives over
+    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have in common."""
+    groups = [[loss for C, (_, loss, _) in points[rung] if C == budget]
+              for rung in points for budget in {C for C, _ in points[rung]}]
+    spare = sum(len(losses) - 1 for losses in groups)
+    noise = math.sqrt(sum(len(losses) * np.var(losses) for losses in groups) / spare) if spare else 0.0
+    base, table = points[next(iter(points))], {}
+    for rung in points:
+        table[rung] = {}
+        for budget in sorted({C for C, _ in points[rung]} & {C for C, _ in base}):
+            sides = [[point for C, point in side if C == budget] for side in (base, points[rung])]
+            table[rung][budget] = dict(loss=float(np.mean([loss for _, loss, _ in sides[1]])),
+                                       **speedup(*sides, law.E, law.alpha, noise))
     return table
 
 
 def registered_law(folder=LADDER):
-    """The law by which rungs are compared: the last record's, or the ladder's own fit without records."""
+    """The law by which the gate compares: the last record's, or the ladder's own fit without records."""
     laws = [record["law"] for record in forecasts(folder) if record["law"]]
     return laws[-1] if laws else ladder_fit(folder, draws=1)["fit"].law
 
@@ -156,17 +168,37 @@ def markdown(columns, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def gain_cell(gain, key):
-    """A speed-up with its 90 % interval, or a dash."""
-    if gain[key] is None:
-        return "-"
-    low, high = gain[f"{key}_interval"]
-    return f"{gain[key]:.2f} ({low:.2f} to {high:.2f})"
+def rung_cell(found):
+    """A rung's loss at a budget, and its speed-ups in compute and wall clock as far as they were measured."""
+    if not found:
+        return ""
+    gains = [f"{found[key]:.2f}" for key in ("compute", "wall_clock") if found[key]]
+    return ", ".join([f"{found['loss']:.3f}", *gains])
+
+
+def print_rungs(paths):
+    """One table of all rungs: first the second ladder's shapes, then, with a star, the third's."""
+    law = rung_law(paths)
+    tables = [rung_table(rung_points(path), law) for path in paths]
+    columns = [(table, C, star) for table, star in zip(tables, ("", "*"))
+               for C in sorted({C for by_budget in table.values() for C in by_budget})]
+    theirs = dict(zip(tables[0], np.cumprod([PUBLISHED.get(rung, (1, 1)) for rung in tables[0]], axis=0)))
+    print(f"Rungs: loss, speed-up over the first in compute and wall clock at equal loss, by {law}\n")
+    print(markdown(["rung", *(f"{C:.1e}".replace("+", "").replace(".0e", "e") + star for _, C, star in columns),
+                    "published"],
+                   [(NAMES.get(rung, rung), *(rung_cell(table.get(rung, {}).get(C)) for table, C, _ in columns),
+                     "{:.1f}, {:.1f}".format(*theirs[rung]) if rung in PUBLISHED else "") for rung in tables[0]]))
+    for path, table in zip(paths, tables):
+        C = max(table[next(iter(table))])
+        for rung, by_budget in table.items():
+            if ends := by_budget.get(C, {}).get("compute_interval"):
+                print("{}, {:.1e}: {} {:.2f} ({:.2f} to {:.2f}, 90 %)".format(
+                    path.parent.name, C, NAMES.get(rung, rung), by_budget[C]["compute"], *ends))
 
 
 def print_markdown(folder=LADDER):
     """Every table of README.md. Only the folder of the rungs has a pilot and rungs."""
-    rungs = (folder / "rung_runs" / "runs.csv").is_file()
+    rungs = rung_tables(folder)
     if rungs:
         print("Pilot: loss by what was varied\n")
         print(markdown(["what", "FLOPs", "value: loss"], [
@@ -192,21 +224,7 @@ def print_markdown(folder=LADDER):
     if not rungs:
         return
 
-    law = registered_law(folder)
-    table = rung_table(rung_points(folder), law.E, law.alpha)
-    budgets = [f"{C:.1e}".replace("+", "").replace(".0e", "e") for C in table[0]["loss"]]
-    print("Rungs: mean loss of two seeds, and speed-ups at equal loss over all budgets (90 %)\n")
-    print(markdown(["rung", *budgets, "compute, over the rung before", "cumulative", "wall clock, cumulative",
-                    "published, over the rung before"], [
-        (NAMES.get(row["rung"], row["rung"]), *(f"{loss:.3f}" for loss in row["loss"].values()),
-         gain_cell(row["per_rung"], "compute"), gain_cell(row["cumulative"], "compute"),
-         gain_cell(row["cumulative"], "wall_clock"),
-         "{}, {}".format(*PUBLISHED.get(row["rung"], ("-", "-")))) for row in table]))
-    print("Rungs: speed-up in compute, wall clock over the first rung, budget by budget\n")
-    print(markdown(["compute, wall clock", *budgets], [
-        (NAMES.get(row["rung"], row["rung"]),
-         *(f"{gain['compute']:.2f}, {gain['wall_clock'] or math.nan:.2f}" for gain in row["by_budget"].values()))
-        for row in table[1:]]))
+    print_rungs(rungs)
 
 
 # ----------------------------------------------------------------------------------------- the pictures
@@ -356,7 +374,7 @@ def draw_errors(ax, records):
     ax.axhline(0, color=BLUE, lw=1.2, label="registered forecast")
     ax.set_xticks(at, [record["name"].removeprefix("forecast_").replace("_", "\n")
                        + (f"\n{record['form']}" if record["law"] else "") for record in records], fontsize=7)
-    ax.set(ylabel="distance from its forecast (%)", title="each outcome against its own forecast")
+    ax.set(ylabel="distance from its forecast (%)", title="each outcome against its own forecast, made before the run")
     ax.set_xlim(-0.5, len(records) - 0.2)
     ax.set_ylim(top=1.3 * ax.get_ylim()[1])             # room for the legend
     ax.legend(loc="upper center", ncols=3)
@@ -391,7 +409,7 @@ def draw_ladder(folder=LADDER, draws=400):
     with figure(2, 2, (9, 7), folder / "ladder.png") as (isoflop, laws, errors, profile):
         draw_isoflop(isoflop, r)
         draw_registered(laws, by_law, r["fit"].optima)
-        draw_errors(errors, records)
+        draw_errors(errors, by_law)                     # those from a run's own beginning are far off
         if tables := sorted(folder.glob("*curves.csv")):
             draw_collapse(profile, tables)
             return
@@ -402,30 +420,39 @@ def draw_ladder(folder=LADDER, draws=400):
         profile.legend()
 
 
-def draw_rungs(table, path):
-    """Speed-up over the first rung at equal loss against compute, a line a rung; squares: Marin's, at 1e18 FLOPs."""
-    names = [row["rung"][2:].replace("_", " ") for row in table]
-    names = ["attention, not V2's" if name == "attention" else name for name in names]
+def draw_rungs(paths, path):
+    """Speed-up over the first rung at equal loss against compute, a line a rung; squares: Marin's, at 1e18 FLOPs.
+
+    The second ladder's shapes are dotted: at them the last rung has no layer that sees the whole sequence."""
+    law = rung_law(paths)
     with figure(1, 2, (9, 3.8), path) as axes:
         for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
-            theirs = np.cumprod([PUBLISHED.get(row["rung"], (1, 1))[k] for row in table])
-            for i, row in enumerate(table[1:], 1):
-                gains = {C: gain for C, gain in row["by_budget"].items() if gain[key]}
-                C, y = np.array([*gains], float), np.array([gain[key] for gain in gains.values()])
-                ends = np.array([gain[f"{key}_interval"] or (gain[key],) * 2 for gain in gains.values()])
-                color = ("0.5", "C0", "C1", "C2", "C3")[(i - 1) % 5]
-                at = C * 1.05**(i - 3)                  # apart, so that intervals can be seen
-                if len(y):
-                    ax.errorbar(at, y, np.abs(ends.T - y), fmt="o-", ms=4, lw=1.2, color=color, capsize=2,
-                                label=names[i])
-                if row["rung"] in PUBLISHED:
-                    ax.plot(1e18, theirs[i], "s", color=color, ms=5, mfc="w")
+            for table, style in zip(paths, ("-",) if len(paths) == 1 else (":", "-")):
+                rungs = rung_table(rung_points(table), law)
+                theirs = np.cumprod([PUBLISHED.get(rung, (1, 1))[k] for rung in rungs])
+                for i, rung in enumerate([*rungs][1:], 1):
+                    color = ("0.5", "C0", "C1", "C2", "C3")[(i - 1) % 5]
+                    draw_gains(ax, rungs[rung], key, 1.05**(i - 3), style, color, rung[2:].replace("_", " "))
+                    if rung in PUBLISHED:
+                        ax.plot(1e18, theirs[i], "s", color=color, ms=5, mfc="w")
             ax.axhline(1, color="k", lw=0.6)
             ax.set(xscale="log", yscale="log", xlabel="training compute $C$ (FLOPs); squares: published",
-                   title=f"{key.replace('_', '-')} speed-up over {names[0]}")
+                   title=f"{key.replace('_', '-')} speed-up over {next(iter(rungs))[2:].replace('_', ' ')}")
             ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", *"1248", "16"])
             ax.minorticks_off()
         axes[0].legend()
+
+
+def draw_gains(ax, by_budget, key, shift, style, color, name):
+    """One rung's speed-ups with their 90 % intervals; shift: a factor of C that keeps the bars of rungs apart."""
+    gains = {C: gain for C, gain in by_budget.items() if gain[key]}
+    if not gains:
+        return
+    C, y = shift * np.array([*gains], float), np.array([gain[key] for gain in gains.values()])
+    ends = np.array([gain[f"{key}_interval"] or (gain[key],) * 2 for gain in gains.values()])
+    solid = style == "-"
+    ax.errorbar(C, y, np.abs(ends.T - y), fmt="o" + style, ms=4 if solid else 2, capsize=2,
+                lw=1.2 if solid else 0.8, color=color, label=name if solid else "")
 
 
 def figures_command(a):
@@ -434,9 +461,8 @@ def figures_command(a):
         print_markdown(folder)
         return
     draw_ladder(folder, a.draws)
-    if (folder / "rung_runs" / "runs.csv").is_file():
-        law = registered_law(folder)
-        draw_rungs(rung_table(rung_points(folder), law.E, law.alpha), folder / "rungs.png")
+    if tables := rung_tables(folder):
+        draw_rungs(tables, folder / "rungs.png")
 
 
 def add_commands(command):

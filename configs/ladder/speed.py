@@ -1,15 +1,17 @@
-"""Step times of the rungs, all in one process, in turns, so that they compare:  python configs/ladder/speed.py
+"""Step times of the rungs, all in one process, in turns, so that they compare.
+
+    python configs/ladder/speed.py [TABLE]              (configs/ladder/rung_runs/runs.csv)
 
 Give it a quiet machine: what else runs there ends up in the numbers, and the runs' own tokens per second
-depend on what the machine did that day. Every row of rung_runs/runs.csv with seed 0 takes a few steps in
-each of 12 rounds, and its time is the smallest. Writes rung_runs/speed.csv, which figures.py reads."""
+depend on what the machine did that day. Every row of the table with seed 0 takes a few steps in each of
+12 rounds, and its time is the smallest. Writes speed.csv beside the table, which figures.py reads."""
 import csv
 import sys
 import time
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent / "rung_runs"
-sys.path.insert(0, str(FOLDER.parents[2]))
+LADDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(LADDER.parents[1]))
 
 import jax          # noqa: E402
 
@@ -41,8 +43,8 @@ def runner(base, overrides):
     return run, model.count(c).mfu_flops * t.batch_size * c.seq_len
 
 
-def main():
-    _, rows = scaling.read_table(FOLDER / "runs.csv")
+def main(table=LADDER / "rung_runs" / "runs.csv"):
+    _, rows = scaling.read_table(table)
     runners = {row["config"]: runner(row["base"], row["overrides"]) for row in rows if row["seed"] == "0"}
     best = dict.fromkeys(runners, float("inf"))
     for _ in range(ROUNDS):
@@ -50,13 +52,13 @@ def main():
             start = time.perf_counter()
             run()
             best[name] = min(best[name], (time.perf_counter() - start) / STEPS)
-    with open(FOLDER / "speed.csv", "w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["config", "milliseconds", "flops_per_second", "commit"])
+    with open(Path(table).parent / "speed.csv", "w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(["config", "milliseconds", "flops_per_second", "commit"])
         for name, (_, flops) in runners.items():
-            table.writerow([name, f"{1e3 * best[name]:.3f}", f"{flops / best[name]:.6g}", train.git_commit()])
+            out.writerow([name, f"{1e3 * best[name]:.3f}", f"{flops / best[name]:.6g}", train.git_commit()])
             print(f"{name:40s} {1e3 * best[name]:8.1f} ms  {flops / best[name] / 1e9:7.2f} GFLOP/s")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -65,6 +65,12 @@ def read(out, part):
     return [text for domain, text in found if domain], [text for domain, text in found if not domain]
 
 
+def test_the_share_of_repeated_spans():
+    a, b, c = ("\n".join(letter * 60 for letter in letters) for letters in ("xyx", "yz", "w"))
+    assert corpus.repeats([a, b, c]) == 2 / 6               # y is in two documents, x only in one
+    assert corpus.repeats([a, a, a]) == 1 and corpus.repeats([c]) == 0
+
+
 def test_a_corpus_is_built_cut_and_fixed_by_hash(tmp_path, monkeypatch):
     """Two wheels without a network: the license that all files share and a held-out function that a training file
     copies must both be gone from training."""

@@ -185,7 +185,8 @@ def test_the_tables_of_the_calibration_say_what_the_readme_says(capsys):
     assert f"Base against base, {calibrate.GATES} gates" in text
     shown = [line for line in text.splitlines() if "|" in line or "Base against" in line]
     readme = (gate.ROOT / "configs/ladder/README.md").read_text()
-    assert all(line in readme for line in shown), [line for line in shown if line not in readme]
+    told = [line for line in readme[readme.index("Base against"):].splitlines() if "|" in line or "Base" in line]
+    assert len(told) == 10 and {*told} <= {*shown}, {*told} - {*shown}
     tried = {row["name"]: row for row in calibrate.read(calibrate.VERDICTS)}
     ideas = {path.stem for path in (gate.ROOT / "configs/ladder/ideas").glob("*.patch")}
     assert tried.keys() <= calibrate.KNOWN.keys() | ideas and tried["rates 4 times lower"]["verdict"] == "does not hold"

@@ -334,6 +334,21 @@ def test_curves_of_one_shape_collapse_at_their_e_and_tell_the_end_from_the_begin
         curves.end_of(begun, family, 1.2, 0.05)
 
 
+def test_the_gap_weighs_held_out_domains_as_training_does(monkeypatch, capsys):
+    """The two runs at 3e14, from their rows and the last 5 % of their curves."""
+    monkeypatch.chdir(ROOT)
+    rows = [row for row in table("third/hero", "runs.csv").values() if row["width"] == "184"]
+    held = np.mean([0.75 * float(row["loss_code"]) + 0.1 * float(row["loss_docs"]) + 0.15 * float(row["loss_books"])
+                    for row in rows])
+    ends = [float(row["loss"]) for row in scaling.read_table(LADDER / "third/hero_curves.csv")[1]
+            if int(row["step"]) > 0.95 * 12846]
+    assert scaling.main(["curves", str(LADDER / "third/hero_curves.csv"), "--gap", "--ladder",
+                         str(LADDER / "third/hero/runs.csv")]) == 0
+    assert capsys.readouterr().out == (f"3e+14, width 184, 2 seeds: training {np.mean(ends):.3f}, held out {held:.3f}, "
+                                       f"gap {held - np.mean(ends):.3f}\n")
+    assert scaling.main(["curves", str(LADDER / "third/hero_curves.csv"), "--gap"]) == 2
+
+
 def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_path, capsys):
     """Planted: five curves of one shape, whose held-out loss is 1.1 of the final one to the power 0.9."""
     law = curves.CurveLaw("annealing", 0.0, 3.0, 0.01, (0.5,))

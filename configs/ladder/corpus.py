@@ -1,6 +1,7 @@
 """Build the ladder's reference corpus from corpus.txt: code, documentation, books, fixed by hash.
 
     python configs/ladder/corpus.py [--out=out/ladder_corpus]
+    python configs/ladder/corpus.py --repeats       what share of the training text of OUT repeats itself
 
 Writes train.jsonl and heldout.jsonl in OUT/PART for each part of the list, and OUT/report.json. A
 mixture names a part as 'out/ladder_corpus/code/*.jsonl'. The steps are: gather the documents, drop
@@ -62,6 +63,17 @@ def decontaminate(text, shared):
     stretches = itertools.groupby(enumerate(text.split("\n")), lambda line: line[0] in struck)
     rests = ["\n".join(line for _, line in lines) for gone, lines in stretches if not gone]
     return [rest for rest in rests if len(rest.encode("utf-8", "replace")) >= REST_BYTES]
+
+
+def repeats(texts):
+    """The share of the spans of some documents that two of them or more have."""
+    owner = {}                                  # hash of a span -> its document, None if there are several
+    for i, text in enumerate(texts):
+        for span, _, _ in spans(text):
+            if owner.setdefault(hash(span), i) != i:
+                owner[hash(span)] = None
+    several = [owner[hash(span)] is None for text in texts for span, _, _ in spans(text)]
+    return sum(several) / len(several)
 
 
 def read_list(path):
@@ -142,7 +154,13 @@ def main(args):
     parser.add_argument("--list", default=os.path.relpath(FOLDER / "corpus.txt"))
     parser.add_argument("--out", type=Path, default=Path("out/ladder_corpus"))
     parser.add_argument("--cache", default="out/data", help="keeps wheels/ (default %(default)s)")
+    parser.add_argument("--repeats", action="store_true", help="read OUT instead of building it")
     args = parser.parse_args(args)
+    if args.repeats:
+        for path in sorted(args.out.glob("*/train.jsonl")):
+            texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+            print(f"{path.parent.name}: {100 * repeats(texts):.1f} % of its spans are in two documents or more")
+        return
     data.need(not args.out.exists(), f"{args.out}: exists already; delete it to build anew")
     report = build(args.list, args.out, args.cache)
     print(f"text sha256 {report['sha256']}")

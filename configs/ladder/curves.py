@@ -2,6 +2,7 @@
 
     python scaling.py curves RUN [RUN ...] --hold RUN       fit both laws to some runs, forecast others
     python scaling.py curves RUN [RUN ...] --collapse       E from compute-optimal runs of several sizes
+    python scaling.py curves RUN [RUN ...] --gap --ladder runs.csv      training loss beside held-out loss
     python scaling.py curves RUN [RUN ...] --collapse --hold RUN --until 0.3     the end of a run from its first 30 %
     ... --ladder runs.csv --target 3e14 --register FILE.json        its held-out loss, locked in a file for `score`
 
@@ -15,6 +16,7 @@ two rows of metrics.jsonl, which is that of unseen text as long as no text is re
 Letters: R rows of a curve."""
 
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,6 +264,21 @@ def stage(a, curve, curves, E):
             runs=[a.ladder, *a.runs]))
 
 
+def tell_gap(curves, table):
+    """Print, for each kind of run, the end of the training loss and the held-out loss in the same shares of domains.
+
+    A gap, where no text was read before, tells that training text repeats itself (`corpus.py --repeats`)."""
+    kinds = {}
+    for curve, row in zip(curves, rows_of(curves, table)):
+        _, t = plan.load(row["base"], {}, shlex.split(row["overrides"]))
+        held = sum(share * number(row[f"loss_{Path(source).parent.name}"], table) for source, share in t.mixture)
+        kinds.setdefault((float(row["planned_flops"]), int(row["width"])), []).append((final_loss(curve), held))
+    for (C, width), losses in sorted(kinds.items()):
+        train, held = np.mean(losses, axis=0)
+        print(f"{C:.3g}, width {width}, {len(losses)} seeds: training {train:.3f}, held out {held:.3f}, "
+              f"gap {held - train:.3f}")
+
+
 # ------------------------------------------------------------------------------------- command line
 
 def tell(curve, forecast):
@@ -279,6 +296,10 @@ def curves_command(a):
         rows = [row for curve in curves + held
                 for row in table_rows(curve.run, curve.steps, zip(curve.step_R, curve.rate_R, curve.loss_R))]
         scaling.write_new(a.out, scaling.csv_text(COLUMNS, rows))
+    if a.gap:
+        need(a.ladder, "--ladder", "the table of the runs", "none", "give it")
+        tell_gap(curves, a.ladder)
+        return
     if a.collapse:
         need(len(curves) >= 2, "--collapse", "two runs or more", len(curves), "name more")
         best = collapse_E(curves) if a.asymptote is None else a.asymptote
@@ -302,6 +323,7 @@ def add_commands(command):
     add("runs", nargs="+", metavar="RUN", help="run directories of one size, or a table of curves")
     add("--hold", nargs="+", default=[], metavar="RUN", help="forecast these")
     add("--collapse", action="store_true", help="E from compute-optimal runs of several sizes")
+    add("--gap", action="store_true", help="with --ladder: how far held-out loss is above training loss")
     add("--asymptote", type=scaling.number, metavar="E", help="with --collapse, instead of the best")
     add("--until", type=scaling.number, default=0.3, metavar="SHARE", help="of a held run that is known (%(default)s)")
     add("--ladder", metavar="TABLE", help="with --hold: the table of the runs, for the held-out loss of the held one")

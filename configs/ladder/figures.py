@@ -101,11 +101,12 @@ def rung_law(tables):
 
 def rung_table(points, law):
     """{rung: {budget: dict(loss)}} of what rung_points gave: the mean over seeds, and what `speedup` gives over
-    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have in common."""
+    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have in common, if
+    at least five of them are second ones."""
     groups = [[loss for C, (_, loss, _) in points[rung] if C == budget]
               for rung in points for budget in {C for C, _ in points[rung]}]
     spare = sum(len(losses) - 1 for losses in groups)
-    noise = math.sqrt(sum(len(losses) * np.var(losses) for losses in groups) / spare) if spare else 0.0
+    noise = math.sqrt(sum(len(losses) * np.var(losses) for losses in groups) / spare) if spare > 4 else 0.0
     base, table = points[next(iter(points))], {}
     for rung in points:
         table[rung] = {}
@@ -196,6 +197,18 @@ def print_rungs(paths):
                     path.parent.name, C, NAMES.get(rung, rung), by_budget[C]["compute"], *ends))
 
 
+def print_law(optima, records):
+    """The law of the optima, E free, and that of the optima and what was observed at larger C; distances from both."""
+    runs = {(r["C"], loss) for r in records for loss, _ in r["outcomes"]}       # each once
+    seen = [(C, float(np.mean([loss for at, loss in runs if at == C]))) for C in sorted({C for C, _ in runs})]
+    last = max([optima[-1][0], *(r["C"] for r in records)])
+    for name, points in (("Optima", optima), ("With what was observed", optima + seen)):
+        C, L = np.transpose(points)
+        law = scaling.loss_law(C, L)
+        off = ", ".join(f"{percent:+.2f}" for percent in 100 * (L / law.loss(C) - 1))
+        print(f"{name}: {law}, off by {off} %; {law.loss(last):.4f} at {last:.3g}\n")
+
+
 def print_markdown(folder=LADDER):
     """Every table of README.md. Only the folder of the rungs has a pilot and rungs."""
     rungs = rung_tables(folder)
@@ -210,6 +223,7 @@ def print_markdown(folder=LADDER):
         (f"{v.budget:.2g}", str(v.runs), f"{v.tokens:.2e}", f"{v.params:.2e}", f"{v.loss:.3f}")
         for v in fit["fit"].optima]))
     print("D* grows as C^{exponent:.3f} ({low:.3f} to {high:.3f}).\n".format(**fit["D_star"]))
+    print_law([(v.budget, v.loss) for v in fit["fit"].optima], forecasts(folder))
 
     print("Forecasts: registered, observed\n")
     rows = []

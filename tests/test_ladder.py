@@ -248,15 +248,16 @@ def planted(folder, gains=(1.0, 1.5, 4.0), noise=0.001):
 
 def test_figures_recompute_everything_from_the_tables(tmp_path):
     E, alpha = planted(tmp_path)
-    law = figures.rung_law(figures.rung_tables(tmp_path))
+    law, tables = figures.rung_results(tmp_path)
     assert (law.E, law.alpha) == (pytest.approx(E, abs=0.1), pytest.approx(alpha, rel=0.05))
     table = tmp_path / "rung_runs" / "runs.csv"
-    rungs = figures.rung_table(figures.rung_points(table), law)
-    for by_budget, gain in zip(rungs.values(), (1.0, 1.5, 4.0)):
+    for by_budget, gain in zip(tables[table].values(), (1.0, 1.5, 4.0)):
         assert len(by_budget) == 4
+        for key, true in (("compute", gain), ("wall_clock", gain / (gain - 0.2) * 0.8)):
+            assert np.exp(np.mean([np.log(found[key]) for found in by_budget.values()])) == pytest.approx(true, rel=0.05)
         for found in by_budget.values():
             low, high = found["compute_interval"]
-            assert low < found["compute"] < high and high / low < 1.2
+            assert low < gain * 1.02 and high > gain / 1.02 and high / low < 1.2
             assert found["compute"] == pytest.approx(gain, rel=0.1)
             assert found["wall_clock"] == pytest.approx(gain / (gain - 0.2) * 0.8, rel=0.1)
     (tmp_path / "rung_runs" / "speed.csv").unlink()

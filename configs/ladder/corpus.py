@@ -67,13 +67,14 @@ def decontaminate(text, shared):
 
 def repeats(texts):
     """The share of the spans of some documents that two of them or more have."""
-    owner = {}                                  # hash of a span -> its document, None if there are several
+    owner, times = {}, collections.Counter()    # by the hash of a span; owner: a document, None if there are several
     for i, text in enumerate(texts):
         for span, _, _ in spans(text):
-            if owner.setdefault(hash(span), i) != i:
-                owner[hash(span)] = None
-    several = [owner[hash(span)] is None for text in texts for span, _, _ in spans(text)]
-    return sum(several) / len(several)
+            key = hash(span)
+            times[key] += 1
+            if owner.setdefault(key, i) != i:
+                owner[key] = None
+    return sum(n for key, n in times.items() if owner[key] is None) / times.total()
 
 
 def read_list(path):

@@ -8,7 +8,6 @@
 An outcome is drawn against the forecast that was registered for it, never against a later one."""
 
 import contextlib
-import csv
 import json
 import math
 import re
@@ -78,11 +77,9 @@ def rung_points(table):
 
     The rate is FLOPs per second from speed.csv beside it, measured apart on a quiet machine: at equal C a
     run takes C over it, whatever its width."""
-    rate = {}
-    with contextlib.suppress(FileNotFoundError):
-        with open(table.parent / "speed.csv", newline="") as file:
-            rate = {row["config"]: float(row["flops_per_second"]) for row in csv.DictReader(file)}
-    points = {}
+    speeds = table.parent / "speed.csv"
+    times = scaling.read_table(speeds)[1] if speeds.is_file() else []
+    rate, points = {row["config"]: float(row["flops_per_second"]) for row in times}, {}
     for run in scaling.read_csv(table, head=True):
         name = run.extra["config"]
         rung, budget = re.fullmatch(r"(.+)_c([\d.e]+)_d\d+(?:_s\d+)?", name).groups()
@@ -92,11 +89,11 @@ def rung_points(table):
 
 
 def rung_law(tables):
-    """The law of the first rung's losses in all tables, E free: the compute it needs to reach a loss."""
-    first = [point for table in tables for point in next(iter(rung_points(table).values()))]
+    """The law of the first rung's losses in all tables of rung_points, E free: the compute it needs to reach a loss."""
+    first = [point for points in tables for point in next(iter(points.values()))]
     by_budget = {C: [point for at, point in first if at == C] for C, _ in first}
     means = [np.mean([point[:2] for point in points], axis=0) for points in by_budget.values()]
-    return scaling.loss_law(*np.transpose(means), where=tables[0])
+    return scaling.loss_law(*np.transpose(means), where="the first rung")
 
 
 def rung_table(points, law):
@@ -115,6 +112,19 @@ def rung_table(points, law):
             table[rung][budget] = dict(loss=float(np.mean([loss for _, loss, _ in sides[1]])),
                                        **speedup(*sides, law.E, law.alpha, noise))
     return table
+
+
+def rung_results(folder=LADDER):
+    """(the law by which rungs are compared, {table: what rung_table gives})."""
+    points = {path: rung_points(path) for path in rung_tables(folder)}
+    law = rung_law(points.values())
+    return law, {path: rung_table(found, law) for path, found in points.items()}
+
+
+def published_gains(rungs):
+    """{rung: Marin's (compute, wall clock) gain over the first one} of those that have one."""
+    gains = np.cumprod([PUBLISHED.get(rung, (1, 1)) for rung in rungs], axis=0)
+    return {rung: gain for rung, gain in zip(rungs, gains) if rung in PUBLISHED}
 
 
 def registered_law(folder=LADDER):
@@ -177,19 +187,18 @@ def rung_cell(found):
     return ", ".join([f"{found['loss']:.3f}", *gains])
 
 
-def print_rungs(paths):
+def print_rungs(law, tables):
     """One table of all rungs: first the second ladder's shapes, then, with a star, the third's."""
-    law = rung_law(paths)
-    tables = [rung_table(rung_points(path), law) for path in paths]
-    columns = [(table, C, star) for table, star in zip(tables, ("", "*"))
+    columns = [(table, C, star) for table, star in zip(tables.values(), ("", "*"))
                for C in sorted({C for by_budget in table.values() for C in by_budget})]
-    theirs = dict(zip(tables[0], np.cumprod([PUBLISHED.get(rung, (1, 1)) for rung in tables[0]], axis=0)))
+    rungs = [*next(iter(tables.values()))]
+    theirs = published_gains(rungs)
     print(f"Rungs: loss, speed-up over the first in compute and wall clock at equal loss, by {law}\n")
     print(markdown(["rung", *(f"{C:.1e}".replace("+", "").replace(".0e", "e") + star for _, C, star in columns),
                     "published"],
                    [(NAMES.get(rung, rung), *(rung_cell(table.get(rung, {}).get(C)) for table, C, _ in columns),
-                     "{:.1f}, {:.1f}".format(*theirs[rung]) if rung in PUBLISHED else "") for rung in tables[0]]))
-    for path, table in zip(paths, tables):
+                     "{:.1f}, {:.1f}".format(*theirs[rung]) if rung in theirs else "") for rung in rungs]))
+    for path, table in tables.items():
         C = max(table[next(iter(table))])
         for rung, by_budget in table.items():
             if ends := by_budget.get(C, {}).get("compute_interval"):
@@ -217,17 +226,17 @@ def print_markdown(folder=LADDER):
         print(markdown(["what", "FLOPs", "value: loss"], [
             (label, f"{C:.2g}".replace("+", ""), ", ".join(f"{value}: {loss:.3f}" for value, loss in found.items()))
             for label, C, found in pilot_table(folder)]))
-    fit = ladder_fit(folder, draws=1)
+    fit, records = ladder_fit(folder, draws=1), forecasts(folder)
     print("Ladder: the optimum of each budget\n")
     print(markdown(["C", "runs", "D*", "N*", "loss*"], [
         (f"{v.budget:.2g}", str(v.runs), f"{v.tokens:.2e}", f"{v.params:.2e}", f"{v.loss:.3f}")
         for v in fit["fit"].optima]))
     print("D* grows as C^{exponent:.3f} ({low:.3f} to {high:.3f}).\n".format(**fit["D_star"]))
-    print_law([(v.budget, v.loss) for v in fit["fit"].optima], forecasts(folder))
+    print_law([(v.budget, v.loss) for v in fit["fit"].optima], records)
 
     print("Forecasts: registered, observed\n")
     rows = []
-    for r in forecasts(folder):
+    for r in records:
         low, high = r["interval"]
         for loss, error in r["outcomes"] or [(math.nan, math.nan)]:
             inside = "inside" if low <= loss <= high else "outside"
@@ -235,10 +244,8 @@ def print_markdown(folder=LADDER):
             rows.append((f"`{r['name']}`", f"{r['C']:.1e}".replace("+", ""), r["form"].replace("$", ""),
                          f"{r['forecast']:.4f}", f"{low:.4f} to {high:.4f}", *outcome))
     print(markdown(["record", "C", "law", "forecast", "95 %", "observed", "error"], rows))
-    if not rungs:
-        return
-
-    print_rungs(rungs)
+    if rungs:
+        print_rungs(*rung_results(folder))
 
 
 # ----------------------------------------------------------------------------------------- the pictures
@@ -387,7 +394,7 @@ def draw_errors(ax, records):
             ax.annotate(f"{error:+.2f} %", (i, error), (8, 0), fontsize=8, va="center", textcoords="offset points")
     ax.axhline(0, color=BLUE, lw=1.2, label="registered forecast")
     ax.set_xticks(at, [record["name"].removeprefix("forecast_").replace("_", "\n")
-                       + (f"\n{record['form']}" if record["law"] else "") for record in records], fontsize=7)
+                       + f"\n{record['form']}" for record in records], fontsize=7)
     ax.set(ylabel="distance from its forecast (%)", title="each outcome against its own forecast, made before the run")
     ax.set_xlim(-0.5, len(records) - 0.2)
     ax.set_ylim(top=1.3 * ax.get_ylim()[1])             # room for the legend
@@ -413,8 +420,7 @@ def draw_collapse(ax, tables):
 
 def draw_ladder(folder=LADDER, draws=400):
     """ladder.png: the isoFLOP curves, the registered laws, each error, and the collapse or what E decides."""
-    records = forecasts(folder)
-    by_law = [record for record in records if record["law"]]
+    by_law = [record for record in forecasts(folder) if record["law"]]
     r = ladder_fit(folder, 1 if by_law else draws)      # records bring their own intervals
     if not by_law:
         draw_fit(r, folder / "ladder.png")
@@ -434,24 +440,23 @@ def draw_ladder(folder=LADDER, draws=400):
         profile.legend()
 
 
-def draw_rungs(paths, path):
+def draw_rungs(tables, path):
     """Speed-up over the first rung at equal loss against compute, a line a rung; squares: Marin's, at 1e18 FLOPs.
 
     The second ladder's shapes are dotted: at them the last rung has no layer that sees the whole sequence."""
-    law = rung_law(paths)
+    rungs = [*next(iter(tables.values()))]
+    theirs, names = published_gains(rungs), [rung[2:].replace("_", " ") for rung in rungs]
     with figure(1, 2, (9, 3.8), path) as axes:
         for ax, key, k in zip(axes, ("compute", "wall_clock"), (0, 1)):
-            for table, style in zip(paths, ("-",) if len(paths) == 1 else (":", "-")):
-                rungs = rung_table(rung_points(table), law)
-                theirs = np.cumprod([PUBLISHED.get(rung, (1, 1))[k] for rung in rungs])
-                for i, rung in enumerate([*rungs][1:], 1):
-                    color = ("0.5", "C0", "C1", "C2", "C3")[(i - 1) % 5]
-                    draw_gains(ax, rungs[rung], key, 1.05**(i - 3), style, color, rung[2:].replace("_", " "))
-                    if rung in PUBLISHED:
-                        ax.plot(1e18, theirs[i], "s", color=color, ms=5, mfc="w")
+            for i, rung in enumerate(rungs[1:], 1):
+                color = ("0.5", "C0", "C1", "C2", "C3")[(i - 1) % 5]
+                for table, style in zip(tables.values(), ("-",) if len(tables) == 1 else (":", "-")):
+                    draw_gains(ax, table.get(rung, {}), key, 1.05**(i - 3), style, color, names[i])
+                if rung in theirs:
+                    ax.plot(1e18, theirs[rung][k], "s", color=color, ms=5, mfc="w")
             ax.axhline(1, color="k", lw=0.6)
             ax.set(xscale="log", yscale="log", xlabel="training compute $C$ (FLOPs); squares: published",
-                   title=f"{key.replace('_', '-')} speed-up over {next(iter(rungs))[2:].replace('_', ' ')}")
+                   title=f"{key.replace('_', '-')} speed-up over {names[0]}")
             ax.set_yticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", *"1248", "16"])
             ax.minorticks_off()
         axes[0].legend()
@@ -475,8 +480,8 @@ def figures_command(a):
         print_markdown(folder)
         return
     draw_ladder(folder, a.draws)
-    if tables := rung_tables(folder):
-        draw_rungs(tables, folder / "rungs.png")
+    if rung_tables(folder):
+        draw_rungs(rung_results(folder)[1], folder / "rungs.png")
 
 
 def add_commands(command):

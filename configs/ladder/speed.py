@@ -5,7 +5,6 @@
 Give it a quiet machine: what else runs there ends up in the numbers, and the runs' own tokens per second
 depend on what the machine did that day. Every row of the table with seed 0 takes a few steps in each of
 12 rounds, and its time is the smallest. Writes speed.csv beside the table, which figures.py reads."""
-import csv
 import sys
 import time
 from pathlib import Path
@@ -52,12 +51,11 @@ def main(table=LADDER / "rung_runs" / "runs.csv"):
             start = time.perf_counter()
             run()
             best[name] = min(best[name], (time.perf_counter() - start) / STEPS)
-    with open(Path(table).parent / "speed.csv", "w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(["config", "milliseconds", "flops_per_second", "commit"])
-        for name, (_, flops) in runners.items():
-            out.writerow([name, f"{1e3 * best[name]:.3f}", f"{flops / best[name]:.6g}", train.git_commit()])
-            print(f"{name:40s} {1e3 * best[name]:8.1f} ms  {flops / best[name] / 1e9:7.2f} GFLOP/s")
+    times = [dict(config=name, milliseconds=f"{1e3 * best[name]:.3f}", flops_per_second=f"{flops / best[name]:.6g}",
+                  commit=train.git_commit()) for name, (_, flops) in runners.items()]
+    (Path(table).parent / "speed.csv").write_text(scaling.csv_text(["config", "milliseconds", "flops_per_second", "commit"], times))
+    for name, (_, flops) in runners.items():
+        print(f"{name:40s} {1e3 * best[name]:8.1f} ms  {flops / best[name] / 1e9:7.2f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -373,11 +373,10 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     text = table.read_text().splitlines(True)
     parts[0].write_text("".join(line for line in text if "held" not in line))
     parts[1].write_text("".join(line for line in text if "held" in line or line.startswith("run,")))
-    words = ["curves", str(parts[0]), "--collapse", "--asymptote=0.9", "--hold", str(parts[1]), "--until=0.3",
-             "--count-head"]
+    words = ["curves", str(parts[0]), "--hold", str(parts[1]), "--until=0.3", "--count-head"]
     assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 0
     locked = json.loads(record.read_text())
-    low, high = locked["forecast"]["intervals"]["each from the rest, 95 %"]
+    low, high = locked["forecast"]["intervals"]["each size from the others, 95 %"]
     assert locked["forecast"]["loss"] == pytest.approx(held_out, rel=2e-3) and low < held_out < high < 1.02 * low
     assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 0
     run = tmp_path / "run"                      # its C counts the head, as --count-head said
@@ -386,7 +385,7 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     (run / "result.json").write_text(json.dumps(dict(flops=2e14, flops_with_head=3e14, params=1e6, tokens=3e7, seed=0,
                                                      loss=held_out, bpb=1, bytes_per_token=2.3, eval="text")))
     assert scaling.main(["score", str(record), f"--run={run}"]) == 0
-    assert capsys.readouterr().out.count("inside  each from the rest") == 2
+    assert capsys.readouterr().out.count("inside  each size from the others") == 2
     assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 2
     parts[0].write_text(parts[0].read_text().replace(",0.0", ",0.1", 1))
     assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 2, "the curves are part of what was read"

@@ -351,19 +351,21 @@ def test_the_gap_weighs_held_out_domains_as_training_does(monkeypatch, capsys):
 
 
 def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_path, capsys):
-    """Planted: five curves of one shape, whose held-out loss is 1.1 of the final one to the power 0.9."""
+    """Planted: five curves in proportion, whose held-out loss is 1.1 of the final one to the power 0.9."""
     law = curves.CurveLaw("annealing", 0.0, 3.0, 0.01, (0.5,))
     shape = synthetic_curve(law, 3000, 0.9)
     rng, runs, rows = np.random.default_rng(0), [], []
     for name, size in (("a", 1.0), ("b", 0.85), ("c", 0.7), ("d", 0.6), ("e", 0.5), ("held", 0.4)):
         stop = 18 if name == "held" else 60
-        loss_R = 0.9 + size * shape.loss_R + 1e-3 * rng.standard_normal(60)
-        held_out = 1.1 * (0.9 + size * curves.final_loss(shape))**0.9
+        loss_R = size * shape.loss_R + 1e-3 * rng.standard_normal(60)
+        held_out = 1.1 * (size * curves.final_loss(shape))**0.9
         runs += [dict(run=f"out/{name}", step=int(step), steps=3000, rate=rate, loss=loss)
                  for step, rate, loss in [*zip(shape.step_R, shape.rate_R, loss_R)][:stop]]
-        rows.append(dict(config=name, base="b.py", overrides=f"--run_dir=out/{name}", planned_flops="1e12",
-                         width="32", note="", loss=held_out if name != "held" else "", eval="text", bytes_per_token=2.3, flops=1e12))
-    table, ladder, record = tmp_path / "curves.csv", tmp_path / "runs.csv", tmp_path / "stage.json"
+        rows.append(dict(config=name, base="b.py", overrides=f"--run_dir=out/{name}", planned_flops=1e12 / size,
+                         width="32", note="", loss=held_out if name != "held" else "", eval="text", bytes_per_token=2.3,
+                         flops=1e12))
+    table, ladder, record = tmp_path / "curves.csv", tmp_path / "runs.csv", tmp_path / "hero" / "stage.json"
+    record.parent.mkdir()
     for path, lines in ((table, runs), (ladder, rows)):
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]))
@@ -376,7 +378,7 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     words = ["curves", str(parts[0]), "--hold", str(parts[1]), "--until=0.3", "--count-head"]
     assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 0
     locked = json.loads(record.read_text())
-    low, high = locked["forecast"]["intervals"]["each size from the others, 95 %"]
+    low, high = locked["forecast"]["intervals"]["each budget from the others, 95 %"]
     assert locked["forecast"]["loss"] == pytest.approx(held_out, rel=2e-3) and low < held_out < high < 1.02 * low
     assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 0
     run = tmp_path / "run"                      # its C counts the head, as --count-head said
@@ -385,8 +387,12 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     (run / "result.json").write_text(json.dumps(dict(flops=2e14, flops_with_head=3e14, params=1e6, tokens=3e7, seed=0,
                                                      loss=held_out, bpb=1, bytes_per_token=2.3, eval="text")))
     assert scaling.main(["score", str(record), f"--run={run}"]) == 0
-    assert capsys.readouterr().out.count("inside  each size from the others") == 2
+    assert capsys.readouterr().out.count("inside  each budget from the others") == 2
+    found, = figures.forecasts(tmp_path)
+    assert found["form"] == "curve, first 30%" and len(found["outcomes"]) == 2 and found["interval"] == [low, high]
     assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert scaling.main([*words, f"--register={record}2"]) == 2 and scaling.main([*words[:2], f"--ladder={ladder}"]) == 2
     parts[0].write_text(parts[0].read_text().replace(",0.0", ",0.1", 1))
     assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 2, "the curves are part of what was read"
     ladder.write_text(ladder.read_text().replace("out/c", "out/other"))

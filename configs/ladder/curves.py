@@ -222,8 +222,12 @@ def end_of(curve, curves, E, until):
 
 def rows_of(curves, tables):
     """The row of each curve's run in the ladder's tables, which has its held-out loss."""
-    rows = {plan.run_dir_of(row["overrides"]): row
-            for table in tables for row in scaling.read_table(table)[1] if row["loss"]}
+    rows = {}
+    for table in tables:
+        columns, lines = scaling.read_table(table)
+        wanted = {"config", "overrides", "planned_flops", "loss"}
+        need(wanted <= {*columns}, table, f"columns {sorted(wanted)}", columns, "name a table of `scaling.py ladder`")
+        rows |= {plan.run_dir_of(row["overrides"]): row for row in lines if row["loss"]}
     missing = [curve.run for curve in curves if curve.run not in rows]
     need(not missing, ", ".join(tables), "a row with a loss for every run", f"none for {', '.join(missing)}",
          "name the runs as their --run_dir does, from the checkout")
@@ -240,37 +244,39 @@ def heldout_end(curve, curves, losses, until):
     return math.exp(level + slope * begun)
 
 
-def error_of(curves, losses, sizes, until):
-    """The standard deviation of log(loss / forecast): each curve is forecast from those of other sizes."""
-    need(len({*sizes}) >= 4, "--ladder", "runs of four sizes or more", len({*sizes}), "name more")
-    errors = []
-    for curve, loss, size in zip(curves, losses, sizes):
-        others, theirs = zip(*[(c, x) for c, x, s in zip(curves, losses, sizes) if s != size])
-        errors.append(math.log(loss / heldout_end(curve, others, theirs, until)))
-    return math.sqrt(np.mean(np.square(errors)))
+def error_of(curves, losses, budgets, until):
+    """The standard deviation of log(loss / forecast): each budget is forecast from the others, and counts once."""
+    need(len({*budgets}) >= 3, "--ladder", "runs of three budgets or more", len({*budgets}), "name more")
+    squares = []
+    for budget in dict.fromkeys(budgets):
+        others, theirs = zip(*[(c, x) for c, x, b in zip(curves, losses, budgets) if b != budget])
+        squares.append(np.mean([math.log(loss / heldout_end(curve, others, theirs, until))**2
+                                for curve, loss, b in zip(curves, losses, budgets) if b == budget]))
+    return math.sqrt(np.mean(squares))
 
 
 def stage(a, curve, curves):
     """Forecast a run's held-out loss from its beginning; print it, and with --register lock it in a file."""
     rows = rows_of(curves, a.ladder)
     losses = [number(row["loss"], row["config"], "loss") for row in rows]
-    sizes = [(row["planned_flops"], row["width"]) for row in rows]
+    budgets = [number(row["planned_flops"], row["config"], "planned_flops") for row in rows]
     share = a.until if curve.step_R[-1] >= a.until * curve.steps else curve.step_R[-1] / curve.steps
-    loss, error = heldout_end(curve, curves, losses, share), error_of(curves, losses, sizes, share)
-    ends = [loss * math.exp(sign * stats.t.ppf(0.975, len({*sizes}) - 1) * error) for sign in (-1, 1)]
+    error, loss = error_of(curves, losses, budgets, share), heldout_end(curve, curves, losses, share)
+    ends = [loss * math.exp(sign * stats.t.ppf(0.975, len({*budgets}) - 1) * error) for sign in (-1, 1)]
     print(f"  {curve.run}: {loss:.4f} held out ({ends[0]:.4f} to {ends[1]:.4f}), from its first {share:.1%}; "
-          f"each size from the others: {100 * error:.2f} % off")
+          f"each budget from the others: {100 * error:.2f} % off")
     if a.register:
         need(a.target, "--target", "the FLOPs of the held run", "none", "give them")
         same = {(row["eval"], row["bytes_per_token"]) for row in rows}
         need(len(same) == 1, ", ".join(a.ladder), "one eval definition", sorted(same),
              "take runs that were scored alike")
-        forecast = dict(C=a.target, loss=loss, intervals={"each size from the others, 95 %": ends}, outcomes=[])
+        forecast = dict(C=a.target, loss=loss, intervals={"each budget from the others, 95 %": ends}, outcomes=[])
         scaling.write_record(a.register, dict(
             forecast=forecast, target=dict(C=a.target, run=curve.run), unit="nats", eval=rows[0]["eval"],
             choices=dict(head=a.count_head), failure="outside the interval, or off by 1 % or more",
-            form=f"a line between log(loss of the second half of the first {share:.4f}) and log(held-out loss)",
-            curve=[curve.step_R, curve.loss_R], bytes_per_token=number(rows[0]["bytes_per_token"], a.register, "bytes"),
+            form=f"a line between the logarithms of known and held-out loss, first {share:.4f}",
+            curve=[curve.step_R, curve.loss_R],
+            bytes_per_token=number(rows[0]["bytes_per_token"], a.ladder[0], "bytes_per_token"),
             runs=[*a.ladder, *a.runs]))
 
 
@@ -302,7 +308,12 @@ def tell(curve, forecast):
 
 
 def curves_command(a):
+    need(not a.register or a.ladder and a.hold and not a.collapse, "--register", "--ladder and --hold, not --collapse",
+         "something else", "see the head of curves.py")
+    need(not a.ladder or a.gap or a.hold and not a.collapse, "--ladder", "--gap, or --hold without --collapse",
+         "something else", "see the head of curves.py")
     curves, held = read_curves(a.runs), read_curves(a.hold)
+    need(curves, a.runs[0], "a curve", "none", "name a table with rows")
     if a.out:
         rows = [row for curve in curves + held
                 for row in table_rows(curve.run, curve.steps, zip(curve.step_R, curve.rate_R, curve.loss_R))]

@@ -120,9 +120,10 @@ def find_table(name):
     return next((path for path in places if path.is_file()), Path(name))
 
 
-def read_table(name):
+def read_table(name, *wanted):
     """(columns, rows) of a CSV; a row is {column: cell}. Lines that begin with # are comments.
-    Cells are separated by commas or, where the header has none, by semicolons or tabs."""
+    Cells are separated by commas or, where the header has none, by semicolons or tabs. BadInput
+    without the wanted columns."""
     try:
         with open(find_table(name), encoding="utf-8-sig", newline="") as file:
             head = next((line for line in file if line.strip() and line[0] != "#"), "")
@@ -135,6 +136,8 @@ def read_table(name):
     lines = [cells for cells in lines if any(cells) and not cells[0].startswith("#")]
     columns = lines[0] if lines else []
     need(len(set(columns)) == len(columns), name, "each column once", columns, "rename one")
+    need({*wanted} <= {*columns}, name, f"columns {', '.join(wanted)}", columns or "nothing",
+         "add those that it lacks")
     for i, cells in enumerate(lines[1:]):
         need(len(cells) == len(columns), f"{name} row {i + 1}", f"{len(columns)} cells", len(cells),
              "quote commas and fill the gaps")
@@ -790,6 +793,8 @@ def fit_of(a, targets):
     """The analysis that the options shared by `fit` and `register` ask for."""
     need(bool(a.table) != bool(a.runs), "fit", "a table or --runs DIR ...", "both or neither",
          "give one")
+    need(a.method != "surface" or a.asymptote is None, "--asymptote", "a --method that can fix E",
+         a.method, "leave one out")
     config, source = FitConfig(a.method, a.axis, a.asymptote, a.count_head), a.table
     if a.runs:
         source = f"--runs ({len(a.runs)} directories)"
@@ -811,8 +816,7 @@ def fit_command(a):
     if a.json == "-":
         sys.stdout.write(text)
     elif a.json:
-        Path(a.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(a.json).write_text(text)
+        write_new(a.json, text)
 
 
 def score_command(a):
@@ -832,6 +836,11 @@ def pairs(text):
     need(names.keys() <= {*NUMBERS, *WORDS}, "--columns", f"names of {[*NUMBERS, *WORDS]}", text,
          "write ours=theirs")
     return names
+
+
+def not_negative(text):
+    """0 or a positive number, from text."""
+    return number(text, low=-1e-12)
 
 
 def asymptote(text):
@@ -894,16 +903,12 @@ def add_fitting(add):
     add("--draws", type=count, metavar="N", default=400, help="bootstrap refits")
 
 
-def main(words):
-    """Exit status of one command: 0 (of `gate` also 1 and 3), or 2 after one line on stderr about
-    what to correct."""
+def guarded(name, do, *mistakes):
+    """Exit status of do(): what it returns, 0 if that is None, or 2 after one line on stderr about
+    what to correct. mistakes: exceptions that say it, beside BadInput."""
     try:
-        a, a.rest = parser().parse_known_args(words)
-        takes = a.do.__name__ == "gate"                 # --key=value
-        need(takes or not a.rest, "command line", "the options of --help", " ".join(a.rest),
-             "see --help")
-        return a.do(a) or 0
-    except BadInput as error:
+        return do() or 0
+    except (BadInput, *mistakes) as error:
         complaint = error
     except BrokenPipeError:                             # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -912,8 +917,19 @@ def main(words):
         complaint = BadInput(error.filename or "output", "a usable path", error.strerror, "check")
     except (ArithmeticError, np.linalg.LinAlgError) as error:
         complaint = BadInput("input", "numbers of ordinary size", error, "check every column")
-    print(f"scaling.py: {complaint}", file=sys.stderr)
+    print(f"{name}: {complaint}", file=sys.stderr)
     return 2
+
+
+def main(words):
+    """Exit status of one command: as `guarded` says; `gate` also returns 1 and 3."""
+    def do():
+        a, a.rest = parser().parse_known_args(words)
+        takes = a.do.__name__ == "gate"                 # --key=value
+        need(takes or not a.rest, "command line", "the options of --help", " ".join(a.rest),
+             "see --help")
+        return a.do(a)
+    return guarded("scaling.py", do)
 
 
 if __name__ == "__main__":

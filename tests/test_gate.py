@@ -178,6 +178,17 @@ def test_a_comment_is_no_other_code(tmp_path):
     assert {Path(path).name for path in worker.loaded(gate.ROOT)} >= {"train.py", "rivals.py", "gate.py"}
 
 
+def test_a_worker_that_has_died_is_bad_input_each_time(tmp_path):
+    """A checkout without code ends the worker; asking again meets a closed pipe, which must not end as `| head` does."""
+    dead = gate.Worker(gate.Side(tmp_path, "c.py", (), "this fork"))
+    for _ in range(2):
+        with pytest.raises(scaling.BadInput, match="this fork: expected an answer to count"):
+            dead.ask("count", [])
+        dead.process.wait()
+    dead.close()
+
+
+
 def test_the_tables_of_the_calibration_say_what_the_readme_says(capsys):
     """base against base from aa.csv, losses that were trained; at most 3 of 40 hold."""
     assert calibrate.show() == 0

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -113,6 +115,58 @@ def test_plan_writes_the_rows_of_the_table_again(tmp_path, monkeypatch):
         base = "configs/ladder/rungs/c_moe_v1.py"
         again, before = (train.load_config(base, r["overrides"].split()) for r in (row, ours[row["config"]]))
         assert again == before
+
+
+def test_a_table_keeps_its_rows_whatever_is_planned_or_put(tmp_path, monkeypatch, capsys):
+    """Seeds in any order; two rows of one name, of which a write would lose one; a table with other columns."""
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "runs.csv"
+    words = ("ladder --config configs/ladder/third.py --count-head --layers 2 --heads 2 --group 1 --unit 8 --batch 8 "
+             "--law 0.0138 0.66 --budgets 3e11 --widths 1 --seeds 1 0 --out").split()
+    assert scaling.main([*words, str(out)]) == 0
+    rows = scaling.read_table(out)[1]
+    assert [plan.without_seed(row["overrides"])[1] for row in rows] == [1, 0] and len({*rows[0]}) == 7
+    plan.put_rows(out, rows[0] | {"loss": "3.5"})
+    text = out.read_text()
+    assert scaling.main([*words, str(out)]) == 0 and out.read_text() == text and ",3.5" in text
+    out.write_text(text + text.splitlines()[1].replace("third.py", "mine.py") + "\n")
+    twice = out.read_text()
+    assert scaling.main([*words, str(out)]) == 2 and out.read_text() == twice
+    with pytest.raises(scaling.BadInput, match="each name in the column config once"):
+        plan.put_rows(out, rows[1])
+    out.write_text("a,b\n1,2\n")
+    assert scaling.main([*words, str(out)]) == 2 and out.read_text() == "a,b\n1,2\n"
+    assert "expected columns config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, message", [
+    (["noise.py", "none.csv"], "No such file"), (["noise.py"], "a table, or --budgets"),
+    (["noise.py", "--budgets", "1e12", "1e13", "--targets", "1e14"], "four or more"),
+    (["noise.py", "configs/ladder/public/delphi.csv"], "columns config, base"),
+    (["seeds.py", "configs/ladder/third/runs.csv", "--share=2/2"], "I below N"),
+    (["surface.py", "configs/ladder/third/runs.csv", ], ""),
+    (["corpus.py", "--repeats", "--out=nowhere"], "build the corpus first"),
+    pytest.param(["speed.py", "none.csv"], "No such file", marks=pytest.mark.slow),
+    pytest.param(["copying.py", "none.py"], "none.py", marks=pytest.mark.slow)])
+def test_a_script_answers_bad_input_in_one_line(words, message):
+    """Each in a process of its own, as users start it: exit code 2, and nothing but that line on stderr."""
+    done = subprocess.run([sys.executable, LADDER / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    if not message:
+        assert done.returncode == 0 and done.stdout.count("L = ") == 2
+        return
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith(f"{words[0]}: ") and message in line
+
+
+def test_the_interval_of_a_rung_is_that_of_its_own_budgets_seeds():
+    """Two budgets whose seeds lie 0.01 and 0.001 apart; one of four seeds in all has none."""
+    def points(spread, seeds):
+        return [(spread, (1e12, loss + spread * (-1)**i, math.nan)) for loss in (3.0,) for i in range(seeds)]
+    both = {"a": points(0.01, 6) + points(0.001, 6), "b": points(0.01, 6) + points(0.001, 2)}
+    for spread, seeds in ((0.01, 12), (0.001, 8)):
+        deviation, freedom = figures.seed_noise(both, spread)
+        assert freedom == seeds - 2 and deviation == pytest.approx(spread * math.sqrt(seeds / (seeds - 2)))
+    assert figures.seed_noise({"a": points(0.01, 2), "b": points(0.01, 2)}, 0.01) == (0.0, 0)
 
 
 def test_runs_whose_attention_is_not_v2_are_marked():
@@ -392,7 +446,9 @@ def test_a_run_that_goes_on_is_forecast_held_out_and_the_record_is_scored(tmp_pa
     assert found["form"] == "curve, first 30%" and len(found["outcomes"]) == 2 and found["interval"] == [low, high]
     assert scaling.main([*words, f"--ladder={ladder}", "--target=3e14", f"--register={record}"]) == 2
     assert "exists" in capsys.readouterr().err
-    assert scaling.main([*words, f"--register={record}2"]) == 2 and scaling.main([*words[:2], f"--ladder={ladder}"]) == 2
+    for wrong in ([*words, f"--register={record}2"], [*words[:2], f"--ladder={ladder}"],
+                  [*words, "--collapse", f"--ladder={ladder}"], words, [words[0], str(parts[1]), "--collapse"]):
+        assert scaling.main(wrong) == 2
     parts[0].write_text(parts[0].read_text().replace(",0.0", ",0.1", 1))
     assert scaling.main(["score", str(record), f"--loss={held_out}"]) == 2, "the curves are part of what was read"
     ladder.write_text(ladder.read_text().replace("out/c", "out/other"))

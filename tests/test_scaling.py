@@ -437,9 +437,14 @@ def test_bad_headers_files_and_options(tmp_path, capsys):
                            (["fit", "--runs", tmp_path], "a finished run"),
                            (["speedup", "--base", "1,2"], "required"),
                            (["plan", "--flops", "1e9"], "--config"),
-                           (["plan", "--flops", "1e9", "--config", ROOT / "configs/smoke.py"], "at least 10 steps"), (["ladder"], "--budgets"),
+                           (["fit", "delphi", "--method", "surface", "--asymptote", "1.6"], "a --method that can fix E"),
+                           (["fit", good, "--draws", "9", "--json", good], "a new file"),
+                           (["plan", "--flops", "1e9", "--config", ROOT / "configs/smoke.py"], "at least 10 steps"),
+                           (["plan", "--flops", "1e21", "--unit", "8", "--config", ROOT / "configs/smoke.py"],
+                            "a larger --unit"),
+                           (["ladder"], "--budgets"),
                            (["ladder", "--run", tmp_path / "no"], "No such file"),
-                           (["ladder", "--run", good], "a ladder's table")):
+                           (["ladder", "--run", good], "columns config, base")):
         refused(words, message, capsys)
     words = "speedup --alpha .1 --eval x --asymptote 2.5 --base 1e18,3 --variant".split()
     refused(words + ["oops"], "invalid point value: 'oops'", capsys)

@@ -1,4 +1,4 @@
-"""What the sampling of an isoFLOP curve does to a parabola, and does not do to shared exponents.
+"""How the choice of runs biases an isoFLOP parabola, but not a fit with shared exponents.
 
     python scaling.py bias                          the table, and out/bias.png
 
@@ -13,6 +13,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import scaling  # noqa: E402
+from configs.ladder import figures  # noqa: E402
 from configs.ladder import surface  # noqa: E402
 
 Surface = surface.Surface
@@ -68,19 +69,17 @@ def bias_table():
 
 def draw(table, path):
     """Error of the extrapolated D* against the sampled width, one panel per kind of sampling."""
-    figure, axes = scaling.pyplot().subplots(1, 3, figsize=(9.9, 3.6), layout="constrained", sharey=True)
-    for ax, sampling in zip(axes, SAMPLING):
-        for name, marker in zip(SURFACES, "^os"):
-            ax.plot(WIDTHS, table[name, sampling], marker + "-", ms=4, label=f"parabola, {name}")
-        ax.axhline(0, color="k", lw=1, ls="--", label="shared exponents, all three")
-        ax.set(xscale="log", xlabel="sampled within this factor", title=sampling)
-        ax.set_xticks(WIDTHS, WIDTHS)
-        ax.minorticks_off()
-    axes[0].set_ylabel("error of $D^*$ at $10^{24}$ FLOPs (%)")
-    axes[0].legend(fontsize=7)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    print(f"saved {path}")
+    ends = 1.1 * min(map(min, table.values())), 1.1 * max(map(max, table.values()))
+    with figures.figure(1, 3, (9.9, 3.6), path) as axes:
+        for ax, sampling in zip(axes, SAMPLING):
+            for name, marker in zip(SURFACES, "^os"):
+                ax.plot(WIDTHS, table[name, sampling], marker + "-", ms=4, label=f"parabola, {name}")
+            ax.axhline(0, color="k", lw=1, ls="--", label="shared exponents, all three")
+            ax.set(xscale="log", xlabel="sampled within this factor", title=sampling, ylim=ends)
+            ax.set_xticks(WIDTHS, WIDTHS)
+            ax.minorticks_off()
+        axes[0].set_ylabel("error of $D^*$ at $10^{24}$ FLOPs (%)")
+        axes[0].legend()
 
 
 def bias_command(a):

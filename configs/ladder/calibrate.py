@@ -67,6 +67,7 @@ def base_against_base():
                         continue
                     runs[C] = runs.get(C) or trainer(C)
                     loss = runs[C](seed, seed + 500 * (side == "variant"))
+                    scaling.need(loss, f"gate {number}", "a loss", "a run that diverged", "lower the rates")
                     add(AA, {"gate": number, "flops": f"{C:g}", "seed": seed, "side": side, "loss": f"{loss:.6f}"})
         print(f"gate {number}: {verdicts_of(read(AA))[-1]['verdict']}", flush=True)
 
@@ -169,4 +170,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(scaling.guarded("calibrate.py", lambda: main(sys.argv[1:])))

@@ -1,7 +1,7 @@
 """When a model learns to copy from its context:  python configs/ladder/copying.py CONFIG [--key=value ...]
 
-Trains a config and scores rows whose second half repeats their first, every 20th of the steps. Half a row is random
-held-out tokens, so that only what stands before tells what comes. README.md has what it printed for
+Trains a config and scores, 20 times in the run, rows whose second half repeats the first. The first half is random
+held-out tokens, so only context predicts the second. LOG.md has what it printed for
 
     --hidden_dim=64 --num_layers=2 --num_heads=2 --num_kv_heads=2 --head_dim=32 --expert_dim=32 --shared_dim=64
     --steps=1568 --batch_size=12
@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 
 import data         # noqa: E402
 import kernels      # noqa: E402
+import scaling      # noqa: E402
 import train        # noqa: E402
 
 
@@ -59,8 +60,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     arguments, words = parser.parse_known_args()
-    try:
-        main(arguments.config, words)
-    except (train.ConfigError, data.DataError) as error:
-        print(f"copying.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(scaling.guarded("copying.py", lambda: main(arguments.config, words), train.ConfigError, data.DataError))

@@ -23,6 +23,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 import data  # noqa: E402
+import scaling  # noqa: E402
 from configs.text import SOURCE_LIKE, wheel_texts  # noqa: E402
 
 SPAN_BYTES = 50             # no held-out document shares a span of lines this long with training
@@ -74,7 +75,7 @@ def repeats(texts):
             times[key] += 1
             if owner.setdefault(key, i) != i:
                 owner[key] = None
-    return sum(n for key, n in times.items() if owner[key] is None) / times.total()
+    return sum(n for key, n in times.items() if owner[key] is None) / max(1, times.total())
 
 
 def read_list(path):
@@ -158,7 +159,9 @@ def main(args):
     parser.add_argument("--repeats", action="store_true", help="read OUT instead of building it")
     args = parser.parse_args(args)
     if args.repeats:
-        for path in sorted(args.out.glob("*/train.jsonl")):
+        paths = sorted(args.out.glob("*/train.jsonl"))
+        data.need(paths, f"{args.out}: expected */train.jsonl, found none; build the corpus first")
+        for path in paths:
             texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
             print(f"{path.parent.name}: {100 * repeats(texts):.1f} % of its spans are in two documents or more")
         return
@@ -168,8 +171,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (data.DataError, OSError) as error:
-        print(f"corpus.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(scaling.guarded("corpus.py", lambda: main(sys.argv[1:]), data.DataError))

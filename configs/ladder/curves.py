@@ -7,8 +7,8 @@
     python scaling.py curves RUN [RUN ...] --hold RUN --until 0.3 --ladder runs.csv     its held-out loss at the end
     ... --target 3e14 --register FILE.json                  and locked in a file for `score`
 
-RUN is a run directory, also of a run that goes on, or a table that `--out=TABLE.csv` wrote from some.
-Without --collapse the runs have one size; lengths and schedules may differ. Loss is the mean training loss between
+RUN is a run directory, finished or not, or a table of several that `--out=TABLE.csv` wrote.
+Without --collapse or --ladder the runs have one size; schedules may differ. Loss is the mean training loss between
 two rows of metrics.jsonl, which is that of unseen text as long as no text is read twice.
     annealing    L = E + A S^-a - C Q       S: sum of the rates; Q: sum of how much they have fallen, each
                  drop fading by 0.999 a step [arXiv 2408.11029]
@@ -71,12 +71,12 @@ def read_curves(names):
         if Path(name).is_dir():
             curves.append(read_curve(name))
             continue
-        columns, rows = scaling.read_table(name)
-        need({*COLUMNS} <= {*columns}, name, f"columns {COLUMNS}", columns, "write it with curves --out")
+        _, rows = scaling.read_table(name, *COLUMNS)
         for run in dict.fromkeys(row["run"] for row in rows):
             own = [[number(row[key], f"{name} {run}", key, -1) for key in COLUMNS[1:]]
                    for row in rows if row["run"] == run]
             step_R, steps_R, rate_R, loss_R = np.array(own).T
+            need((np.diff(step_R) > 0).all(), name, f"steps of {run} that rise", "a run twice", "delete the repeat")
             curves.append(Curve(run, step_R, rate_R, loss_R, int(steps_R[0])))
     return curves
 
@@ -224,10 +224,10 @@ def rows_of(curves, tables):
     """The row of each curve's run in the ladder's tables, which has its held-out loss."""
     rows = {}
     for table in tables:
-        columns, lines = scaling.read_table(table)
-        wanted = {"config", "overrides", "planned_flops", "loss"}
-        need(wanted <= {*columns}, table, f"columns {sorted(wanted)}", columns, "name a table of `scaling.py ladder`")
-        rows |= {plan.run_dir_of(row["overrides"]): row for row in lines if row["loss"]}
+        for row in scaling.read_table(table, "config", "base", "overrides", "planned_flops", "width", "loss")[1]:
+            folder = plan.run_dir_of(row["overrides"])
+            need(folder not in rows, table, "each --run_dir once", folder, "name tables of different runs")
+            rows |= {folder: row} if row["loss"] else {}
     missing = [curve.run for curve in curves if curve.run not in rows]
     need(not missing, ", ".join(tables), "a row with a loss for every run", f"none for {', '.join(missing)}",
          "name the runs as their --run_dir does, from the checkout")
@@ -287,10 +287,13 @@ def tell_gap(curves, tables):
     kinds = {}
     for curve, row in zip(curves, rows_of(curves, tables)):
         _, t = plan.load(row["base"], {}, shlex.split(row["overrides"]))
-        held = sum(share * number(row[f"loss_{Path(source).parent.name}"], row["config"])
-                   for source, share in t.mixture)
-        kinds.setdefault((float(row["planned_flops"]), int(row["width"])), []).append((final_loss(curve), held))
-    for (C, width), losses in sorted(kinds.items()):
+        need(isinstance(t.mixture, tuple), row["base"], "a mixture of several domains", t.mixture, "name another run")
+        names, shares = zip(*t.mixture)
+        held = np.average([number(row.get(f"loss_{Path(name).parent.name}"), row["config"]) for name in names],
+                          weights=shares)
+        kind = number(row["planned_flops"], row["config"]), row["width"], row["base"]
+        kinds.setdefault(kind, []).append((final_loss(curve), held))
+    for (C, width, _), losses in sorted(kinds.items()):
         train, held = np.mean(losses, axis=0)
         print(f"{C:.3g}, width {width}, {len(losses)} seeds: training {train:.3f}, held out {held:.3f}, "
               f"gap {held - train:.3f}")
@@ -318,13 +321,17 @@ def curves_command(a):
         rows = [row for curve in curves + held
                 for row in table_rows(curve.run, curve.steps, zip(curve.step_R, curve.rate_R, curve.loss_R))]
         scaling.write_new(a.out, scaling.csv_text(COLUMNS, rows))
+    ended = [curve for curve in curves if curve.step_R[-1] == curve.steps]
+    need(len(ended) == len(curves), a.runs[0], "runs that have ended", f"{len(curves) - len(ended)} that go on",
+         "name those behind --hold")
     if a.gap:
         need(a.ladder, "--ladder", "the table of the runs", "none", "give it")
         tell_gap(curves, a.ladder)
         return
     if a.collapse:
         need(len(curves) >= 2, "--collapse", "two runs or more", len(curves), "name more")
-        best = collapse_E(curves) if a.asymptote is None else a.asymptote
+        best, lowest = collapse_E(curves) if a.asymptote is None else a.asymptote, min(map(final_loss, curves))
+        need(best < lowest, "--asymptote", f"below the lowest final loss, {lowest:.4f}", best, "lower it")
         for E in (0.0, best):
             print(f"E = {E:.3f}: normalized curves lie {100 * spread(curves, E):.2f} % apart")
         for curve in held:
@@ -334,6 +341,9 @@ def curves_command(a):
         for curve in held:
             stage(a, curve, curves)
         return
+    for curve in held:
+        need(curve.step_R[-1] == curve.steps, curve.run, "a run that has ended, whose rates are all known",
+             "one that goes on", "forecast it by --ladder")
     for name in STARTS:
         law = fit_curves(curves, name)
         print(law)
@@ -348,7 +358,7 @@ def add_commands(command):
     add("--hold", nargs="+", default=[], metavar="RUN", help="forecast these")
     add("--collapse", action="store_true", help="E from compute-optimal runs of several sizes")
     add("--gap", action="store_true", help="with --ladder: how far held-out loss is above training loss")
-    add("--asymptote", type=scaling.number, metavar="E", help="with --collapse, instead of the best")
+    add("--asymptote", type=scaling.asymptote, metavar="E", help="with --collapse, instead of the best")
     add("--until", type=scaling.number, default=0.3, metavar="SHARE", help="of a held run that is known (%(default)s)")
     add("--ladder", nargs="+", metavar="TABLE", help="with --hold: the runs' tables, for the end of the held one")
     add("--register", metavar="FILE", help="with --ladder: lock that forecast in a new file")

@@ -37,7 +37,7 @@ NAMES = {"a_dense_adamw": "dense, AdamW, tuned rate", "b_dense_adamh": "dense, A
 def forecasts(folder=LADDER):
     """dict(name, C, law, form, forecast, interval, outcomes) of every registered record, the first ones first.
 
-    law: None for a forecast from a run's own beginning. interval: the run bootstrap's, or that record's only one.
+    law: None for a forecast from a run's own beginning. interval: the run bootstrap's if there is one.
     outcomes: (loss, error in %) of every run that was scored with the record."""
     found = []
     for path in (folder / "hero").glob("*.json"):
@@ -53,7 +53,7 @@ def forecasts(folder=LADDER):
                           form=f"$E$ = {law.E:.2f}" if law else "curve, first {:.0%}".format(
                               float(record["form"].split()[-1])),
                           forecast=record["forecast"]["loss"], outcomes=outcomes,
-                          interval=intervals.get("run_bootstrap") or [*intervals.values()][0]))
+                          interval=next(filter(None, intervals.values()), (math.nan, math.nan))))
     return sorted(found, key=lambda record: (record["C"], record["date"]))
 
 
@@ -69,7 +69,8 @@ def ladder_fit(folder=LADDER, draws=400):
 
 def rung_tables(folder=LADDER):
     """The tables of rungs in a ladder's folder: in the second ladder's shapes, and in the third's."""
-    return [path for path in (folder / "rung_runs" / "runs.csv", folder / "third" / "rungs.csv") if path.is_file()]
+    paths = [path for path in (folder / "rung_runs" / "runs.csv", folder / "third" / "rungs.csv") if path.is_file()]
+    return [path for path in paths if any(row["loss"] for row in scaling.read_table(path, "loss")[1])]
 
 
 def rung_points(table):
@@ -98,20 +99,24 @@ def rung_law(tables):
 
 def rung_table(points, law):
     """{rung: {budget: dict(loss)}} of what rung_points gave: the mean over seeds, and what `speedup` gives over
-    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have in common, if
-    at least five of them are second ones."""
-    groups = [[loss for C, (_, loss, _) in points[rung] if C == budget]
-              for rung in points for budget in {C for C, _ in points[rung]}]
-    spare = sum(len(losses) - 1 for losses in groups)
-    noise = math.sqrt(sum(len(losses) * np.var(losses) for losses in groups) / spare) if spare > 4 else 0.0
+    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have at a budget."""
     base, table = points[next(iter(points))], {}
     for rung in points:
         table[rung] = {}
         for budget in sorted({C for C, _ in points[rung]} & {C for C, _ in base}):
             sides = [[point for C, point in side if C == budget] for side in (base, points[rung])]
             table[rung][budget] = dict(loss=float(np.mean([loss for _, loss, _ in sides[1]])),
-                                       **speedup(*sides, law.E, law.alpha, noise))
+                                       **speedup(*sides, law.E, law.alpha, *seed_noise(points, budget)))
     return table
+
+
+def seed_noise(points, budget):
+    """(standard deviation of the loss between a rung's seeds at a budget, its degrees of freedom); zeros where
+    less than five seeds are second ones."""
+    groups = [[loss for C, (_, loss, _) in side if C == budget] for side in points.values()]
+    spare = sum(len(losses) - 1 for losses in groups if losses)
+    squares = sum(len(losses) * np.var(losses) for losses in groups if losses)
+    return (math.sqrt(squares / spare), spare) if spare >= 5 else (0.0, 0)
 
 
 def rung_results(folder=LADDER):

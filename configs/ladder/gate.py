@@ -124,8 +124,9 @@ class Worker:
                        self.side.config]
             self.process = subprocess.Popen(program, cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE)
-        self.process.stdin.write(json.dumps([name, [[*words, *self.side.keys], *more]]) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):      # it has died: there is no answer either
+            self.process.stdin.write(json.dumps([name, [[*words, *self.side.keys], *more]]) + "\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         need(line, self.side.name, f"an answer to {name} from this code", "a failure", "see the lines above")
         said = json.loads(line)
@@ -135,7 +136,8 @@ class Worker:
 
     def close(self):
         if self.process:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.wait()
 
 
@@ -181,8 +183,7 @@ class Table:
 
     def __init__(self, out):
         self.path = Path(out) / "runs.csv"
-        rows = scaling.read_table(self.path)[1] if self.path.is_file() else []
-        self.rows = {row["config"]: row for row in rows}
+        self.rows = plan.rows_by_name(self.path)[1]
 
     def losses(self, budget, seeds):
         """The rows of a Budget, trained where they are missing."""
@@ -192,7 +193,7 @@ class Table:
                 print(f"training {row['config']}", flush=True)
                 row |= budget.worker.ask("train", budget.words, seed, seed)
                 row["loss"] = "diverged" if row["loss"] is None else row["loss"]
-                plan.put_row(self.path, row)            # other gates add rows, too
+                plan.put_rows(self.path, row)            # other gates add rows, too
                 self.rows[row["config"]] = row
         return [self.rows[f"{budget.label}_s{seed}"] for seed in seeds]
 
@@ -388,6 +389,6 @@ def add_commands(command):
     add("--minutes", type=scaling.number, metavar="M", help="instead: as many seeds as fit in, two at least")
     add("--eval-tokens", type=int, default=0, metavar="N", help="of each held-out domain; 0 is all (%(default)s)")
     add("--jobs", type=scaling.count, default=2, metavar="N", help="runs at a time, one core each (%(default)s)")
-    add("--law", type=scaling.number, nargs=2, metavar=("E", "ALPHA"), help="instead of the ladder's")
+    add("--law", type=scaling.not_negative, nargs=2, metavar=("E", "ALPHA"), help="instead of the ladder's")
     add("--out", default="out/gate", metavar="DIR", help="keeps the runs (%(default)s)")
     add("--json", metavar="FILE", help="everything, as JSON")

@@ -1,4 +1,4 @@
-"""Noise first: how far seeds lie apart, and what a ladder with this noise can forecast.
+"""How far seeds lie apart, and how well a ladder with this noise can forecast.
 
     python configs/ladder/noise.py TABLE [TABLE ...]                     spread of the seeds of each run
     python configs/ladder/noise.py TABLE [TABLE ...] --against TABLE     what one more setting changes
@@ -20,6 +20,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import scaling  # noqa: E402
 from configs.ladder import plan  # noqa: E402
+from scaling import need  # noqa: E402
+
+
+def read(table):
+    """The rows of a ladder's table."""
+    return scaling.read_table(table, "config", "base", "overrides", "planned_flops", "width", "loss")[1]
 
 
 def seed_spread(rows):
@@ -100,13 +106,18 @@ def main(words):
     parser.add_argument("--gap", type=float, default=2.65, help="L - E at 1e12 FLOPs (%(default)s)")
     parser.add_argument("--alpha", type=float, default=0.103, help="(%(default)s)")
     a = parser.parse_args(words)
+    need(a.tables or a.targets and not a.against, "command line", "a table, or --budgets and --targets", "neither",
+         "give one")
+    need(not a.targets or len(set(a.budgets)) > 3, "--budgets", "four or more", a.budgets, "add some")
+    need(len(a.noise) in (1, len(a.budgets)), "--noise", "one number, or one for each of --budgets", a.noise,
+         "correct it")
     if a.against:
-        rows = [row for table in a.tables for row in scaling.read_table(table)[1]]
-        for C, width, word, seeds, percent in against(rows, scaling.read_table(a.against)[1]):
+        rows = [row for table in a.tables for row in read(table)]
+        for C, width, word, seeds, percent in against(rows, read(a.against)):
             print(f"{C:.3g}, width {width}, {word}: {percent:+.2f} %, {seeds} seeds")
         return 0
     for table in a.tables:
-        groups = seed_spread(scaling.read_table(table)[1])
+        groups = seed_spread(read(table))
         print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
         for C, width, name, by_seed in groups:
             losses = [*by_seed.values()]
@@ -125,4 +136,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(scaling.guarded("noise.py", lambda: main(sys.argv[1:])))

@@ -124,6 +124,8 @@ def plan(C, widths, config, rule=Rule(), factor=1.0):
     tokens = factor * optimal_tokens(C, not config.num_experts, rule.law)
     sizes, flops = min(widths, key=lambda pair: abs(math.log(C / pair[1] / tokens)))
     D, S = C / flops, config.seq_len
+    need(D < 3 * tokens, f"C = {C:.3g}", f"a width for its {tokens:.3g} tokens among {len(widths)}",
+         f"{D:.3g} tokens at the widest, {sizes['hidden_dim']}", "choose a larger --unit")
     batch = rule.batch or max(32, 2**math.ceil(math.log2(max(1.0, D / (2**14 * S)))))
     steps = round(D / (batch * S))
     need(steps >= 10, f"C = {C:.3g}", "at least 10 steps", f"{steps} of {batch} x {S} tokens, width "
@@ -153,10 +155,7 @@ def plan_ladder(budgets, out, base, rule=Rule(), widths=7, span=4.0, seeds=(0,))
     one at D*, each with every seed. A row that is there must say the same, and keeps its results."""
     need(Path(out).suffix == ".csv", "--out", "the name of a table, such as ladder.csv", out, "add .csv")
     grid, config = widths_of(base, rule)
-    columns, rows = ["config", *scaling.PLANNED, "loss"], []
-    if Path(out).is_file():
-        columns, rows = scaling.read_table(out)
-    table, names = {row["config"]: row for row in rows}, []
+    table, new, names = rows_by_name(out)[1], [], []
     label = Path(out).stem if Path(out).stem != "runs" else Path(out).absolute().parent.name
     for C in budgets:
         factors = np.geomspace(1 / span, span, widths) if widths > 1 else [1.0]
@@ -174,15 +173,17 @@ def plan_ladder(budgets, out, base, rule=Rule(), widths=7, span=4.0, seeds=(0,))
             for seed in seeds:
                 end = f"_s{seed}" if seed else ""
                 name = f"{Path(base).stem}_c{C:.6g}_d{width}{end}".replace("+", "")
-                keys = keys | ({"seed": seed} if seed else {}) | {"run_dir": f"out/{label}_{name}"}
-                row = {"config": name, "base": str(base), "overrides": shlex.join(words_of(keys)),
-                       "planned_flops": f"{C:g}".replace("+", ""), "width": str(width)}
+                own = keys | ({"seed": seed} if seed else {}) | {"run_dir": f"out/{label}_{name}"}
+                row = {"config": name, "base": str(base), "overrides": shlex.join(words_of(own)),
+                       "planned_flops": f"{C:g}".replace("+", ""), "width": str(width), "note": "", "loss": ""}
+                new += [row] if name not in table else []
                 old = table.setdefault(name, row)
                 same = all(old[key] == row[key] for key in ("base", "overrides"))
                 need(same, f"{out}: {name}", "the run that this command plans", "another", "choose a new --out")
                 names.append(name)
-    write_table(out, columns, list(table.values()))
-    print(f"{len(names)} runs in {out}; train those not yet done:  python scaling.py ladder --run {shlex.quote(str(out))}")
+    put_rows(out, *new)
+    print(f"{len(names)} runs in {out}; train those not yet done:  "
+          f"python scaling.py ladder --run {shlex.quote(str(out))}")
     return names
 
 
@@ -194,13 +195,22 @@ def write_table(path, columns, rows):
     os.replace(partial, path)
 
 
-def put_row(path, row):
-    """Write a row into a table, in the place of one with its name, while others write other rows."""
+def rows_by_name(path):
+    """(columns, {name: row}) of a ladder's table, which need not exist yet."""
+    columns, rows = scaling.read_table(path, "config", "overrides", "loss") if Path(path).is_file() else ([], [])
+    table = {row["config"]: row for row in rows}
+    need(len(table) == len(rows), path, "each name in the column config once",
+         f"{len(table)} names in {len(rows)} rows", "rename the others")
+    return columns, table
+
+
+def put_rows(path, *rows):
+    """Write rows into a table, in the place of those with their names, while others write other rows."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(Path(path).with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)        # threads wait too: each has opened the file for itself
-        columns, rows = scaling.read_table(path) if Path(path).is_file() else ([], [])
-        table = {old["config"]: old for old in rows} | {row["config"]: row}
+        columns, table = rows_by_name(path)
+        table |= {row["config"]: row for row in rows}
         columns = dict.fromkeys([*columns, *(key for row in table.values() for key in row)])
         write_table(path, [*columns], [*table.values()])
 
@@ -239,40 +249,43 @@ def need_same(base, words, folder):
 def run_ladder(path, jobs=1):
     """Train every run of a ladder's table that has no loss, cheapest first, each in its own process,
     `jobs` at a time, and fill in its row; stop at a failure. A run cut short goes on from its checkpoint."""
-    columns, rows = scaling.read_table(path)
-    missing = {"config", "base", "overrides", "planned_flops", "loss"} - {*columns}
-    need(not missing, path, "a ladder's table", columns, "write it: ladder --budgets C ... --out TABLE.csv")
+    _, rows = scaling.read_table(path, "config", "base", "overrides", "planned_flops", "loss")
     left = [row for row in rows if not row["loss"]]
     left.sort(key=lambda row: (number(row["planned_flops"], path, "planned_flops"), row["config"]))
     print(f"{path}: {len(rows) - len(left)} runs done, {len(left)} to go", flush=True)
     failed = threading.Event()
 
     def train(row):
-        if failed.is_set():
-            return
-        words = shlex.split(row["overrides"])
-        folder = run_dir_of(row["overrides"])
-        need(folder, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
-        result = Path(folder) / "result.json"
-        code = Path(row.get("checkout") or ROOT, "train.py")            # of another fork, in a gate's table
-        command = [sys.executable, str(code), row["base"], *words]
-        if result.parent.is_dir() and any(result.parent.glob("*.json")):
-            need_same(row["base"], words, result.parent)
-        print(row["config"], flush=True)
-        if not result.is_file() and subprocess.run(command).returncode:
+        try:
+            if not failed.is_set():
+                train_row(path, row)
+        except BaseException:
             failed.set()
-            raise BadInput(row["config"], "train.py to finish", "a failure",
-                           "correct it and give this command again")
-        found = scaling.read_json(result)
-        number(found.get("loss"), result, "loss")
-        domains = found.pop("domains", {})
-        domains.pop("macro", None)
-        found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
-        found["eval_bytes"] = sum(domain.get("bytes", 0) for domain in domains.values())
-        put_row(path, row | found)
+            raise
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, left))
+
+
+def train_row(path, row):
+    """Train the run of a row in its own process, and fill the row in."""
+    words = shlex.split(row["overrides"])
+    folder = run_dir_of(row["overrides"])
+    need(folder, f"{path}: {row['config']}", "a --run_dir among the overrides", words, "add it")
+    result = Path(folder) / "result.json"
+    if result.parent.is_dir() and any(result.parent.glob("*.json")):
+        need_same(row["base"], words, result.parent)
+    print(row["config"], flush=True)
+    command = [sys.executable, str(ROOT / "train.py"), row["base"], *words]
+    if not result.is_file() and subprocess.run(command).returncode:
+        raise BadInput(row["config"], "train.py to finish", "a failure", "correct it and give this command again")
+    found = scaling.read_json(result)
+    number(found.get("loss"), result, "loss")
+    domains = found.pop("domains", {})
+    domains.pop("macro", None)
+    found |= {f"loss_{name}": domain["loss"] for name, domain in domains.items()}
+    found["eval_bytes"] = sum(domain.get("bytes", 0) for domain in domains.values())
+    put_rows(path, row | found)
 
 
 # ---------------------------------------------------------------------------------------- command line

@@ -4,13 +4,14 @@
 
 For tables of many small runs, of which `scaling.py ladder --run` spends most of its time on starting, compiling
 and drawing pages. A row gets the losses that `python train.py BASE OVERRIDES` gives, to the bit, but no run directory.
-Some processes may work on one table: --share=0/2 and --share=1/2 take every other shape. --curves: a table for
+Several processes may work on one table: --share=0/2 and --share=1/2 take every other shape. --curves: a table for
 `scaling.py curves`, which the training losses are added to."""
 
 import argparse
 import collections
 import fcntl
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,12 +23,13 @@ from configs.ladder import gate  # noqa: E402
 from configs.ladder import plan  # noqa: E402
 
 
-def shapes(rows):
-    """{(base, words without the seed): rows without a loss}, the cheapest first."""
+def shapes(table):
+    """{(base, words without the seed): rows without a loss} of a table, the cheapest first."""
+    _, rows = scaling.read_table(table, "config", "base", "overrides", "planned_flops", "loss")
     found = collections.defaultdict(list)
-    for row in sorted(rows, key=lambda row: float(row["planned_flops"])):
-        if not row["loss"]:
-            found[row["base"], plan.without_seed(row["overrides"])[0]].append(row)
+    for row in sorted(rows, key=lambda row: scaling.number(row["planned_flops"], table, "planned_flops")):
+        waiting = found[row["base"], plan.without_seed(row["overrides"])[0]]    # also of shapes that are done:
+        waiting += [] if row["loss"] else [row]                                 # the shares must not move
     return found
 
 
@@ -46,20 +48,20 @@ def main(words):
     parser.add_argument("--share", default="0/1", metavar="I/N")
     parser.add_argument("--curves", default="", metavar="TABLE.csv")
     a = parser.parse_args(words)
-    number, of = map(int, a.share.split("/"))
-    left = shapes(scaling.read_table(a.table)[1])
-    for (base, words), rows in [*left.items()][number::of]:
+    number, of = map(int, a.share.split("/")) if re.fullmatch(r"\d{1,4}/\d{1,4}", a.share) else (0, 0)
+    scaling.need(number < of, "--share", "I/N with I below N, such as 0/2", a.share, "correct it")
+    for (base, words), rows in [*shapes(a.table).items()][number::of]:
         worker = gate.Worker(gate.Side(ROOT, base, (), "this code"))
         for row in rows:
             found = worker.ask("run", words, plan.without_seed(row["overrides"])[1])
             curve = found.pop("curve", [])              # none of a run that ended early
             if a.curves and curve:
                 keep_curve(a.curves, plan.run_dir_of(row["overrides"]), curve)
-            plan.put_row(a.table, row | found)
-            print(f"{row['config']}: {found['loss']:.4f} in {found['seconds']:.0f} s", flush=True)
+            plan.put_rows(a.table, row | found)
+            print(f"{row['config']}: {found['loss']} in {found['seconds']:.0f} s", flush=True)
         worker.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(scaling.guarded("seeds.py", lambda: main(sys.argv[1:])))

@@ -1,6 +1,6 @@
 """How many times less compute a variant needs for the same loss, and how many times less time.
 
-    python scaling.py speedup --base C,LOSS[,TOKENS_PER_SECOND] ... --variant ... \\
+    python scaling.py speedup --base C,LOSS[,FLOPS_PER_SECOND] ... --variant ... \\
         --asymptote E --alpha ALPHA --eval NAME
 
 The rungs of this folder are compared so; see figures.py."""
@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import scaling  # noqa: E402
 
 
-def speedup(base, variant, E, alpha, noise=0.0):
+def speedup(base, variant, E, alpha, noise=0.0, freedom=math.inf):
     """dict(compute, wall_clock) and their 90 % intervals, keys compute_interval and wall_clock_interval.
 
-    base, variant: lists of (C, loss, tokens per second or nan). A point fixes A = (loss - E) C^alpha;
+    base, variant: lists of (C, loss, rate or nan). The rate is FLOPs a second, or tokens a second if both sides
+    take equal FLOPs a token. A point fixes A = (loss - E) C^alpha;
     the speed-up is the ratio of the geometric mean A to the power 1/alpha, so several C may mix. Its
     interval is Student-t from the scatter of log A (n points a side leave 2n - 2 degrees of freedom,
-    as E and alpha are given), or normal from a known seed noise of the loss. What is not known is None.
+    as E and alpha are given), or from a seed noise of the loss that is known to some degrees of freedom.
+    What is not known is None.
     """
     points = [np.array(side, float).T for side in (base, variant)]      # rows: C, loss, rate
     lowest = min(losses.min() for _, losses, _ in points)
@@ -33,7 +35,7 @@ def speedup(base, variant, E, alpha, noise=0.0):
     spare, half = logs[0].size + logs[1].size - 2, math.nan
     if noise:
         variance = sum(np.sum((noise / (L - E) / L.size)**2) for _, L, _ in points)
-        half = stats.norm.ppf(0.95) * math.sqrt(variance) / alpha
+        half = stats.t.ppf(0.95, freedom) * math.sqrt(variance) / alpha
     elif spare:
         variance = sum(y.size * y.var() for y in logs) / spare * sum(1 / y.size for y in logs)
         half = stats.t.ppf(0.95, spare) * math.sqrt(variance) / alpha
@@ -48,7 +50,7 @@ def speedup(base, variant, E, alpha, noise=0.0):
 
 
 def point(text):
-    """(C, loss, tokens per second or nan) of C,LOSS or C,LOSS,TOKENS_PER_SECOND."""
+    """(C, loss, rate or nan) of C,LOSS or C,LOSS,FLOPS_PER_SECOND."""
     C, loss, *rate = [scaling.number(part) for part in text.split(",")]
     (rate,) = rate or [math.nan]
     return C, loss, rate
@@ -68,9 +70,9 @@ def add_commands(command):
     """Add `speedup` to the commands of scaling.py."""
     add = command("speedup", speedup_command, "learning speed-up of a variant at equal loss")
     for side in ("base", "variant"):
-        add(f"--{side}", type=point, nargs="+", required=True, metavar="C,LOSS[,TOKENS_PER_SECOND]",
+        add(f"--{side}", type=point, nargs="+", required=True, metavar="C,LOSS[,FLOPS_PER_SECOND]",
             help=f"finished runs of the {side}")
-    add("--asymptote", type=scaling.number, required=True, help="E of the eval that --eval names")
+    add("--asymptote", type=scaling.not_negative, required=True, help="E of the eval that --eval names")
     add("--alpha", type=scaling.number, required=True, help="of the same law")
     add("--eval", required=True, help="what E, alpha and the losses were measured on")
     add("--noise", type=scaling.number, default=0.0, help="standard deviation of the loss between seeds")

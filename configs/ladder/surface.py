@@ -80,14 +80,14 @@ def fit_surface(runs, start=None, robust=False):
     return scaling.Fit(law, optima, [], y - residual, 5, (law.alpha, law.beta))
 
 
+def main(table):
+    runs = scaling.checked(scaling.read_csv(table, grid=False), table)
+    for name, robust in (("squared loss", False), ("Huber loss", True)):
+        print(f"{fit_surface([run for run in runs if run.kind == 'isoflop'], robust=robust).law}   by {name}")
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         sys.exit(2)
-    try:
-        table = scaling.checked(scaling.read_csv(sys.argv[1]), sys.argv[1])
-        fitted = [run for run in table if run.kind == "isoflop"]
-        for name, robust in (("squared loss", False), ("Huber loss", True)):
-            print(f"{fit_surface(fitted, robust=robust).law}   by {name}")
-    except (scaling.BadInput, OSError) as error:
-        sys.exit(f"surface.py: {error}")
+    sys.exit(scaling.guarded("surface.py", lambda: main(sys.argv[1])))

@@ -38,9 +38,10 @@ def loaded(folder):
 
 
 def curve_of(losses, c, t):
-    """[step, rate of the matrices, mean loss since the row before] every t.log_every steps, as in metrics.jsonl."""
+    """[step, rate of the matrices, mean loss since the row before] every t.log_every steps, as in metrics.jsonl.
+    losses: None for a skipped update."""
     ends, rate = [*range(t.log_every, t.steps, t.log_every), t.steps], train.rates(c, t).matrix_lr
-    means = [np.mean([float(x) for x in losses[first:end]]) for first, end in zip([0, *ends], ends)]
+    means = [np.mean([float(x) for x in losses[first:end] if x is not None]) for first, end in zip([0, *ends], ends)]
     return [[end, rate * float(train.lr_multiplier(t, end - 1)), float(mean)] for end, mean in zip(ends, means)]
 
 
@@ -98,7 +99,7 @@ class Runs:
         for i in range(p.t.steps):
             state, metrics = p.step(state, self.batch(p, i, seed))
             if losses is not None:
-                losses.append(metrics["loss"])
+                losses.append(None if metrics["skipped"] else metrics["loss"])
             if i == 0:                  # the step, or an evaluation, has just been compiled: see train.loop
                 jax.block_until_ready(metrics)
                 kernels.fill_holes()

@@ -3,9 +3,9 @@
 Run:  python scaling.py                     Marin's 129B forecast, recomputed in seconds
       python scaling.py fit RUNS.csv --predict 1e21        (--help lists the other commands)
 Read: rates -> runs -> fits -> analysis -> registration -> command line
-C training FLOPs   N active parameters (head in, embedding out)   D tokens   k = C/(N D), never 6
+C training FLOPs   N active parameters (head in, embedding out)   D tokens   k = C/(N D), not 6
 L(C) = E + A C^-alpha; E is the irreducible loss.   A star marks a budget's compute-optimal run.
-configs/ladder has what stands beside its data, as commands of this file: plan.py (plan and ladder),
+More commands of this file, in configs/ladder beside their data: plan.py (plan and ladder),
 speedup.py, gate.py, curves.py, figures.py (pictures), bias.py and surface.py (L(N, D)).
 [marin #n] is an issue of github.com/marin-community/marin; README lists the other tags."""
 

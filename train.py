@@ -10,7 +10,7 @@ Run:  python train.py configs/smoke.py [--key=value ...]    train, evaluate, rep
       ... --coordinator=HOST:PORT --processes=N --process=I       one of N; a TPU pod needs no flags
       python train.py --help                                every key, its default, its meaning
 Read: config, mesh, optimizer, step, batches, evaluation, checkpoint, run directory, main.
-A step is a function of state and batch, a batch of seed and step: to resume is to restore a state.
+A step depends only on state and batch, a batch only on seed and step: a restored state resumes.
 B batch  S sequence  A microbatches  L layers  E experts  K experts per token"""
 
 import argparse

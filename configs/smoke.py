@@ -2,7 +2,7 @@
 
     python train.py configs/smoke.py
 
-Two CPU cores, about two minutes from an empty cache: 12 MB of text from the package index, a BPE trained on
+Two CPU cores, two to seven minutes from an empty cache: 12 MB of text from the package index, a BPE trained on
 it, 400 steps, evaluation on four unseen plays and sixteen unseen books, a sample, plots, a report. All
 components of the 129B recipe are on. Run by us: yes; README has loss, time and a picture as measured. Every
 number not tagged otherwise is [assumed]: picked for two cores."""

@@ -1,4 +1,4 @@
-"""Does the gate say what is so? Base against base, variants of known worth, and the ideas that were tried.
+"""Is the gate right? Base against base, variants of known worth, and the ideas that were tried.
 
     python configs/ladder/calibrate.py aa        base against base, 40 times at a tiny size: aa.csv
     python configs/ladder/calibrate.py known     the gate's verdict on each variant of KNOWN: verdicts.csv
@@ -8,9 +8,8 @@
 
 All can be stopped and go on: a row is written as each run ends. They need the corpus, see corpus.py.
 
-Two runs of one code with one seed are equal to the bit, so the base meets itself with other first weights
-and the same data: no variant is worth less or more, and each pair differs as a harmless edit would make it
-differ. At most LIMIT of 40 gates may say "holds"; 2 are to be expected."""
+Two runs of one code with one seed are equal to the bit, so the base meets itself with the same data and
+other initial weights: its true speed-up is 1, and pairs differ as they would after a harmless edit. At most LIMIT of 40 gates may say "holds"; 2 are to be expected."""
 
 import csv
 import json
@@ -142,7 +141,7 @@ def show():
     below = sum(row["at_least"] < 1 for row in found)
     print(f"Base against base, {len(found)} gates of {SEEDS} seeds at C = "
           + " and ".join(f"{C:g}" for C in AA_BUDGETS) + ": " + ", ".join(f"{name} {n}" for name, n in count.items())
-          + f"; the lower bound is below 1, as is true, in {below}\n")
+          + f"; the lower bound is below 1, correctly, in {below}\n")
     columns = "variant", "known", "budgets", "verdict", "speed-up, bounds", "by budget", "difference in nats"
     print(figures.markdown([*columns], [
         (row["name"], row["known"], row["budgets"].replace("+", "").replace(" ", ", "),

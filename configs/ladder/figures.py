@@ -83,7 +83,9 @@ def rung_points(table):
     rate, points = {row["config"]: float(row["flops_per_second"]) for row in times}, {}
     for run in scaling.read_csv(table, head=True):
         name = run.extra["config"]
-        rung, budget = re.fullmatch(r"(.+)_c([\d.e]+)_d\d+(?:_s\d+)?", name).groups()
+        parts = re.fullmatch(r"(.+)_c([\d.e]+)_d\d+(?:_s\d+)?", name)
+        scaling.need(parts, table, "names such as c_moe_v1_c3e12_d64", name, "rename the row")
+        rung, budget = parts.groups()
         speed = rate.get(re.sub(r"_s\d+$", "", name), math.nan)
         points.setdefault(rung, []).append((float(budget), (run.flops, run.loss, speed)))
     return {rung: points[rung] for rung in sorted(points)}

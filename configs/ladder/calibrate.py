@@ -9,7 +9,8 @@
 All can be stopped and go on: a row is written as each run ends. They need the corpus, see corpus.py.
 
 Two runs of one code with one seed are equal to the bit, so the base meets itself with the same data and
-other initial weights: its true speed-up is 1, and pairs differ as they would after a harmless edit. At most LIMIT of 40 gates may say "holds"; 2 are to be expected."""
+other initial weights: its true speed-up is 1, and pairs differ as they would after a harmless edit. At most
+LIMIT of 40 gates may say "holds"; 2 are to be expected."""
 
 import csv
 import json

@@ -7,7 +7,7 @@
     python scaling.py curves RUN [RUN ...] --hold RUN --until 0.3 --ladder runs.csv     its held-out loss at the end
     ... --target 3e14 --register FILE.json                  and locked in a file for `score`
 
-RUN is a run directory, finished or not, or a table of several that `--out=TABLE.csv` wrote.
+RUN is a run directory, finished or not, or a table of several that `curves RUN ... --out=TABLE.csv` wrote.
 Without --collapse or --ladder the runs have one size; schedules may differ. Loss is the mean training loss between
 two rows of metrics.jsonl, which is that of unseen text as long as no text is read twice.
     annealing    L = E + A S^-a - C Q       S: sum of the rates; Q: sum of how much they have fallen, each
@@ -206,7 +206,7 @@ def begun_R(curve, until):
     share_R = middle_R(curve) / curve.steps
     begun_R = (share_R > until / 2) & (share_R <= until)
     need(begun_R.sum() >= 3, curve.run, f"3 rows between {until / 2:.0%} and {until:.0%} of its steps",
-         int(begun_R.sum()), "let it go on")
+         int(begun_R.sum()), "let it go on, or take a larger --until")
     return begun_R
 
 
@@ -226,7 +226,7 @@ def rows_of(curves, tables):
     for table in tables:
         for row in scaling.read_table(table, "config", "base", "overrides", "planned_flops", "width", "loss")[1]:
             folder = plan.run_dir_of(row["overrides"])
-            need(folder not in rows, table, "each --run_dir once", folder, "name tables of different runs")
+            need(folder not in rows or not row["loss"], table, "each --run_dir once", folder, "leave a table out")
             rows |= {folder: row} if row["loss"] else {}
     missing = [curve.run for curve in curves if curve.run not in rows]
     need(not missing, ", ".join(tables), "a row with a loss for every run", f"none for {', '.join(missing)}",
@@ -237,16 +237,18 @@ def rows_of(curves, tables):
 def heldout_end(curve, curves, losses, until):
     """The held-out loss at the end of a curve, from its first share `until`. losses: of the others, held out.
 
-    Logarithms of the two lie near a line [measured: third/hero_curves.csv from third/curves.csv, 1.7 % off from the
-    first 30 %, 2.6 % from 10]; a collapse, whose shape does not change with the size, was 3.4 and 16 % off there."""
+    Logarithms of the two lie near a line [measured: third/hero_curves.csv from third/curves.csv, 1.7 % too high from
+    the first 30 %, 2.5 % from 10]; a collapse, whose shape does not change with the size, is 3.4 and 16 % too low."""
     begun, *others = [math.log(c.loss_R[begun_R(c, until)].mean()) for c in (curve, *curves)]
     slope, level = np.polyfit(others, np.log(losses), 1)
     return math.exp(level + slope * begun)
 
 
 def error_of(curves, losses, budgets, until):
-    """The standard deviation of log(loss / forecast): each budget is forecast from the others, and counts once."""
-    need(len({*budgets}) >= 3, "--ladder", "runs of three budgets or more", len({*budgets}), "name more")
+    """The standard deviation of log(loss / forecast): each budget is forecast from the others, and counts once.
+    nan if there are less than three."""
+    if len({*budgets}) < 3:
+        return math.nan
     squares = []
     for budget in dict.fromkeys(budgets):
         others, theirs = zip(*[(c, x) for c, x, b in zip(curves, losses, budgets) if b != budget])
@@ -262,11 +264,13 @@ def stage(a, curve, curves):
     budgets = [number(row["planned_flops"], row["config"], "planned_flops") for row in rows]
     share = a.until if curve.step_R[-1] >= a.until * curve.steps else curve.step_R[-1] / curve.steps
     error, loss = error_of(curves, losses, budgets, share), heldout_end(curve, curves, losses, share)
-    ends = [loss * math.exp(sign * stats.t.ppf(0.975, len({*budgets}) - 1) * error) for sign in (-1, 1)]
+    half = stats.t.ppf(0.975, max(1, len({*budgets}) - 1)) * error      # cautious: of so few, one degree less
+    ends = [loss * math.exp(sign * half) for sign in (-1, 1)]
     print(f"  {curve.run}: {loss:.4f} held out ({ends[0]:.4f} to {ends[1]:.4f}), from its first {share:.1%}; "
           f"each budget from the others: {100 * error:.2f} % off")
     if a.register:
         need(a.target, "--target", "the FLOPs of the held run", "none", "give them")
+        need(error > 0, "--ladder", "runs of three budgets or more", len({*budgets}), "name more")
         same = {(row["eval"], row["bytes_per_token"]) for row in rows}
         need(len(same) == 1, ", ".join(a.ladder), "one eval definition", sorted(same),
              "take runs that were scored alike")
@@ -274,6 +278,7 @@ def stage(a, curve, curves):
         scaling.write_record(a.register, dict(
             forecast=forecast, target=dict(C=a.target, run=curve.run), unit="nats", eval=rows[0]["eval"],
             choices=dict(head=a.count_head), failure="outside the interval, or off by 1 % or more",
+            known_differences=a.difference,
             form=f"a line between the logarithms of known and held-out loss, first {share:.4f}",
             curve=[curve.step_R, curve.loss_R],
             bytes_per_token=number(rows[0]["bytes_per_token"], a.ladder[0], "bytes_per_token"),
@@ -291,12 +296,12 @@ def tell_gap(curves, tables):
         names, shares = zip(*t.mixture)
         held = np.average([number(row.get(f"loss_{Path(name).parent.name}"), row["config"]) for name in names],
                           weights=shares)
-        kind = number(row["planned_flops"], row["config"]), row["width"], row["base"]
+        kind = number(row["planned_flops"], row["config"]), int(number(row["width"], row["config"])), row["base"]
         kinds.setdefault(kind, []).append((final_loss(curve), held))
-    for (C, width, _), losses in sorted(kinds.items()):
+    for (C, width, base), losses in sorted(kinds.items()):
         train, held = np.mean(losses, axis=0)
-        print(f"{C:.3g}, width {width}, {len(losses)} seeds: training {train:.3f}, held out {held:.3f}, "
-              f"gap {held - train:.3f}")
+        print(f"{Path(base).stem}, {C:.3g}, width {width}, {len(losses)} seeds: training {train:.3f}, "
+              f"held out {held:.3f}, gap {held - train:.3f}")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -310,22 +315,31 @@ def tell(curve, forecast):
     print(line)
 
 
-def curves_command(a):
-    need(not a.register or a.ladder and a.hold and not a.collapse, "--register", "--ladder and --hold, not --collapse",
-         "something else", "see the head of curves.py")
-    need(not a.ladder or a.gap or a.hold and not a.collapse, "--ladder", "--gap, or --hold without --collapse",
-         "something else", "see the head of curves.py")
+def chosen(a):
+    """(curves, held) that the options name, if the options go together."""
+    do = "see the head of curves.py"
+    need(not a.register or a.ladder and len(a.hold) == 1 and not a.gap, "--register", "--ladder and one --hold",
+         "something else", do)
+    need(not a.ladder or (a.gap or a.hold) and not a.collapse, "--ladder", "--gap, or --hold", "something else", do)
+    need(not a.gap or a.ladder, "--gap", "--ladder", "none", do)
+    need(a.asymptote is None or a.collapse, "--asymptote", "--collapse", "none", do)
     curves, held = read_curves(a.runs), read_curves(a.hold)
     need(curves, a.runs[0], "a curve", "none", "name a table with rows")
+    names = [curve.run for curve in curves + held]
+    need(len({*names}) == len(names), a.runs[0], "each run once", f"{len(names)} curves of {len({*names})}", "drop one")
+    unfinished = [curve.run for curve in curves if curve.step_R[-1] < curve.steps]
+    need(a.out or not unfinished, a.runs[0], "runs that have ended", unfinished, "name those that go on by --hold")
+    return curves, held
+
+
+def curves_command(a):
+    curves, held = chosen(a)
     if a.out:
         rows = [row for curve in curves + held
                 for row in table_rows(curve.run, curve.steps, zip(curve.step_R, curve.rate_R, curve.loss_R))]
         scaling.write_new(a.out, scaling.csv_text(COLUMNS, rows))
-    ended = [curve for curve in curves if curve.step_R[-1] == curve.steps]
-    need(len(ended) == len(curves), a.runs[0], "runs that have ended", f"{len(curves) - len(ended)} that go on",
-         "name those behind --hold")
+        return
     if a.gap:
-        need(a.ladder, "--ladder", "the table of the runs", "none", "give it")
         tell_gap(curves, a.ladder)
         return
     if a.collapse:
@@ -361,6 +375,7 @@ def add_commands(command):
     add("--asymptote", type=scaling.asymptote, metavar="E", help="with --collapse, instead of the best")
     add("--until", type=scaling.number, default=0.3, metavar="SHARE", help="of a held run that is known (%(default)s)")
     add("--ladder", nargs="+", metavar="TABLE", help="with --hold: the runs' tables, for the end of the held one")
+    add("--difference", action="append", default=[], help="known difference, for the record; repeatable")
     add("--register", metavar="FILE", help="with --ladder: lock that forecast in a new file")
     add("--target", type=scaling.number, metavar="C", help="with --register: FLOPs of the held run")
     add("--count-head", action="store_true", help="with --register: C counts the output head")

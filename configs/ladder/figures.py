@@ -37,7 +37,7 @@ NAMES = {"a_dense_adamw": "dense, AdamW, tuned rate", "b_dense_adamh": "dense, A
 def forecasts(folder=LADDER):
     """dict(name, C, law, form, forecast, interval, outcomes) of every registered record, the first ones first.
 
-    law: None for a forecast from a run's own beginning. interval: the run bootstrap's if there is one.
+    law: None for a forecast from a run's own beginning. interval: the run bootstrap's, or that record's only one.
     outcomes: (loss, error in %) of every run that was scored with the record."""
     found = []
     for path in (folder / "hero").glob("*.json"):
@@ -53,7 +53,7 @@ def forecasts(folder=LADDER):
                           form=f"$E$ = {law.E:.2f}" if law else "curve, first {:.0%}".format(
                               float(record["form"].split()[-1])),
                           forecast=record["forecast"]["loss"], outcomes=outcomes,
-                          interval=next(filter(None, intervals.values()), (math.nan, math.nan))))
+                          interval=intervals.get("run_bootstrap", [*intervals.values()][0]) or (math.nan, math.nan)))
     return sorted(found, key=lambda record: (record["C"], record["date"]))
 
 
@@ -74,7 +74,7 @@ def rung_tables(folder=LADDER):
 
 
 def rung_points(table):
-    """{rung: [(budget asked for, (C, loss, tokens per second or nan))]} of a table of rungs.
+    """{rung: [(budget asked for, (C, loss, FLOPs per second or nan))]} of a table of rungs.
 
     The rate is FLOPs per second from speed.csv beside it, measured apart on a quiet machine: at equal C a
     run takes C over it, whatever its width."""
@@ -101,7 +101,8 @@ def rung_law(tables):
 
 def rung_table(points, law):
     """{rung: {budget: dict(loss)}} of what rung_points gave: the mean over seeds, and what `speedup` gives over
-    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have at a budget."""
+    the first rung at equal loss. Intervals are those of the noise that the seeds of all rungs have at a budget, or
+    where that is not known of the two rungs' own seeds."""
     base, table = points[next(iter(points))], {}
     for rung in points:
         table[rung] = {}
@@ -114,7 +115,7 @@ def rung_table(points, law):
 
 def seed_noise(points, budget):
     """(standard deviation of the loss between a rung's seeds at a budget, its degrees of freedom); zeros where
-    less than five seeds are second ones."""
+    fewer than five are left."""
     groups = [[loss for C, (_, loss, _) in side if C == budget] for side in points.values()]
     spare = sum(len(losses) - 1 for losses in groups if losses)
     squares = sum(len(losses) * np.var(losses) for losses in groups if losses)
@@ -410,7 +411,7 @@ def draw_errors(ax, records):
 
 def draw_collapse(ax, tables):
     """The training curves of runs near the optimum, a color a budget: (L - E) / (end - E)."""
-    found = curves.read_curves(tables)
+    found = [curve for curve in curves.read_curves(tables) if curve.step_R[-1] == curve.steps]
     E, by_budget = curves.collapse_E(found), {}
     for curve in found:
         by_budget.setdefault(float(re.search(r"_c([\de.]+)_d", curve.run)[1]), []).append(curve)

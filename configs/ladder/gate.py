@@ -295,6 +295,7 @@ def unit_of(texts, names):
 
 def gate(a):
     """Train, compare, print; returns the exit code."""
+    need(not a.law or a.law[1] > 0, "--law", "E and an ALPHA above 0", a.law, "correct it")
     sides, workers = sides_of(a.fork + a.rest, a.base, a.out), []
     try:
         widths, config = plan.widths_of(ROOT / a.base, RULE)

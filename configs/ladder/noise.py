@@ -23,11 +23,6 @@ from configs.ladder import plan  # noqa: E402
 from scaling import need  # noqa: E402
 
 
-def read(table):
-    """The rows of a ladder's table."""
-    return scaling.read_table(table, "config", "base", "overrides", "planned_flops", "width", "loss")[1]
-
-
 def seed_spread(rows):
     """[(planned FLOPs, width, name without the seed, {seed: loss})] of a table's runs that have several seeds."""
     groups = {}
@@ -108,16 +103,16 @@ def main(words):
     a = parser.parse_args(words)
     need(a.tables or a.targets and not a.against, "command line", "a table, or --budgets and --targets", "neither",
          "give one")
-    need(not a.targets or len(set(a.budgets)) > 3, "--budgets", "four or more", a.budgets, "add some")
+    need(not a.targets or len(set(a.budgets)) >= 3, "--budgets", "three or more", a.budgets, "add some")
     need(len(a.noise) in (1, len(a.budgets)), "--noise", "one number, or one for each of --budgets", a.noise,
          "correct it")
     if a.against:
-        rows = [row for table in a.tables for row in read(table)]
-        for C, width, word, seeds, percent in against(rows, read(a.against)):
+        rows = [row for table in a.tables for row in plan.planned_rows(table)]
+        for C, width, word, seeds, percent in against(rows, plan.planned_rows(a.against)):
             print(f"{C:.3g}, width {width}, {word}: {percent:+.2f} %, {seeds} seeds")
         return 0
     for table in a.tables:
-        groups = seed_spread(read(table))
+        groups = seed_spread(plan.planned_rows(table))
         print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
         for C, width, name, by_seed in groups:
             losses = [*by_seed.values()]

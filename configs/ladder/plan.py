@@ -196,12 +196,18 @@ def write_table(path, columns, rows):
 
 
 def rows_by_name(path):
-    """(columns, {name: row}) of a ladder's table, which need not exist yet."""
-    columns, rows = scaling.read_table(path, "config", "overrides", "loss") if Path(path).is_file() else ([], [])
+    """(columns, {name: row}) of a table with names in the column config, which need not exist yet."""
+    columns, rows = scaling.read_table(path, "config") if Path(path).is_file() else ([], [])
     table = {row["config"]: row for row in rows}
     need(len(table) == len(rows), path, "each name in the column config once",
          f"{len(table)} names in {len(rows)} rows", "rename the others")
     return columns, table
+
+
+def planned_rows(path):
+    """The rows of a ladder's table, each name once."""
+    scaling.read_table(path, "config", "base", "overrides", "planned_flops", "width", "loss")
+    return [*rows_by_name(path)[1].values()]
 
 
 def put_rows(path, *rows):
@@ -249,7 +255,7 @@ def need_same(base, words, folder):
 def run_ladder(path, jobs=1):
     """Train every run of a ladder's table that has no loss, cheapest first, each in its own process,
     `jobs` at a time, and fill in its row; stop at a failure. A run cut short goes on from its checkpoint."""
-    _, rows = scaling.read_table(path, "config", "base", "overrides", "planned_flops", "loss")
+    rows = planned_rows(path)
     left = [row for row in rows if not row["loss"]]
     left.sort(key=lambda row: (number(row["planned_flops"], path, "planned_flops"), row["config"]))
     print(f"{path}: {len(rows) - len(left)} runs done, {len(left)} to go", flush=True)

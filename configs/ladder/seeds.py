@@ -25,8 +25,7 @@ from configs.ladder import plan  # noqa: E402
 
 def shapes(table):
     """{(base, words without the seed): rows without a loss} of a table, the cheapest first."""
-    _, rows = scaling.read_table(table, "config", "base", "overrides", "planned_flops", "loss")
-    found = collections.defaultdict(list)
+    rows, found = plan.planned_rows(table), collections.defaultdict(list)
     for row in sorted(rows, key=lambda row: scaling.number(row["planned_flops"], table, "planned_flops")):
         waiting = found[row["base"], plan.without_seed(row["overrides"])[0]]    # also of shapes that are done:
         waiting += [] if row["loss"] else [row]                                 # the shares must not move
@@ -57,8 +56,9 @@ def main(words):
             curve = found.pop("curve", [])              # none of a run that ended early
             if a.curves and curve:
                 keep_curve(a.curves, plan.run_dir_of(row["overrides"]), curve)
+            scaling.need(found["loss"] is not None, row["config"], "a loss", "a run that diverged", "lower its rates")
             plan.put_rows(a.table, row | found)
-            print(f"{row['config']}: {found['loss']} in {found['seconds']:.0f} s", flush=True)
+            print(f"{row['config']}: {found['loss']:.4f} in {found['seconds']:.0f} s", flush=True)
         worker.close()
     return 0
 

@@ -59,9 +59,9 @@ def main(words):
             best[name] = min(best[name], (time.perf_counter() - start) / STEPS)
     times = [dict(config=name, milliseconds=f"{1e3 * best[name]:.3f}", flops_per_second=f"{flops / best[name]:.6g}",
                   commit=train.git_commit()) for name, (_, flops) in runners.items()]
-    plan.put_rows(table.parent / "speed.csv", *times)
     for name, (_, flops) in runners.items():
         print(f"{name:40s} {1e3 * best[name]:8.1f} ms  {flops / best[name] / 1e9:7.2f} GFLOP/s")
+    plan.put_rows(table.parent / "speed.csv", *times)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def curve_of(losses, c, t):
     """[step, rate of the matrices, mean loss since the row before] every t.log_every steps, as in metrics.jsonl.
     losses: None for a skipped update."""
     ends, rate = [*range(t.log_every, t.steps, t.log_every), t.steps], train.rates(c, t).matrix_lr
-    means = [np.mean([float(x) for x in losses[first:end] if x is not None]) for first, end in zip([0, *ends], ends)]
-    return [[end, rate * float(train.lr_multiplier(t, end - 1)), float(mean)] for end, mean in zip(ends, means)]
+    parts = [[float(x) for x in losses[first:end] if x is not None] for first, end in zip([0, *ends], ends)]
+    return [[end, rate * float(train.lr_multiplier(t, end - 1)), float(np.mean(part))]
+            for end, part in zip(ends, parts) if part]
 
 
 class Runs:

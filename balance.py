@@ -119,7 +119,7 @@ def _sum_devices(x, axis):
 
 
 def even_load(tokens, K, E):
-    """q = max(1, floor(tokens * K / E)), on a reduced fraction: 46M tokens x 8 overflows int32."""
+    """q = max(1, floor(tokens * K / E)), on a reduced fraction: 300M tokens x 8 overflows int32."""
     common = math.gcd(K, E)
     k, e = K // common, E // common
     return jnp.maximum(1, (tokens // e) * k + (tokens % e) * k // e)
@@ -138,8 +138,8 @@ def quantile(margin_LTE, valid_T, bias_LE, K, axis, rate, platform):
 
 
 def quantile_local(margin_LTE, valid_T, bias_LE, K, axis, rate, platform):
-    """The mean of the devices' own quantiles, weighted by their tokens, as in the 129B run [cited:
-    marin #4697]. Unlike `quantile` it depends on how tokens are split over devices."""
+    """The mean of the devices' own quantiles, weighted by their tokens. The 129B run took the plain
+    mean [cited: marin #4697]. Unlike `quantile` it depends on how tokens are split over devices."""
     here = jnp.sum(valid_T, dtype=jnp.int32)
     share = here / _sum_devices(here, axis)
     q = even_load(here, K, bias_LE.shape[1])
@@ -220,7 +220,7 @@ def update(rule, margin_LTE, valid_T, bias_LE, K, axis=None, rate=0.0, platform=
     known = rule_named(rule)
     if K == margin_LTE.shape[2] or known.next_bias is None:
         return bias_LE, jnp.zeros(len(margin_LTE), bool)
-    broken_L = jnp.sum(~jnp.isfinite(margin_LTE) & valid_T[:, None], (1, 2), jnp.int32)
+    broken_L = jnp.any(~jnp.isfinite(margin_LTE) & valid_T[:, None], (1, 2)).astype(jnp.int32)
     here = jnp.sum(valid_T, dtype=jnp.int32)
     tokens, broken_L = _sum_devices((here, broken_L), axis)
     alone = not isinstance(bias_LE, tuple)

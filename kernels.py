@@ -101,7 +101,7 @@ def attention(q_BSNH, k_BSMH, v_BSMH, segment_BS, window, impl=None, platform="c
 def _visible(segment_BC, segment_BJ, offset, window):
     """Which keys a query sees, [B,C,J]. Query 0 comes `offset` positions after key 0."""
     C, J = segment_BC.shape[1], segment_BJ.shape[1]
-    distance_CJ = offset + jnp.arange(C)[:, None] - jnp.arange(J)[None, :]
+    distance_CJ = offset + jnp.arange(C)[:, None] - jnp.arange(J)
     near_CJ = (distance_CJ >= 0) & (distance_CJ < window)
     return near_CJ & (segment_BC[:, :, None] == segment_BJ[:, None, :])
 
@@ -241,12 +241,12 @@ def cross_entropy(x_TD, head_DV, target_T, impl=None, chunk=4096):
     "plain"       all [T,V] logits at once: 7.8 GiB for 16,384 tokens of V=128,256
     "vocabulary"  `chunk` words at a time; the backward pass computes the logits again, 2*D*V FLOPs
                   more a token: 0.39 GiB of temporaries at those sizes [measured: TPU, AOT]
-    The default is "plain" where all logits fit PLAIN_LOGITS. `chunk` need not divide V."""
+    "plain" is taken if all logits fit PLAIN_LOGITS; `chunk` need not divide V; large T cut it."""
     T, V = x_TD.shape[0], head_DV.shape[1]
     impl = impl or ("plain" if T * V <= PLAIN_LOGITS else "vocabulary")
     _known("cross_entropy impl", impl, ("plain", "vocabulary"))
-    if impl == "vocabulary" and V > chunk:
-        return _by_vocabulary(x_TD, head_DV, target_T, chunk)
+    if impl == "vocabulary" and V > (block := min(chunk, PLAIN_LOGITS // T // 128 * 128 or 128)):
+        return _by_vocabulary(x_TD, head_DV, target_T, block)
     return _token_losses(x_TD, head_DV, target_T)
 
 
@@ -254,7 +254,7 @@ def _token_losses(x_TD, head_DV, target_T):
     logits_TV = dot32(x_TD, head_DV)
     lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
     # compare and sum, not an index: its gradient is then a compare too, not a scatter into [T,V]
-    hit_TV = target_T[:, None] == jnp.arange(head_DV.shape[1])[None, :]
+    hit_TV = target_T[:, None] == jnp.arange(head_DV.shape[1])
     return lse_T - jnp.sum(jnp.where(hit_TV, logits_TV, 0.0), axis=-1), lse_T
 
 

@@ -78,8 +78,8 @@ class ModelConfig:
         need(self.half_rope or not self.partial_key_offset, "partial_key_offset",
              "False unless half_rope=True (it moves the half that RoPE leaves alone)")
         if self.num_experts:
-            need(1 <= self.experts_per_token <= self.num_experts, "experts_per_token",
-                 f"1 to num_experts={self.num_experts}")
+            need((self.combine_sum > 0) < self.experts_per_token <= self.num_experts,
+                 "experts_per_token", f"1 (2 with combine_sum) to num_experts={self.num_experts}")
             need(self.expert_dim > 0, "expert_dim", "a positive number, since num_experts > 0")
         else:
             need(self.experts_per_token == self.expert_dim == 0, "num_experts",

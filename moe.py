@@ -4,7 +4,7 @@ Run:  python moe.py          one layer against its definition, with even and wit
 Read: route -> dispatch -> spread and combine -> moe. The definition is dense_moe. Then, for many
       devices: ring, ragged.
 Every token chooses its K experts, so loads differ. On one device every choice is computed, whatever
-the loads are. Between devices buffers have a fixed size, and what does not fit is dropped.
+the loads are. Between devices, with a capacity, buffers have a fixed size: the rest is dropped.
 
 T tokens  D hidden  E experts  K experts per token  F expert width  P devices that share the experts
 A = T*K assignments: the j-th choice of token t is assignment t*K + j
@@ -28,7 +28,7 @@ class RouterStats(NamedTuple):
     load_E: jax.Array           # int32, assignments of this device's tokens to each expert
     margin_TE: jax.Array        # float32, score + bias - cutoff: see balance.select
     z_T: jax.Array              # float32, squared log-sum-exp of the logits: the router z-loss
-    dropped: jax.Array          # int32, assignments of this device's shard that did not fit
+    dropped: jax.Array          # int32, assignments that did not fit, to be summed over devices
     prob_TE: jax.Array | None   # float32, softmax of the logits, if the rule has an auxiliary loss
 
 
@@ -43,13 +43,14 @@ def route(x_TD, router_DE, bias_E, c):
     logits_TE = jnp.dot(x_TD.astype(jnp.float32), router_DE, precision=lax.Precision.HIGHEST)
     E = logits_TE.shape[1]
     expert_TK, margin_TE = balance.select(c.balancer, logits_TE, bias_E, c.experts_per_token)
+    expert_TK = jax.ad_checkpoint.checkpoint_name(expert_TK, "sent")  # remat keeps how ties fell
     # picked by compare and sum: the gradient of an index would be a scatter
     chosen_TKE = expert_TK[:, :, None] == jnp.arange(E)
     logit_TK = jnp.sum(jnp.where(chosen_TKE, logits_TE[:, None, :], 0.0), axis=-1)
     weight_TK = jnp.where(expert_TK < E, jax.nn.sigmoid(logit_TK), 0.0)
-    if c.combine_sum:
-        total_T1 = jnp.sum(weight_TK, axis=-1, keepdims=True)
-        weight_TK = weight_TK * c.combine_sum / jnp.where(total_T1 > 0, total_T1, 1.0)
+    if c.combine_sum:       # by logarithms: of logits below -45 the square of the sum is 0
+        log_TK = jnp.where(expert_TK < E, jax.nn.log_sigmoid(logit_TK), kernels.MASKED)
+        weight_TK = jnp.where(expert_TK < E, c.combine_sum * jax.nn.softmax(log_TK, axis=-1), 0.0)
     has_loss = balance.RULES[c.balancer].loss is not None
     return expert_TK, weight_TK, RouterStats(
         load_E=count_loads(expert_TK, E), margin_TE=margin_TE, dropped=jnp.int32(0),
@@ -198,8 +199,8 @@ def moe(x_TD, p, bias_E, c, axis=None, platform="cpu", impl=None):
 
 def experts(x_RD, weight_R1, p, tile_expert, platform, impl):
     """Every row through the SwiGLU of its expert, times weight_R1: [R,D] -> [R,D]. Zero rows stay
-    zero. Weighed before the last product, so that its result, which comes back from another device,
-    is not computed again for the gradient of the weights."""
+    zero. Weighed before the last product (but by "loop" after it), so that its result, which comes
+    back from another device, is not computed again for the gradient of the weights."""
     gate_EDF, up_EDF, down_EFD = p["gate_EDF"], p["up_EDF"], p["down_EFD"]
     if platform == "tpu" and gate_EDF.shape[2] % 128:
         # F = 1,600 of the 32B run: blocks are multiples of 128. Zero columns add nothing, and at
@@ -268,15 +269,15 @@ def ragged(x_tD, p, expert_tK, weight_tK, capacity, axis, platform, impl):
     e, E, me = p["gate_EDF"].shape[0], p["router_DE"].shape[1], lax.axis_index(axis)
     tile = kernels.row_tile(impl, expert_tK.size, e)
     d = dispatch(expert_tK, E, tile=1)
-    load_PE = lax.all_gather(count_loads(expert_tK, E), axis)
-    there, back, tile_expert = ragged_plan(load_PE, capacity, tile, me)
+    load_SE = lax.all_gather(count_loads(expert_tK, E), axis)
+    there, back, tile_expert = ragged_plan(load_SE, capacity, tile, me)
     rows_here, rows_there = len(d.token_R), buffer_rows(capacity, e, tile)
     x_RD, weight_R1 = (send(a, there, back, (rows_here, rows_there), axis, platform)
                        for a in (spread(x_tD, d), spread_weights(weight_tK, d)))
     weight_R1 = jax.ad_checkpoint.checkpoint_name(weight_R1, "sent")    # small: not sent again
     y_RD = experts(x_RD, weight_R1, p, tile_expert, platform, impl)
     y_AD = send(y_RD, back, there, (rows_there, rows_here), axis, platform)
-    return combine(y_AD, d), jnp.sum(load_PE[me]) - jnp.sum(there.send_sizes)
+    return combine(y_AD, d), jnp.sum(load_SE[me]) - jnp.sum(there.send_sizes)
 
 
 class SendPlan(NamedTuple):
@@ -290,21 +291,20 @@ class SendPlan(NamedTuple):
     recv_sizes: jax.Array           # rows of each chunk that arrives, ordered by (sender, chunk)
 
 
-def ragged_plan(load_PE, capacity, tile, me):
-    """Where every row goes, from how many rows each device has for each expert: (there, back,
-    tile_expert). S is the sender, P the shard that receives. `there` takes sorted, packed rows
-    (dispatch with tile 1) to the tile-padded buffer of their expert's shard; `back` is its
-    inverse."""
-    S, E = load_PE.shape
+def ragged_plan(load_SE, capacity, tile, me):
+    """(there, back, tile_expert), from the rows that each sender S has for each expert; P is the
+    shard that receives. `there` takes sorted, packed rows (dispatch with tile 1) to the tile-padded
+    buffer of their expert's shard, and `back` takes them back."""
+    S, E = load_SE.shape
     e = E // S
-    load_PN = load_PE.T.reshape(S, e * S)           # by shard; in a shard by expert, then by sender
+    load_PN = load_SE.T.reshape(S, e * S)           # N = e*S, in a shard by expert, then by sender
     before_PN = jnp.cumsum(load_PN, axis=1) - load_PN
     kept_PeS = jnp.clip(capacity - before_PN, 0, load_PN).reshape(S, e, S)
     layout = partial(tile_layout, tile=tile, R=buffer_rows(capacity, e, tile))
     start_Pe, tile_expert_P = jax.vmap(layout)(jnp.sum(kept_PeS, axis=2))
     row_PeS = start_Pe[:, :, None] + jnp.cumsum(kept_PeS, axis=2) - kept_PeS
     kept_SE, row_SE = (a.reshape(E, S).T for a in (kept_PeS, row_PeS))
-    packed_SE = jnp.maximum(1, load_PE)
+    packed_SE = jnp.maximum(1, load_SE)
     origin_SE = jnp.cumsum(packed_SE, axis=1) - packed_SE
 
     def mine(a_SE):

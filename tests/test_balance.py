@@ -87,8 +87,14 @@ def test_one_expert_few_tokens_and_many_tokens():
     assert np.isfinite(alternate(scores(2, 64, 0), np.zeros(64), 4)).all()      # q < 1
     value, x = lp.lp_optimum(scores(10, 4, 0), 1)               # 10 tokens, 4 experts: q = 2.5
     assert set(np.round(x.sum(0), 9)) == {2.0, 3.0} and np.allclose(x, np.round(x))
-    tokens, K, E = 46_137_344, 8, 384                           # tokens * K overflows int32
+    tokens, K, E = 402_653_184, 8, 384                          # tokens * K overflows int32
     assert int(balance.even_load(jnp.int32(tokens), K, E)) == tokens * K // E
+
+
+def test_a_broken_margin_keeps_the_bias_of_its_layer():
+    margin = jax.random.normal(jax.random.key(0), (2, 80, 8)).at[0, 3, 1].set(-jnp.nan)
+    new, kept = balance.update("quantile", margin, jnp.ones(80, bool), jnp.ones((2, 8)), 2)
+    assert kept.tolist() == [True, False] and (new[0] == 1).all() and not (new[1] == 1).all()
 
 
 def test_no_gradient_reaches_the_bias_and_no_weight_depends_on_it(routing):

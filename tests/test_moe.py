@@ -21,7 +21,8 @@ D = 12
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         (40, 4, 4, "none", None), (64, 1, 1, "none", None))),
     (40, 8, 2, "two take all", "pallas_tpu"),
-    (40, 8, 2, "one starves", "tiles")])
+    (40, 8, 2, "one starves", "tiles"),
+    (40, 8, 2, "none", "padded")])
 def test_the_sparse_layer_equals_the_dense_loop(T, E, K, bias, impl, layer_weights, normal, routing,
                                                 close):
     """Outputs, loads, and the gradients of tokens, router and experts."""
@@ -36,7 +37,9 @@ def test_the_sparse_layer_equals_the_dense_loop(T, E, K, bias, impl, layer_weigh
             y_TD, stats = layer(x, p, bias_E, c)
             return jnp.sum(jnp.sin(y_TD)) + jnp.sum(stats.z_T), (y_TD, stats.load_E)
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(x_TD, p)
-    fast = run(functools.partial(moe.moe, impl=impl))
+    # "padded": as on a TPU, where F = 10 becomes 256; the implementation is one that a CPU has
+    padded = dict(impl="tiles", platform="tpu") if impl == "padded" else dict(impl=impl)
+    fast = run(functools.partial(moe.moe, **padded))
     close(fast, run(moe.dense_moe))
     load_E = np.asarray(fast[0][1][1])
     assert load_E.sum() == T * K
@@ -170,3 +173,14 @@ def test_tokens_move_by_gathers_in_both_directions(layer_weights, normal, routin
         return jnp.sum(moe.moe(x, p, jnp.zeros(8), routing(2))[0])
     text = str(jax.make_jaxpr(jax.grad(f, (0, 1)))(x_TD, p))
     assert "scatter" not in text, "a gather in moe.py lost its hand-written transpose"
+
+
+def test_weights_that_add_up_to_a_constant_survive_very_negative_logits(routing):
+    """Logits of -60: the sum of the sigmoids is 1e-26, whose square is 0 in float32, and at -120 it is 0 itself."""
+    for level in (0.0, -60.0, -120.0):
+        def first(router_DE):
+            weight_TK = moe.route(jnp.ones((1, 1)), router_DE, jnp.zeros(3), routing(2, combine_sum=2.5))[1]
+            return weight_TK[0, 0], weight_TK
+        gradient, weight_TK = jax.grad(first, has_aux=True)(level + jnp.asarray([[0.5, -0.5, -3.0]]))
+        assert float(weight_TK.sum()) == pytest.approx(2.5) and weight_TK[0, 0] > weight_TK[0, 1] > 0
+        assert np.isfinite(gradient).all() and gradient[0, 0] > 0.1 and gradient[0, 2] == 0

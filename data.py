@@ -141,9 +141,12 @@ def atomic_directory(out):
         scratch.mkdir(parents=True)
         yield scratch
         to_disk(*scratch.rglob("*"), scratch)
-        if not out.is_dir():             # else another process made the same and was faster
+        try:
             scratch.rename(out)
-            to_disk(out.parent)
+        except OSError:
+            if not out.is_dir():         # else another process made the same and was faster
+                raise
+        to_disk(out.parent)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); nothing was kept") from None
     finally:
@@ -598,11 +601,14 @@ def open_mixture(mixture, tokenizer, data_dir, vocab_size, seq_len):
         need(source.train.tokens > seq_len, f"{name}: {source.train.tokens:,} training tokens, but "
              f"one window of {seq_len=} takes {seq_len + 1:,}; use more text or a shorter seq_len")
         for domain, stream in source.heldout.items():
-            need(stream.tokens > 1, f"{name}: held-out {domain} has 1 token, 2 are needed")
+            ids = stream.read(0, min(stream.tokens, 1 << 16))
+            need((ids[1:] != tok.eot).any(), f"{name}: held-out {domain} has no text to score")
             another = f"{source.name}-{domain}-{len(sources)}"
             heldout[another if domain in (*heldout, "train", "macro") else domain] = stream
         sources.append(source)
     weights = np.array(weights, float) / sum(weights)
+    need(weights.min() >= 1e-6, f"mixture: expected shares of a millionth or more, found "
+         f"{weights.min():.1e} for {names[weights.argmin()]}; leave it out")
     block_rows = 2048                    # enough for sources of 0.1 % and more, and quick to sort
     while block_rows * weights.min() < 2:                        # a condition of rows_before
         block_rows *= 2

@@ -150,6 +150,7 @@ class TrainConfig:
         need(lambda x: x >= 0, "zero or a positive number", *numeric)
         need(lambda x: x <= 1, "a number from 0 to 1", "warmup", "decay", "min_lr_ratio")
         need(lambda x: x < 2**63, "a number below 2**63", "seed", "sample_seed")
+        need(lambda x: x < 2**31, "a number below 2**31", "steps", "batch_size")
         need(lambda x: x < 1, "a number from 0 to below 1", "beta1", "beta2", "momentum")
         need(lambda x: self.schedule == "linear" or self.warmup + x <= 1, "at most 1 - warmup",
              "decay")
@@ -189,7 +190,7 @@ def check(key, value, where):
     kind, choices = KEYS[key], typing.get_args(KEYS[key])
     if key == "mixture" and isinstance(value, str):
         value = ((value, 1.0),)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     if choices and value not in choices:
         refuse(f"{where}: {key}", " or ".join(map(repr, choices)), repr(value))
@@ -779,7 +780,9 @@ class Checkpoints:
         leaves = [leaves[name] for name in wanted]
         found = np.asarray(checksums(leaves)[0]).tolist()
         bad = [name for name, mark in zip(wanted, found) if sums.get(name) != mark]
-        return leaves, f"altered since it was written: {', '.join(bad[:3])}" if bad else ""
+        if bad:                     # and its leaves are let go: the next state needs their room
+            return None, f"altered since it was written: {', '.join(bad[:3])}"
+        return leaves, ""
 
     def restore(self, c, t, mesh):
         """The newest sound state, None if there is no checkpoint, or CorruptCheckpoint."""
@@ -1009,7 +1012,7 @@ def train(c, t, fresh=False):
             log(f"eval {step:>{len(str(t.steps))}} | " + " | ".join(
                 f"{name} {d['loss']:.4f} nats {d['bpb']:.4f} bpb" for name, d in domains.items()))
             return domains
-        save = rundir.saver(run, checkpoints, config, start > 0)
+        save = rundir.saver(run, checkpoints, config, resumed)
         with process.stop_signals() as stop_signal:
             state, number = loop(c, t, mesh, mixture, state, save, metrics_log, run_eval, heartbeat,
                                  stop_signal)
@@ -1105,8 +1108,8 @@ def init_distributed(flags, t):
     if libtpu and not (tpu or plugins or jax.config.jax_platforms):
         jax.config.update("jax_platforms", "cpu")       # libtpu would complain in five lines
     if told != [None] * 3:
-        if None in told or not 0 <= flags.process < flags.processes:
-            refuse("--coordinator, --processes, --process", "all three, I below N", told)
+        if None in told or ":" not in told[0] or not 0 <= flags.process < flags.processes:
+            refuse("--coordinator, --processes, --process", "HOST:PORT, N, I below N", told)
         use_cpu_devices(max(1, t.devices // flags.processes))
         jax.distributed.initialize(*told, heartbeat_timeout_seconds=seconds)
         n = len(jax.devices())      # so that make_mesh takes these, and does not ask for its own
@@ -1138,9 +1141,9 @@ def main(arguments):
         if flags.sample and [*Path(arguments[0]).expanduser().glob("*.safetensors")]:
             return sample.from_weights(arguments[0], overrides)
         c, t = load_config(arguments[0], overrides)
-        if (flags.compile or flags.search) and not flags.plan:
-            refuse("--compile" if flags.compile else "--search", "together with --plan", "it alone",
-                   "it would train")
+        for name, without in (("compile", False), ("search", None), ("mfu", None)):
+            if getattr(flags, name) is not without and not flags.plan:
+                refuse(f"--{name}", "together with --plan", "it alone", "it would train")
         if flags.plan:
             if flags.search:
                 return layout.show_search(c, t, flags.search, flags.compile)

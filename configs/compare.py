@@ -157,7 +157,7 @@ def panels(runs):
 def place_of(runs, out):
     """Where the page goes. ConfigError if something else is there."""
     names = "-".join(re.sub(r"[^\w.]+", "_", files.run.resolve().name) for files in runs.values())
-    path = Path(out or f"out/compare-{names[:120]}.html")
+    path = Path(out or f"out/compare-{names[:120]}.html").expanduser()
     if path.is_dir() or path.suffix != ".html":
         train.refuse("--out", "the name of a file that ends in .html", path)
     if path.exists() and MARK not in path.read_text("utf-8", "replace"):

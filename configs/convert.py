@@ -131,9 +131,9 @@ def read_config(folder):
 # ---------------------------------------------------------------------------- what can be opened
 
 class Weights(NamedTuple):
-    """Somebody's weights, read when asked for, one slice after another. read(path, layer, index) is the slice `index` of a
-    weight of model.param_specs, or of "bias_LE"; layer is None where there is no stack, index is a
-    slice for each axis or None."""
+    """Somebody's weights, read when asked for, one slice after another. read(path, layer, index) is the slice
+    `index` of a weight of model.param_specs, or of "bias_LE"; layer is None where there is no stack, index is
+    a slice for each axis or None."""
     config: model.ModelConfig
     read: Callable
     folder: Any                         # where tokenizer files may be
@@ -161,7 +161,7 @@ def entries(c):
 def open_weights(source):
     """A run, a checkpoint directory or a directory of safetensors -> Weights. ConfigError names
     what is missing, left over, of another shape or type."""
-    source, _, step = str(source).partition("@")
+    source, step = re.fullmatch(r"(.*?)(?:@(\d+))?", str(source), re.DOTALL).groups(default="")
     if "://" not in source:
         source = str(Path(source).expanduser().resolve())
         if list(Path(source).glob("*.safetensors")):
@@ -176,13 +176,15 @@ def checkpoint_folder(source):
     if "://" in source or inside.exists() or not config.is_file():
         return inside if inside.exists() else epath.Path(source)
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return epath.Path(json.loads(config.read_text(encoding="utf-8"))["train"]["checkpoint_dir"])
+        if elsewhere := json.loads(config.read_text(encoding="utf-8"))["train"]["checkpoint_dir"]:
+            return epath.Path(elsewhere)
     return epath.Path(source)
 
 
 def open_checkpoint(source, step=""):
     """The newest committed checkpoint of a run or of a checkpoint directory, or that of a step."""
     import tensorstore
+    from etils import epath
     folder = checkpoint_folder(source)
     found = sorted((int(path.name) for path in (folder.iterdir() if folder.exists() else ())
                     if re.fullmatch("[0-9]+", path.name)), reverse=True)
@@ -192,7 +194,7 @@ def open_checkpoint(source, step=""):
     place = folder / str(int(step) if step else found[0])
     try:
         record = json.loads((place / "record" / "metadata").read_text())
-        c = model.ModelConfig(**record["config"]["model"])
+        c, at, sums = model.ModelConfig(**record["config"]["model"]), record["step"], {**record["arrays"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         train.refuse(place, "a checkpoint with its record", train.one_line(error))
     base, opened = f"{place / 'state'}/", {}
@@ -203,7 +205,12 @@ def open_checkpoint(source, step=""):
             opened[path] = tensorstore.open({"driver": "zarr", "kvstore": spec}).result()
         stack = opened[path] if layer is None else opened[path][layer]
         return (stack[index] if index else stack).read().result()
-    return Weights(c, read, Path(source), record["step"], record["arrays"])
+    def read_whole(*what):
+        try:
+            return read(*what)
+        except Exception as error:              # whatever tensorstore raises about damage
+            train.refuse(place, f"{what[0]} as it was saved", train.one_line(error), "name an older step: PATH@STEP")
+    return Weights(c, read_whole, epath.Path(source), at, sums)
 
 
 def leaf_name(path):
@@ -224,11 +231,17 @@ def open_safetensors(folder):
     for path in sorted(folder.glob("*.safetensors")):
         try:
             files[path] = safe_open(path, framework="numpy")
+            if twice := sorted(where.keys() & {*files[path].keys()}):
+                train.refuse(path, f"{twice[0]} in one file", f"it in {where[twice[0]].name}, too",
+                             "remove one export")
             where |= {name: path for name in files[path].keys()}
         except (SafetensorError, OSError) as error:
             train.refuse(path, "a whole .safetensors file", train.one_line(error), "fetch it again")
     index = folder / "model.safetensors.index.json"
-    promised = json.loads(index.read_text())["weight_map"] if index.exists() else where
+    try:
+        promised = {**json.loads(index.read_text())["weight_map"]} if index.exists() else where
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        train.refuse(index, "a weight_map", train.one_line(error), "fetch it again")
     if gone := sorted({file for file in promised.values()} - {p.name for p in files} - set(files)):
         train.refuse(folder, f"the file {gone[0]} that {index.name} names", "none")
     def stored(path, layer, e=None):
@@ -431,10 +444,11 @@ def convert(source, out, dtype="float32"):
             write_safetensors(scratch / f"{name}.safetensors", tensors)
             where |= {tensor[0]: f"{name}.safetensors" for tensor in tensors}
         for path in sums:
-            if sums[path] != weights.sums[leaf_name(path)]:
+            if sums[path] != weights.sums.get(leaf_name(path)):
                 train.refuse(source, f"{path} as it was saved", "other bytes", "use another step")
         if len(files) > 1:
-            size = sum(path.stat().st_size for path in scratch.iterdir())
+            size = sum(math.prod(shape) * np.dtype(DTYPES[kind][1]).itemsize
+                       for tensors in files for _, kind, shape, _ in tensors)
             index = {"metadata": {"total_size": size}, "weight_map": where}
             train.write(scratch / "model.safetensors.index.json", json.dumps(index, indent=1))
         for name in TOKENIZER_FILES:

@@ -135,7 +135,7 @@ class Pod:
         """0 if a command went well on all slices, at the same time: they wait for each other."""
         running = [self.start("tpu-vm", "ssh", node, f"--worker={worker}", f"--command={command}")
                    for node in self.nodes]
-        return max([process.wait() for process in running])
+        return max([abs(process.wait()) for process in running])        # -9: killed here
 
     def ask(self, *words):
         """What a command prints; "" if it fails."""
@@ -163,7 +163,7 @@ class Pod:
             archive = f"{folder}/repo.tar.gz"
             if not self.dry:
                 git("archive", "--format=tar.gz", "-o", archive, self.commit)
-            sent = [self.start("tpu-vm", "scp", archive, f"{node}:repo.tar.gz", "--worker=all").wait()
+            sent = [abs(self.start("tpu-vm", "scp", archive, f"{node}:repo.tar.gz", "--worker=all").wait())
                     for node in self.nodes]
         return max(sent) or self.on("all", SETUP)
 
@@ -195,7 +195,7 @@ def committed(allow_dirty):
 def check_run(config, words, commit):
     """The words of train.py; refused if a word is no key or the commit has no such config."""
     for word in words:
-        if not re.match(r"--\w+=", word):
+        if word != "--fresh" and not re.match(r"--\w+=", word):
             raise Refused(f"expected --key=value after CONFIG, found {word!r}")
     try:
         text = git("show", f"{commit}:{Path(config).as_posix()}")
@@ -312,7 +312,11 @@ def read_words(words):
 def act(given, keys, dry):
     """Do what one command line says. The exit code."""
     file = ROOT / "out/pods" / given.ZONE / f"{given.NAME}.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    try:
+        known = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise Refused(f"{file}: expected what `create` was told, found a damaged file; delete it, and give TYPE "
+                      "and --slices again") from None
     several, kind, _ = getattr(given, "TYPE", (1, known.get("kind"), ""))
     if given.verb == "create":
         known = {}
@@ -331,7 +335,8 @@ def act(given, keys, dry):
     def remember(failed, facts):
         if not failed and not dry:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(facts))
+            file.with_suffix(".partial").write_text(json.dumps(facts))
+            file.with_suffix(".partial").replace(file)
         return failed
     if given.verb == "create":
         return remember(pod.create(), told)

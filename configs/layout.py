@@ -392,4 +392,5 @@ if __name__ == "__main__":
     try:
         sys.exit(show_drops(parser.parse_args().runs))
     except train.ConfigError as error:
-        sys.exit(f"layout.py: {error}")
+        print(f"layout.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import importlib
 import io
 import inspect
 import json
@@ -277,9 +278,11 @@ def keep_sources(run, tokenizer, start):
     if len(diff) > MOST_DIFF:
         diff = (f"{diff[:MOST_DIFF]}\n... cut: {len(diff):,} characters of sha256 "
                 f"{hashlib.sha256(diff.encode()).hexdigest()}\n")
-    if diff and diff not in [path.read_text("utf-8") for path in run.glob("diff*.patch")]:
-        first = not (run / "diff.patch").exists()
-        train.write(run / ("diff.patch" if first else f"diff-{start}.patch"), diff)
+    if diff and diff not in [path.read_text("utf-8", "replace") for path in run.glob("diff*.patch")]:
+        name = "diff"
+        while (run / f"{name}.patch").exists():
+            name = f"diff-{start}" if name == "diff" else f"{name}-again"
+        train.write(run / f"{name}.patch", diff)
 
 
 MOST_DIFF = 1_000_000           # characters
@@ -293,10 +296,14 @@ def keep_text(path, text):
 
 def read_run(run):
     """The keys of a run directory, wherever it is now: it may have been moved or copied."""
+    from configs import rundir
     try:
         config = json.loads((run / "config.json").read_text("utf-8"))
         values = config["model"] | config["train"] | {"run_dir": str(run)}
         values["mixture"] = tuple(map(tuple, values["mixture"]))
+        for name in rundir.IMPORTS:
+            if name in config.get("imports", ()):       # its kernels or rules
+                importlib.import_module(name)
         here = (run / "checkpoints").is_dir() and not Path(values["checkpoint_dir"]).is_dir()
         return values | {"checkpoint_dir": ""} if here else values
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -820,8 +827,9 @@ def report(run):
 
 def main(arguments):
     """python configs/report.py RUN_DIR. Returns the exit code."""
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print(f"report.py: expected one run directory, found {arguments}", file=sys.stderr)
+    files = "config.json", "metrics.jsonl", "events.jsonl"
+    if len(arguments) != 1 or not any(Path(arguments[0], name).is_file() for name in files):
+        print(f"report.py: expected one run directory, with {' or '.join(files)}, found {arguments}", file=sys.stderr)
         return 2
     try:
         report(arguments[0])
@@ -837,12 +845,15 @@ def main(arguments):
 
 def replay(c, t, step):
     """--replay STEP: print what was in the batch of that step, and what came of it."""
-    steps, file = t.steps, Path(t.run_dir, "config.json")
-    if file.exists():
-        steps = json.loads(file.read_text(encoding="utf-8"))["train"]["steps"]
+    from configs import rundir
+    written = rundir.read_config(t.run_dir)
+    steps = written["train"]["steps"] if written else t.steps
     if not 1 <= step <= steps:
         train.refuse("--replay", f"a step from 1 to {steps}", step)
     mixture = train.open_data(c, t)
+    if written:
+        now = rundir.describe_run(c, t) | {"data": mixture.sha256}
+        rundir.compare(t.run_dir, written, now, rundir.identity(now), "its batches were made by that")
     batch = data.batch_at(mixture, step - 1, t.batch_size, c.seq_len, t.seed)
     print(f"step {step}: {t.batch_size} rows of {c.seq_len} tokens, "
           f"{int(batch.weights_BS.sum()):,} scored")

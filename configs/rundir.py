@@ -45,13 +45,14 @@ def folder_lock(folder, key="run_dir"):
     """Make a directory and hold its lock. ConfigError if another process trains there. Where there
     are no locks, as in a bucket, the older of two trainers finds out at its next save."""
     path, file = lock_file(folder), contextlib.nullcontext()
+    ours = path in LOCKS                                            # run_dir is checkpoint_dir
     owner = f"process {os.getpid()} of {os.uname().nodename} since {time.ctime()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if "://" in str(path):
             raise OSError(errno.ENOTSUP, "a bucket")
         file = open(path, "a")
-        if path not in LOCKS:                                       # run_dir is checkpoint_dir
+        if not ours:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # ends with the process
     except BlockingIOError:
         raise train.ConfigError(f"{folder}: another process is training there ({lock_owner(path)}"
@@ -68,7 +69,8 @@ def folder_lock(folder, key="run_dir"):
         with file:
             yield
     finally:
-        LOCKS.pop(path, None)
+        if not ours:
+            LOCKS.pop(path, None)
 
 
 def check_lock(folder):
@@ -121,6 +123,9 @@ SHAPING = ("steps", "recipe", "adam_lr", "matrix_lr", "lr_scale", "adam_lr_scale
            "clip", "skip_sigma", "init_from", "keep_optimizer")   # may change while steps are left
 
 
+IMPORTS = "configs.hopper", "tests.rivals"      # what a config adds kernels and rules with
+
+
 def describe_run(c, t):
     """The content of config.json, but for "data", the hash of what is trained on."""
     versions = {package.__name__: package.__version__ for package in (jax, np, optax)}
@@ -128,6 +133,7 @@ def describe_run(c, t):
     return {"model": dataclasses.asdict(c), "train": json.loads(json.dumps(dataclasses.asdict(t))),
             "data": "", "counts": model.count(c)._asdict(), "commit": train.git_commit(),
             "code": hashlib.sha256(b"".join(code)).hexdigest()[:12],
+            "imports": [name for name in IMPORTS if name in sys.modules],
             "versions": versions | {"python": sys.version.split()[0]}}
 
 

@@ -141,15 +141,24 @@ def make_sampler(c, tokenizer, temperature=0.8, top_k=0):
 
 
 def from_weights(folder, overrides):
-    """--sample of a directory of safetensors. Of the keys, prompt, sample_tokens, sample_seed,
-    temperature, top_k and tokenizer count. ConfigError if the directory names no tokenizer."""
+    """--sample of a directory of safetensors. ConfigError for keys that do not belong to a sample, and
+    if the directory names no tokenizer or another model's."""
     from configs import convert
     weights, keys = convert.open_weights(folder), dict(map(train.read_override, overrides))
+    takes = "prompt", "sample_tokens", "sample_seed", "temperature", "top_k", "tokenizer"
+    if other := sorted(keys.keys() - {*takes}):
+        train.refuse("command line", f"only the keys {', '.join(takes)} beside {folder}", other[0])
     name = keys.get("tokenizer") or convert.tokenizer_name(folder)
     if not name:
         train.refuse(folder, "a tokenizer.tiktoken", "none", "name one with --tokenizer=")
     defaults = dict(mixture=(("none", 1.0),), steps=1, batch_size=1, tokenizer=str(name))
-    t = train.TrainConfig(**defaults | keys)
+    try:
+        t, tokenizer = train.TrainConfig(**defaults | keys), data.load_tokenizer(name)
+    except ValueError as error:
+        raise train.ConfigError(f"command line: {error}") from None
+    if tokenizer.vocab_size > weights.config.vocab_size:
+        train.refuse("tokenizer", f"at most {weights.config.vocab_size} ids, as {folder} has",
+                     f"{tokenizer.vocab_size} of {tokenizer.name}")
     stacks = {}
     for path, layer, _ in weights.names:
         stacks.setdefault(path, []).append(weights.read(path, layer))
@@ -157,6 +166,6 @@ def from_weights(folder, overrides):
     params = model.map_params(
         lambda path, _: np.stack(stacks[path]) if layered(path) else stacks[path][0], weights.config)
     bias_LE = np.stack(stacks.get("bias_LE", [np.zeros(1)] * weights.config.num_layers))
-    draw = make_sampler(weights.config, data.load_tokenizer(name), t.temperature, t.top_k)
+    draw = make_sampler(weights.config, tokenizer, t.temperature, t.top_k)
     train.log(draw(params, bias_LE, t.prompt, t.sample_tokens, t.sample_seed))
     return 0

@@ -161,20 +161,23 @@ def lines_of(chunks):
     yield b"".join(begun)
 
 
+END = re.compile(r"(?:\r?\n|(?<![^\n]))<\|endoftext\|>\r?\n")     # a line of its own, also the first
+
+
 def texts_of(chunks):
     """UTF-8 chunks -> texts. A line <|endoftext|> ends one, as in TinyStories. What is longer than
     LONGEST becomes several, cut before a newline, so that no file need fit into memory."""
     decoder, text = codecs.getincrementaldecoder("utf-8-sig")(), ""
     for chunk in chain(chunks, [None]):
         text += decoder.decode(chunk or b"", final=chunk is None)
-        *texts, text = text.split("\n<|endoftext|>\n")
+        *texts, text = END.split(text)
         while len(text) > LONGEST:
             place = text.rfind("\n", LONGEST // 2, LONGEST)
             end = place if place > 0 else LONGEST
             texts.append(text[:end])
             text = text[end:]
         yield from texts
-    yield text.removesuffix("\n<|endoftext|>")
+    yield re.sub(r"(\r?\n|(?<![^\n]))<\|endoftext\|>\Z", "", text)
 
 
 def read_file(path):

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import balance
+import train
+from configs import rundir
 from tests import lp
 from tests import rivals
 
@@ -58,10 +60,15 @@ def train_once(label, seed, config, out):
     """Train as train.py does, unless this run is finished. Returns the run's directory."""
     rule, rate = split(label)
     run = Path(out, f"{label}-seed{seed}")
+    keys = {"balancer": rule, "balancer_rate": rate, "seed": seed, "run_dir": run.resolve()}
     if (run / "result.json").exists():
+        c, t = train.load_config(str(config), [f"--{key}={value}" for key, value in keys.items()])
+        now, was = rundir.describe_run(c, t), json.loads((run / "config.json").read_text())
+        for key in (key for part in ("model", "train") for key in now[part]
+                    if key != "run_dir" and was[part].get(key, now[part][key]) != now[part][key]):
+            raise BadInput(f"{run}: was trained with another {key} than {config} has; give another --out")
         return run
     print(f"training {run}", flush=True)
-    keys = {"balancer": rule, "balancer_rate": rate, "seed": seed, "run_dir": run.resolve()}
     command = [sys.executable, "train.py", str(Path(config).resolve())]
     command += [f"--{key}={value}" for key, value in keys.items()]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -86,7 +93,8 @@ def setting(run):
 def measure(run):
     """The numbers of one run, for the table and the picture."""
     result = json.loads((run / "result.json").read_text())
-    rows = read_rows(run / "metrics.jsonl")
+    every = json.loads((run / "config.json").read_text())["train"]["log_every"]
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] % every == 0]    # not where it was stopped
     late = [row for row in rows if row["step"] > 0.9 * rows[-1]["step"]]
     measured = {
         "loss": result["loss"], "bpb": result["bpb"],

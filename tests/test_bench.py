@@ -22,6 +22,13 @@ def test_the_stopwatch_times_every_form_and_stops_at_the_budget():
     assert calls["quick"] == 6 and calls["slow"] <= 4          # one call compiles
 
 
+def test_every_form_of_a_kernel_can_be_traced():
+    """What `bench.py kernels` times, without the time."""
+    for name, (forms, args) in bench.kernel_cases().items():
+        sizes = {form: jax.tree.map(lambda a: a.shape, jax.eval_shape(run, *args)) for form, run in forms.items()}
+        assert len(forms) >= 2 and len({*map(str, sizes.values())}) == 1, (name, sizes)
+
+
 @pytest.mark.parametrize("chip", bench.BANDWIDTH)
 def test_the_roofline_counts_what_the_model_counts(chip):
     """Model FLOPs of a layer's scores, its experts and the head are those of model.count."""

@@ -127,6 +127,9 @@ def test_a_converted_directory_can_be_sampled_from(published, tmp_path, capsys):
     want = sample.make_sampler(PUBLISHED, data.load_tokenizer("bytes"), temperature=0)(
         state.params, state.bias_LE, "ab", 9)
     assert want in capsys.readouterr().out
+    for wrong, message in (("--temperature=-1", "temperature: expected zero"), ("--seq_len=64", "found seq_len"),
+                           ("--tokenizer=gpt2", "at most 300 ids")):
+        assert train.main([str(public), *words[:3], wrong]) == 2 and message in capsys.readouterr().err
     (public / "config.json").write_text((public / "config.json").read_text().replace("bytes", "x"))
     assert train.main([str(public), *words]) == 2
     assert "expected a tokenizer.tiktoken, found none" in capsys.readouterr().err
@@ -153,6 +156,26 @@ def test_many_files_with_an_index_and_experts_one_by_one(published, tmp_path, mo
     save_file(single, tmp_path / "single/model.safetensors")
     shutil.copy(public / "config.json", tmp_path / "single")
     assert_equal(convert.open_weights(tmp_path / "single"), state)
+
+
+def test_names_with_an_at_and_damage_are_told(published, tmp_path):
+    run, _, public = published
+    with pytest.raises(train.ConfigError, match="sign@0.01-seed0: expected a checkpoint"):
+        convert.open_weights(tmp_path / "sign@0.01-seed0")
+    shutil.copytree(public, tmp_path / "public")
+    (tmp_path / "public/model.safetensors.index.json").write_text('{"weight_map"')
+    with pytest.raises(train.ConfigError, match="index.json: expected a weight_map"):
+        convert.open_weights(tmp_path / "public")
+    (tmp_path / "public/model.safetensors.index.json").unlink()
+    shutil.copy(public / "model.safetensors", tmp_path / "public/model-00002-of-00002.safetensors")
+    with pytest.raises(train.ConfigError, match="in one file, found it in"):
+        convert.open_weights(tmp_path / "public")
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints/3/state").rglob("d/*"):
+        path.write_bytes(b"")
+    weights = convert.open_weights(tmp_path / "run")
+    with pytest.raises(train.ConfigError, match="as it was saved, found"):
+        weights.read(*weights.names[0][:2])
 
 
 ROUTER = "model.layers.1.mlp.router"

@@ -764,6 +764,8 @@ def test_a_mixture_may_be_one_source(config, load):
 
 
 def test_marks_borders_and_long_files(tmp_path, monkeypatch):
+    (tmp_path / "marks.txt").write_bytes(b"<|endoftext|>\r\none\r\n<|endoftext|>\r\n<|endoftext|>\r\ntwo\r\n<|endoftext|>")
+    assert [text.strip() for text in readers.read_file(str(tmp_path / "marks.txt"))] == ["", "one", "", "two"]
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"one\n<|endoftext|>\ntwo <|endoftext|>\n<|endoftext|>\n")
     assert list(readers.read_file(str(tmp_path / "bom.txt"))) == ["one", "two <|endoftext|>", ""]
     monkeypatch.setattr(readers, "LONGEST", 100)

@@ -525,6 +525,31 @@ def test_fresh_moves_a_run_aside_and_results_keep_their_steps(run_config, tmp_pa
     start(run_config, run)
 
 
+def test_a_folder_may_be_locked_twice_by_its_own_process(tmp_path):
+    """--fresh with checkpoint_dir = run_dir: the inner lock must not let the outer one go."""
+    with rundir.folder_lock(tmp_path):
+        for _ in range(2):
+            with rundir.folder_lock(tmp_path, "checkpoint_dir"):
+                rundir.check_lock(tmp_path)
+        assert rundir.lock_file(tmp_path) in rundir.LOCKS
+        (tmp_path / "lock").write_text("another")
+        with pytest.raises(train.ConfigError, match="found another"):
+            rundir.check_lock(tmp_path)
+
+
+def test_a_replay_is_of_the_run_whose_directory_it_names(run_config, tmp_path, capsys):
+    """A damaged config.json is borne; that of a run with another seed would show batches that never were."""
+    run, words = tmp_path / "run", [str(run_config), f"--run_dir={tmp_path / 'run'}", "--replay=2"]
+    run.mkdir()
+    (run / "config.json").write_text("")
+    assert train.main(words) == 0
+    c, t = train.load_config(run_config, [f"--run_dir={run}"])
+    config = rundir.describe_run(c, t) | {"data": train.open_data(c, t).sha256}
+    (run / "config.json").write_text(json.dumps(config))
+    assert train.main(words) == 0 and train.main([*words, "--seed=5"]) == 2
+    assert "its batches were made by that" in capsys.readouterr().err
+
+
 def test_metrics_that_disagree_with_the_checkpoint_are_told_and_kept(run_config, tmp_path, capsys):
     c, t = train.load_config(run_config)
     row = dict(loss=3.0, ema=3.0, gnorm=1.0, skipped=0, lr=0.1, adam_lr=0.1, tokens_per_second=9.0)

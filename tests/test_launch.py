@@ -134,6 +134,7 @@ def test_every_word_that_a_verb_does_not_know_is_refused(launch_py, verb):
     (["keep", "moe", ZONE, "v4-2048", "configs/tiny.py", "--a=1"], "RETRIES: expected a whole number"),
     (["keep", "moe", ZONE, "v4-2048", "x", "configs/tiny.py"], "RETRIES: expected a whole number, found 'x'"),
     (["run", "moe", ZONE, "configs/nope.py"], "CONFIG: expected a file of commit"),
+    (["keep", "moe", ZONE, "v4-2048", "3", "configs/tiny.py", "--fresh"], "--fresh: expected with `run` only"),
     (["run", "moe", ZONE, "configs/tiny.py", "--steps", "3"], "expected --key=value after CONFIG, found '--steps'")])
 def test_mistakes_are_told_before_anything_is_sent(launch_py, words, says):
     code, calls, out, err = launch_py(*words)
@@ -159,6 +160,11 @@ def test_a_pod_of_two_spot_slices_is_asked_for_and_remembered_until_it_is_delete
     assert json.loads(file.read_text()) == {"kind": "v5p-1024", "spot": True, "slices": 2}
     _, calls, _, _ = launch_py("stop", "big", "us-east5-a")
     assert [call[4] for call in calls] == ["big-0", "big-1"] or {call[4] for call in calls} == {"big-0", "big-1"}
+    kept = file.read_text()
+    file.write_text(kept[:9])
+    code, calls, _, said = launch_py("stop", "big", "us-east5-a")
+    assert code == 2 and not calls and "big.json: expected what `create` was told" in said
+    file.write_text(kept)
     code, ((*words,),), _, _ = launch_py("delete", "big", "us-east5-a")
     assert words[3:6] == ["delete", "big", "--force"] and code == 0 and not file.exists()
 

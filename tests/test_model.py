@@ -341,7 +341,8 @@ def test_an_auxiliary_loss_is_added_to_the_objective_and_not_to_the_nll(tiny, ba
 @pytest.mark.parametrize("change, words", [
     (dict(num_kv_heads=3), "num_kv_heads: expected a divisor of num_heads=4, found 3"),
     (dict(head_dim=7), "head_dim"),
-    (dict(experts_per_token=9), "experts_per_token: expected 1 (2 with combine_sum) to num_experts=8"),
+    (dict(experts_per_token=9), r"experts_per_token: expected 1 \(2 with combine_sum\) to num_experts=8"),
+    (dict(experts_per_token=1, combine_sum=2.5), "2 with combine_sum"),
     (dict(partial_key_offset=True), "partial_key_offset"),
     (dict(num_experts=0), "num_experts"),
     (dict(balancer="fate"), "balancer: expected one of"),

@@ -335,6 +335,22 @@ def test_a_comparison_survives_any_line(make_run, undrawn, capsys):
 
 # ------------------------------------------------------------------------------- what a run directory keeps
 
+def test_the_page_of_a_folder_that_is_no_run_is_not_drawn(tmp_path, capsys):
+    (tmp_path / "report.html").write_text("a thesis")
+    assert report.main([str(tmp_path)]) == 2 and "with config.json or" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "a thesis"
+
+
+def test_a_run_directory_imports_again_what_its_config_imported(tmp_path, monkeypatch):
+    """Kernels of configs.hopper and rules of tests.rivals: without them it would go on by others, or not at all."""
+    config, imported = {"model": {}, "train": {"mixture": [["x", 1.0]], "checkpoint_dir": ""}}, []
+    (tmp_path / "config.json").write_text(json.dumps(config | {"imports": ["tests.rivals", "os"]}))
+    monkeypatch.setattr(report.importlib, "import_module", imported.append)
+    report.read_run(tmp_path)
+    assert imported == ["tests.rivals"]
+
+
 def test_a_run_directory_keeps_its_tokenizer_and_notices_damage(tmp_path):
     t = train.TrainConfig((("x", 1.0),), "bpe:300", steps=9, batch_size=1, run_dir=str(tmp_path))
     assert report.kept_tokenizer(t) is None, "a run of before"
@@ -364,7 +380,8 @@ def test_changes_of_the_code_are_kept_once_and_cut_if_long(tmp_path, monkeypatch
     report.keep_sources(tmp_path, tokenizer, 0)
     assert kept() == [], "a clean tree"
     for text, start, names in (("+ one\n", 0, ["diff.patch"]), ("+ one\n", 5, ["diff.patch"]),
-                               ("+ two\n", 9, ["diff-9.patch", "diff.patch"])):
+                               ("+ two\n", 9, ["diff-9.patch", "diff.patch"]),
+                               ("+ three\n", 9, ["diff-9-again.patch", "diff-9.patch", "diff.patch"])):
         said[0] = text
         report.keep_sources(tmp_path, tokenizer, start)
         assert kept() == names

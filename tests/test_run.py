@@ -340,7 +340,12 @@ def test_a_name_that_is_no_key_is_a_typo(config, load, line, words):
     (["CONFIG", "--seed"], "write --seed=VALUE"),
     (["CONFIG", "--learning_rate=0.1"], "unknown config key 'learning_rate'; did you mean 'adam_lr' and 'matrix_lr'.$"),
     (["CONFIG", "--learning_rate", "0.1"], "did you mean 'adam_lr' and 'matrix_lr'"),
-    (["CONFIG", "--experts_per_token=5"], "command line: experts_per_token: expected 1 (2 with combine_sum) to num_experts=4, found 5"),
+    (["CONFIG", "--experts_per_token=5"], r"experts_per_token: expected 1 \(2 with combine_sum\) to num_experts=4, found 5"),
+    (["CONFIG", "--mfu=0.3"], "--mfu: expected together with --plan"),
+    (["CONFIG", "--search=0"], "--search: expected together with --plan"),
+    (["CONFIG", "--steps=3000000000"], r"steps: expected a number below 2\*\*31"),
+    (["CONFIG", "--adam_lr=1" + 310 * "0"], "adam_lr: expected float"),
+    (["CONFIG", "--coordinator=localhost", "--processes=2", "--process=0"], "expected HOST:PORT, N, I below N"),
     (["CONFIG", "--batch_size=0"], "command line: batch_size: expected a positive number"),
     (["CONFIG", "--replay"], "argument --replay: expected a value, found nothing"),
     (["CONFIG", "--compute_dtype=bf16"], "command line: compute_dtype: expected 'float32' or 'bfloat16'")])

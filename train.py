@@ -333,8 +333,8 @@ def local_devices(c, t):
     devices = jax.devices()
     most = len(devices)
     n = t.devices or (most_that_fit(most) if devices[0].platform == "cpu" else most)
-    if n > most:
-        refuse("devices", f"at most {most} ({devices[0].device_kind})", n)
+    if n > most or len({d.process_index for d in devices[:n]}) < jax.process_count():
+        refuse("devices", f"at most {most} ({devices[0].device_kind}), some of each process", n)
     return devices[:n]
 
 

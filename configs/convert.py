@@ -371,7 +371,7 @@ def tokenizer_name(folder):
     """What data.load_tokenizer takes for a run or a converted directory; None if it has none."""
     if Path(folder, "tokenizer.tiktoken").is_file():
         return str(folder)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         return "bytes" if config.get("train", config)["tokenizer"] == "bytes" else None
 

@@ -47,7 +47,7 @@ def open_shard(kind, path, dtype):
             count, starts = int(ends[-1]), np.unique(np.append(0, ends[:-1]))
         found = (os.path.getsize(path) - offset) / np.dtype(dtype).itemsize
         promise = "expected whole" if count is None else f"its header promises {count:,}"
-        need(0 < found == (count or int(found)), f"{path}: {promise} tokens, found {found:,}")
+        need(0 < found == (int(found) if count is None else count), f"{path}: {promise} tokens, found {found:,}")
         ids = np.memmap(path, dtype, "r", offset)
     if kind == "llmc" and dtype == "uint32" and (ids[:LOOK] == LLAMA3_BEGIN).any():
         starts = LLAMA3_BEGIN

@@ -89,7 +89,8 @@ OURS = """started() { sed 's/.*) //' "/proc/$1/stat" | cut -d' ' -f20; } 2>/dev/
 ours() { read -r p began boot < pid && [ -n "$began" ] && [ "$began" = "$(started "$p")" ] &&
     [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ]; } 2>/dev/null
 finish() { ours || return 0; kill "$p"
-    for i in $(seq 300); do ours || return 0; sleep 1; done; kill -9 "$p"; }
+    for i in $(seq 300); do ours || return 0; sleep 1; done; kill -9 "$p"
+    for i in $(seq 60); do ours || return 0; sleep 1; done; }
 """
 SETUP = """mkdir -p moe && tar xzf repo.tar.gz -C moe && python3 -m pip install --quiet --user uv &&
 python3 -m uv venv --quiet --allow-existing --python=3.12 venv &&
@@ -102,12 +103,12 @@ cd moe && if ours; then echo alive; else echo gone; fi"""
 
 def start_script(words):
     """What an earlier start left behind holds the chips, so it is ended first. moe/code gets the
-    exit code; 143 if the run saved on a SIGTERM that came from the host, not from `stop`."""
+    exit code of the newest start; 143 if the run saved on a SIGTERM that came from the host, not from `stop`."""
     inner = f"""{OURS}../venv/bin/python train.py {shlex.join(words)} & p=$!
-echo "$p $(started $p) $(cat /proc/sys/kernel/random/boot_id)" > pid.new; mv pid.new pid
+me="$p $(started $p) $(cat /proc/sys/kernel/random/boot_id)"; echo "$me" > pid.new; mv pid.new pid
 wait $p; code=$?
 [ $code = 0 ] && [ ! -f stop ] && tail -n 3 log.txt | grep -q '^stopped after' && code=143
-echo $code > code.new; mv code.new code"""
+[ "$(cat pid)" = "$me" ] && echo $code > code.new && mv code.new code"""
     return f"""{OURS}cd moe && finish && rm -f code pid stop || exit 1
 nohup bash -c {shlex.quote(inner)} >> log.txt 2>&1 < /dev/null &
 for i in $(seq 50); do [ -s pid ] && break; sleep 0.1; done"""

@@ -10,7 +10,7 @@ Parts: a  every implementation against its plain twin        b  smoke.py for 100
        c  grouped matmul and the expert layer                d  attention and the loss
        e  gpu_h200.py for 30 steps, beside the PyTorch twin
 Every part runs in processes of its own. A case that fails, hangs or kills its process becomes a row that says
-so, and the next case goes on. Parts run from the cheapest to the dearest; what no longer fits is named.
+so, and the next case goes on. Parts run from the most valuable down; what no longer fits is named.
 
 B batch  S sequence  N query heads  M key/value heads  H head dim  T tokens  D hidden  F expert width  E experts
 R rows, sorted by expert  V vocabulary"""
@@ -830,6 +830,9 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    letters, known = options.parts.split(","), {*PARTS} | {part[0] for part in PARTS}
+    if not {*letters} <= known:
+        parser.error(f"--parts: expected some of {', '.join(sorted(known))}, found {options.parts}")
     began = time.time()
     options.out = str(Path(options.out).resolve())
     Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -844,16 +847,17 @@ def main():
     if options.prepare:
         return prepare()
 
-    about, rows = versions(), []
+    about, rows, table = versions(), [], Path(options.out) / "gpu.json"
+    if table.exists():                                      # of an earlier call, whose minutes were paid for
+        table.rename(table.with_name(f"gpu-{int(table.stat().st_mtime)}.json"))
     print("  ".join(f"{k} {v}" for k, v in about.items()), flush=True)
 
     def record(part, name, row):
         rows.append(dict(part=part, case=name, **row))
         print(line_of(part, name, row), flush=True)
-        (Path(options.out) / "gpu.json").write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
+        table.write_text(json.dumps(dict(about=about, rows=rows), indent=1) + "\n")
 
     deadline = began + 60 * options.minutes
-    letters = options.parts.split(",")
     for part in (p for p in PARTS if p in letters or p[0] in letters):
         if part.endswith("torch") and "torch" in gone:
             record(part, "all", dict(error="torch is missing"))

@@ -371,9 +371,11 @@ class Timeline:
             moved = ([own] if own else []) + [x for other in called for x in self.inside(other)]
             end = now
             for x in moved if opcode != "call" else []:
-                for axis in x.axis.split("+"):
-                    start = max(now, free[axis])
-                free[x.axis] = end = max(end, start + self.seconds_of(x))
+                axes = x.axis.split("+")
+                done = max([now, *(free[axis] for axis in axes)]) + self.seconds_of(x)
+                for axis in axes:
+                    free[axis] = done
+                end = max(end, done)
             if opcode.endswith("-start"):
                 ends[k] = end
                 continue
@@ -548,6 +550,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import train
     from configs import plan
+    if len(sys.argv) < 2:
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
     try:
         code, _ = plan.compile_layout(*train.load_config(sys.argv[1], sys.argv[2:]))
     except train.ConfigError as error:

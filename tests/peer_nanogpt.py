@@ -153,6 +153,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=12, help="of --speed")
     parser.add_argument("--runner", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not (options.repo / "train.py").is_file():
+        parser.error(f"expected a checkout of nanoGPT, found no train.py in {options.repo}")
     if options.speed:
         sys.exit(speed(options.repo.resolve(), options.rounds, options.runner))
     held_out = write_dataset(options.repo.resolve())

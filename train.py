@@ -1109,7 +1109,7 @@ def init_distributed(flags, t):
         jax.config.update("jax_platforms", "cpu")       # libtpu would complain in five lines
     if told != [None] * 3:
         if None in told or ":" not in told[0] or not 0 <= flags.process < flags.processes:
-            refuse("--coordinator, --processes, --process", "HOST:PORT, N, I below N", told)
+            refuse("--coordinator, --processes, --process", "all three: HOST:PORT, N, I < N", told)
         use_cpu_devices(max(1, t.devices // flags.processes))
         jax.distributed.initialize(*told, heartbeat_timeout_seconds=seconds)
         n = len(jax.devices())      # so that make_mesh takes these, and does not ask for its own

@@ -846,8 +846,8 @@ def main(arguments):
 def replay(c, t, step):
     """--replay STEP: print what was in the batch of that step, and what came of it."""
     from configs import rundir
-    written = rundir.read_config(t.run_dir)
-    steps = written["train"]["steps"] if written else t.steps
+    kept, written = read_object(Path(t.run_dir, "config.json"), []), rundir.read_config(t.run_dir)
+    steps = max(0, as_step(dig(kept, "train", "steps"))) or t.steps
     if not 1 <= step <= steps:
         train.refuse("--replay", f"a step from 1 to {steps}", step)
     mixture = train.open_data(c, t)

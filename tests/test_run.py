@@ -345,7 +345,7 @@ def test_a_name_that_is_no_key_is_a_typo(config, load, line, words):
     (["CONFIG", "--search=0"], "--search: expected together with --plan"),
     (["CONFIG", "--steps=3000000000"], r"steps: expected a number below 2\*\*31"),
     (["CONFIG", "--adam_lr=1" + 310 * "0"], "adam_lr: expected float"),
-    (["CONFIG", "--coordinator=localhost", "--processes=2", "--process=0"], "expected HOST:PORT, N, I below N"),
+    (["CONFIG", "--coordinator=localhost", "--processes=2", "--process=0"], "expected all three: HOST:PORT, N, I < N"),
     (["CONFIG", "--batch_size=0"], "command line: batch_size: expected a positive number"),
     (["CONFIG", "--replay"], "argument --replay: expected a value, found nothing"),
     (["CONFIG", "--compute_dtype=bf16"], "command line: compute_dtype: expected 'float32' or 'bfloat16'")])

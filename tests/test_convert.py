@@ -11,7 +11,7 @@ import pytest
 import data
 import model
 import train
-from configs import convert, sample
+from configs import convert, report, sample
 
 safetensors = pytest.importorskip("safetensors", reason="needs: pip install safetensors")
 from safetensors.numpy import load_file, save_file  # noqa: E402
@@ -127,8 +127,11 @@ def test_a_converted_directory_can_be_sampled_from(published, tmp_path, capsys):
     want = sample.make_sampler(PUBLISHED, data.load_tokenizer("bytes"), temperature=0)(
         state.params, state.bias_LE, "ab", 9)
     assert want in capsys.readouterr().out
+    (tmp_path / "310").mkdir()
+    words310 = [" ".join(f"w{i}x{7 * i}" for i in range(999))]
+    report.keep_sources(tmp_path / "310", data.train_bpe(words310, 310), 0)
     for wrong, message in (("--temperature=-1", "temperature: expected zero"), ("--seq_len=64", "found seq_len"),
-                           ("--tokenizer=gpt2", "at most 300 ids")):
+                           (f"--tokenizer={tmp_path / '310'}", "at most 300 ids")):
         assert train.main([str(public), *words[:3], wrong]) == 2 and message in capsys.readouterr().err
     (public / "config.json").write_text((public / "config.json").read_text().replace("bytes", "x"))
     assert train.main([str(public), *words]) == 2

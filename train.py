@@ -717,6 +717,7 @@ def gather(value):
 
 
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+TRANSIENT = re.compile("RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|UNAUTHENTICATED")
 
 
 class Checkpoints:
@@ -763,8 +764,8 @@ class Checkpoints:
 
     def read(self, step, wanted):
         """(leaves, "") of one checkpoint; or (None, why it is not to be trusted), for all processes
-        alike. wanted: {name: ShapeDtypeStruct}."""
-        why, args = "", self.ocp.args.StandardRestore(wanted)
+        alike. TemporaryError if time cures it. wanted: {name: ShapeDtypeStruct}."""
+        why, later, args = "", False, self.ocp.args.StandardRestore(wanted)
         try:
             # The handler itself: the manager's restore has a barrier, at which the other processes
             # would wait for one that could not read its part.
@@ -774,7 +775,10 @@ class Checkpoints:
                                   f"the checkpoint has {sorted(sums.keys() - wanted.keys())}")
             leaves = handler.restore(self.folder / str(step) / "state", args=args)
         except Exception as error:              # whatever orbax and tensorstore raise about damage
-            why = one_line(error)
+            why, later = one_line(error), bool(TRANSIENT.search(str(error)))
+        if not all_agree(not later):
+            raise TemporaryError(f"{self.folder}: step {step} could not be read now, nothing was "
+                                 f"touched ({why or 'another process'}); repeat the command")
         if not all_agree(not why):
             return None, why or "another process could not read its part"
         leaves = [leaves[name] for name in wanted]

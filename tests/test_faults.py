@@ -525,6 +525,23 @@ def test_fresh_moves_a_run_aside_and_results_keep_their_steps(run_config, tmp_pa
     start(run_config, run)
 
 
+def test_a_bucket_that_does_not_answer_is_no_damage(run_config, tmp_path, monkeypatch):
+    """A checkpoint that cannot be read for now must not be moved aside: the run ends with 75."""
+    _, t = train.load_config(run_config, [f"--run_dir={tmp_path / 'run'}"])
+    checkpoints, wanted = train.Checkpoints(t), {"w": jax.ShapeDtypeStruct((1,), np.float32)}
+    for text, later in (("UNAVAILABLE: 503 from storage", True), ("DATA_LOSS: checksum", False)):
+        class Handler:
+            def restore(self, *arguments, text=text, **keys):
+                raise ValueError(text)
+        monkeypatch.setattr(checkpoints.ocp, "StandardCheckpointHandler", Handler)
+        monkeypatch.setattr(checkpoints, "record", lambda step: {"arrays": {"w": 1}})
+        if later:
+            with pytest.raises(train.TemporaryError, match="step 3 could not be read now.*UNAVAILABLE"):
+                checkpoints.read(3, wanted)
+        else:
+            assert checkpoints.read(3, wanted) == (None, f"ValueError: {text}")
+
+
 def test_a_folder_may_be_locked_twice_by_its_own_process(tmp_path):
     """--fresh with checkpoint_dir = run_dir: the inner lock must not let the outer one go."""
     with rundir.folder_lock(tmp_path):

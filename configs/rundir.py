@@ -77,7 +77,12 @@ def check_lock(folder):
     """Before a write: ConfigError if the lock of the directory was taken from this process."""
     path = lock_file(folder)
     if path in LOCKS:
-        found = lock_owner(path)
+        try:
+            found = lock_owner(path)
+        except Exception as error:                  # a bucket out of reach; the save will tell
+            if "://" not in str(path):
+                raise
+            return train.log(f"warning   {path} cannot be read ({train.one_line(error)}); going on")
         if found != LOCKS[path]:
             train.refuse(path, f"the lock of {LOCKS[path]}", found, "another process may train "
                          "there, so this one writes no more; what was saved is sound")
@@ -245,9 +250,12 @@ def check_start(t, now, checkpoints):
 
 def enter(c, t, mixture, checkpoints, stack, fresh):
     """Lock the directories of a run, until the ExitStack ends, and check that it may start."""
+    from configs import process
     run, folder = Path(t.run_dir), checkpoints.folder
     agree({"data": mixture.sha256})
     if train.is_main_process():
+        if "://" in str(folder):
+            checkpoints.reach(lambda: process.probe(folder))        # within a minute, or one line
         stack.enter_context(folder_lock(run))
         if fresh:
             with folder_lock(folder, "checkpoint_dir"):

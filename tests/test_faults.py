@@ -542,6 +542,28 @@ def test_a_bucket_that_does_not_answer_is_no_damage(run_config, tmp_path, monkey
             assert checkpoints.read(3, wanted) == (None, f"ValueError: {text}")
 
 
+def test_a_lock_in_a_bucket_out_of_reach_ends_no_training(monkeypatch, capsys):
+    """What cannot be read for now is told; the save itself decides. On a disk it is an error."""
+    class Bucket(type(Path())):
+        def read_bytes(self):
+            raise OSError("503")
+
+        def exists(self):
+            return True
+
+    for name in ("gs://b/r", "/b/r"):
+        path = Bucket("/lock")
+        monkeypatch.setattr(rundir, "lock_file", lambda folder: path)
+        monkeypatch.setattr(Bucket, "__str__", lambda self, name=name: f"{name}/lock")
+        monkeypatch.setattr(rundir, "LOCKS", {path: "ours"})
+        if name[0] == "/":
+            with pytest.raises(OSError, match="503"):
+                rundir.check_lock(name)
+        else:
+            rundir.check_lock(name)
+            assert "gs://b/r/lock cannot be read" in capsys.readouterr().out
+
+
 def test_a_folder_may_be_locked_twice_by_its_own_process(tmp_path):
     """--fresh with checkpoint_dir = run_dir: the inner lock must not let the outer one go."""
     with rundir.folder_lock(tmp_path):

@@ -258,7 +258,9 @@ def test_outcomes_of_the_third_ladder_are_those_of_its_runs():
     rows = {row["loss"]: row for path in sorted((LADDER / "third/hero").glob("runs*.csv"))
             for row in scaling.read_table(path)[1] if row["loss"]}
     found = {r["name"]: r for r in figures.forecasts(LADDER / "third")}
-    assert len(rows) >= 2 and [round(error, 2) for _, error in found["forecast_3e14"]["outcomes"]] == [1.03, 0.67]
+    errors = {name: [round(error, 2) for _, error in r["outcomes"]] for name, r in found.items()}
+    assert len(rows) == 3 and errors["forecast_3e14"] == [1.03, 0.67]
+    assert errors["forecast_9e14"] == [1.16] and errors["forecast_9e14_second"] == [-0.09]
     for name, r in found.items():
         for loss, error in r["outcomes"]:
             row = rows[repr(loss)]

@@ -199,18 +199,16 @@ def open_checkpoint(source, step=""):
         train.refuse(place, "a checkpoint with its record", train.one_line(error))
     base, opened = f"{place / 'state'}/", {}
     def read(path, layer, index=None):
-        if path not in opened:
-            spec = {"driver": "ocdbt", "path": leaf_name(path),
-                    "base": base if "://" in base else f"file://{base}"}
-            opened[path] = tensorstore.open({"driver": "zarr", "kvstore": spec}).result()
-        stack = opened[path] if layer is None else opened[path][layer]
-        return (stack[index] if index else stack).read().result()
-    def read_whole(*what):
         try:
-            return read(*what)
+            if path not in opened:
+                spec = {"driver": "ocdbt", "path": leaf_name(path),
+                        "base": base if "://" in base else f"file://{base}"}
+                opened[path] = tensorstore.open({"driver": "zarr", "kvstore": spec}).result()
+            stack = opened[path] if layer is None else opened[path][layer]
+            return (stack[index] if index else stack).read().result()
         except Exception as error:              # whatever tensorstore raises about damage
-            train.refuse(place, f"{what[0]} as it was saved", train.one_line(error), "name an older step: PATH@STEP")
-    return Weights(c, read_whole, epath.Path(source), at, sums)
+            train.refuse(place, f"{path} as it was saved", train.one_line(error), "name an older step: PATH@STEP")
+    return Weights(c, read, epath.Path(source), at, sums)
 
 
 def leaf_name(path):
@@ -384,14 +382,18 @@ def tokenizer_hash(folder):
 
 # ------------------------------------------------------------------------------- what is written
 
+def bytes_of(dtype, shape):
+    """How many a tensor takes in a file."""
+    return math.prod(shape) * np.dtype(DTYPES[dtype][1]).itemsize
+
+
 def write_safetensors(path, tensors):
     """One .safetensors file from [(name, dtype, shape, make)]; make() is called when its turn
     comes. The header needs only shapes, so no more than one tensor is held at a time."""
     header, end = {}, 0
     for name, dtype, shape, _ in tensors:
-        kind, numpy_type = DTYPES[dtype]
-        size = math.prod(shape) * np.dtype(numpy_type).itemsize
-        header[name] = {"dtype": kind, "shape": [*shape], "data_offsets": [end, end + size]}
+        size = bytes_of(dtype, shape)
+        header[name] = {"dtype": DTYPES[dtype][0], "shape": [*shape], "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -407,7 +409,7 @@ def files_of(tensors):
     """The tensors in lists of at most FILE_BYTES, or of one that is larger."""
     files, room = [], 0
     for tensor in tensors:
-        size = math.prod(tensor[2]) * np.dtype(DTYPES[tensor[1]][1]).itemsize
+        size = bytes_of(*tensor[1:3])
         if size > room:
             files.append([])
             room = FILE_BYTES
@@ -447,8 +449,7 @@ def convert(source, out, dtype="float32"):
             if sums[path] != weights.sums.get(leaf_name(path)):
                 train.refuse(source, f"{path} as it was saved", "other bytes", "use another step")
         if len(files) > 1:
-            size = sum(math.prod(shape) * np.dtype(DTYPES[kind][1]).itemsize
-                       for tensors in files for _, kind, shape, _ in tensors)
+            size = sum(bytes_of(*tensor[1:3]) for tensors in files for tensor in tensors)
             index = {"metadata": {"total_size": size}, "weight_map": where}
             train.write(scratch / "model.safetensors.index.json", json.dumps(index, indent=1))
         for name in TOKENIZER_FILES:

@@ -387,10 +387,7 @@ def show_drops(runs, after=0.5):
 
 if __name__ == "__main__":
     import argparse
+    import scaling
     parser = argparse.ArgumentParser(description="the share of assignments that buffers would drop, by a run's loads")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
-    try:
-        sys.exit(show_drops(parser.parse_args().runs))
-    except train.ConfigError as error:
-        print(f"layout.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(scaling.guarded("layout.py", lambda: show_drops(parser.parse_args().runs), train.ConfigError))

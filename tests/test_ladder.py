@@ -148,7 +148,7 @@ def test_a_table_keeps_its_rows_whatever_is_planned_or_put(tmp_path, monkeypatch
     (["noise.py", "--budgets", "1e12", "1e13", "--targets", "1e14"], "three or more"),
     (["noise.py", "configs/ladder/public/delphi.csv"], "columns config, base"),
     (["seeds.py", "configs/ladder/third/runs.csv", "--share=2/2"], "I below N"),
-    (["surface.py", "configs/ladder/third/runs.csv", ], ""),
+    (["surface.py", "configs/ladder/third/runs.csv"], ""),
     (["corpus.py", "--repeats", "--out=nowhere"], "build the corpus first"),
     pytest.param(["speed.py", "none.csv"], "No such file", marks=pytest.mark.slow),
     pytest.param(["copying.py", "none.py"], "none.py", marks=pytest.mark.slow)])
@@ -160,6 +160,12 @@ def test_a_script_answers_bad_input_in_one_line(words, message):
         return
     line, = done.stderr.strip().splitlines()
     assert done.returncode == 2 and line.startswith(f"{words[0]}: ") and message in line
+
+
+def test_a_table_named_from_the_repositorys_root_is_found_from_anywhere(tmp_path, monkeypatch):
+    """As scaling.read_table finds it: noise.py printed no row of it from another folder."""
+    monkeypatch.chdir(tmp_path)
+    assert len(plan.planned_rows("configs/ladder/third/runs.csv", "width")) == 118
 
 
 def test_the_interval_of_a_rung_is_that_of_its_own_budgets_seeds():

@@ -204,10 +204,10 @@ def collapse_E(curves):
 def begun_R(curve, until):
     """Which rows are of the second half of the first share `until` of the run."""
     share_R = middle_R(curve) / curve.steps
-    begun_R = (share_R > until / 2) & (share_R <= until)
-    need(begun_R.sum() >= 3, curve.run, f"3 rows between {until / 2:.0%} and {until:.0%} of its steps",
-         int(begun_R.sum()), "let it go on, or take a larger --until")
-    return begun_R
+    known_R = (share_R > until / 2) & (share_R <= until)
+    need(known_R.sum() >= 3, curve.run, f"3 rows between {until / 2:.0%} and {until:.0%} of its steps",
+         int(known_R.sum()), "let it go on, or take a larger --until")
+    return known_R
 
 
 def end_of(curve, curves, E, until):

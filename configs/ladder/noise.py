@@ -107,12 +107,12 @@ def main(words):
     need(len(a.noise) in (1, len(a.budgets)), "--noise", "one number, or one for each of --budgets", a.noise,
          "correct it")
     if a.against:
-        rows = [row for table in a.tables for row in plan.planned_rows(table)]
-        for C, width, word, seeds, percent in against(rows, plan.planned_rows(a.against)):
+        rows = [row for table in a.tables for row in plan.planned_rows(table, "width")]
+        for C, width, word, seeds, percent in against(rows, plan.planned_rows(a.against, "width")):
             print(f"{C:.3g}, width {width}, {word}: {percent:+.2f} %, {seeds} seeds")
         return 0
     for table in a.tables:
-        groups = seed_spread(plan.planned_rows(table))
+        groups = seed_spread(plan.planned_rows(table, "width"))
         print(f"{table}\n\n| C | width | runs | seeds | mean loss | deviation, % |\n|---|---|---|---|---|---|")
         for C, width, name, by_seed in groups:
             losses = [*by_seed.values()]

@@ -195,19 +195,20 @@ def write_table(path, columns, rows):
     os.replace(partial, path)
 
 
-def rows_by_name(path):
-    """(columns, {name: row}) of a table with names in the column config, which need not exist yet."""
-    columns, rows = scaling.read_table(path, "config") if Path(path).is_file() else ([], [])
+def rows_by_name(path, *wanted):
+    """(columns, {name: row}) of a table with names in the column config. Unless other columns are wanted, it
+    need not exist yet."""
+    there = wanted or Path(path).is_file()
+    columns, rows = scaling.read_table(path, "config", *wanted) if there else ([], [])
     table = {row["config"]: row for row in rows}
     need(len(table) == len(rows), path, "each name in the column config once",
          f"{len(table)} names in {len(rows)} rows", "rename the others")
     return columns, table
 
 
-def planned_rows(path):
-    """The rows of a ladder's table, each name once."""
-    scaling.read_table(path, "config", "base", "overrides", "planned_flops", "width", "loss")
-    return [*rows_by_name(path)[1].values()]
+def planned_rows(path, *more):
+    """The rows of a ladder's table, each name once. more: other columns that are needed."""
+    return [*rows_by_name(path, "base", "overrides", "planned_flops", "loss", *more)[1].values()]
 
 
 def put_rows(path, *rows):

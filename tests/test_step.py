@@ -1,5 +1,6 @@
 """Rates and schedule, optimizers, the step on one and eight devices, evaluation and sampling."""
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -81,6 +82,13 @@ def test_a_rate_in_the_config_replaces_the_heuristic_s(rates_of):
     plain, set_ = rates_of(64, 20, 8, 32), rates_of(64, 20, 8, 32, adam_lr=0.5, beta2=0.9)
     assert (set_.adam_lr, set_.beta2) == (0.5, 0.9)
     assert (set_.matrix_lr, set_.eps) == (plain.matrix_lr, plain.eps)
+
+
+def test_matrices_under_adamw_take_adam_s_rate_unless_they_have_their_own(rates_of):
+    rates = functools.partial(rates_of, 64, 2000, 8, 32, optimizer="adamw", lr_scale=2.0)
+    assert rates().matrix_lr == rates().adam_lr == rates(optimizer="adamh").adam_lr
+    assert rates(adam_lr=0.5).matrix_lr == 0.5
+    assert rates(adam_lr=0.5, matrix_lr=0.25)[:2] == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("keys, at, want", [

@@ -365,14 +365,12 @@ def make_mesh(c, t, devices=None):
 # --------------------------------------------------------------------------------------- optimizer
 
 def rates(c, t):
-    """The peak rates, beta2 and eps: scaling.heuristic's, with whatever the config sets instead.
-    Under "adamw", which no sphere makes relative, matrices have Adam's rate unless it is set."""
+    """The peak rates, beta2 and eps: scaling.heuristic's, with whatever the config sets instead."""
     batch_tokens = t.batch_size * c.seq_len
     fit = scaling.heuristic(t.recipe, t.steps * batch_tokens, batch_tokens, c.hidden_dim)
     adam_lr = t.adam_lr or t.lr_scale * t.adam_lr_scale * fit.adam_lr
     matrix_lr = adam_lr if t.optimizer == "adamw" else t.lr_scale * fit.matrix_lr
-    fit = fit._replace(adam_lr=adam_lr, matrix_lr=matrix_lr)
-    return scaling.Rates(*(getattr(t, name) or value for name, value in fit._asdict().items()))
+    return scaling.Rates(adam_lr, t.matrix_lr or matrix_lr, t.beta2 or fit.beta2, t.eps or fit.eps)
 
 
 def lr_multiplier(t, step):
@@ -476,11 +474,9 @@ def make_optimizer(c, t, mesh=None):
         return hyperball(direction, lambda step: r.matrix_lr * lr_multiplier(t, step))
     adam = optax.scale_by_adam(t.beta1, r.beta2, r.eps)
     muon = optax.chain(optax.trace(t.momentum, nesterov=True), optax.stateless(orthogonal))
-    def down(rate):
-        return optax.scale_by_learning_rate(lambda step: rate * lr_multiplier(t, step))
-    decay = optax.add_decayed_weights(t.weight_decay)
-    rules = {"adam": optax.chain(adam, down(r.adam_lr)),
-             "adamw": optax.chain(adam, decay, down(r.matrix_lr)),
+    lr = lambda peak: optax.scale_by_learning_rate(lambda step: peak * lr_multiplier(t, step))
+    rules = {"adam": optax.chain(adam, lr(r.adam_lr)),
+             "adamw": optax.chain(adam, optax.add_decayed_weights(t.weight_decay), lr(r.matrix_lr)),
              "adamh": ball(adam), "adamh_expert": ball(adam), "muonh": ball(muon)}
     clip = optax.clip_by_global_norm(t.clip) if t.clip else optax.identity()
     labels = model.map_params(lambda _, w: GROUPS[t.optimizer][w.group], c)

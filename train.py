@@ -988,6 +988,7 @@ def train(c, t, fresh=False):
     with (contextlib.ExitStack() as stack, contextlib.closing(Checkpoints(t)) as checkpoints,
           process.watchdog(60 * t.stuck_minutes, lambda: stuck(run, t)) as heartbeat):
         rundir.everywhere(lambda: rundir.enter(c, t, mixture, checkpoints, stack, fresh))
+        rundir.everywhere(lambda: rundir.shared(checkpoints))
         rundir.check_memory(c, t, mesh)
         keep_line.file = run / "log.txt"
         state = checkpoints.restore(c, t, mesh)

@@ -118,6 +118,19 @@ def agree(facts):
                     f"{theirs.get(key)!r}; start the same code on the same data, with one command")
 
 
+def shared(checkpoints, seconds=60):
+    """ConfigError unless all processes of a run see the lock that process 0 has just written there. Each writes
+    its part of a checkpoint: on disks of their own the first save would wait for ever for the others' parts."""
+    path, end = lock_file(checkpoints.folder), time.monotonic() + seconds
+    owner = train.gather(LOCKS.get(path))[0]
+    while checkpoints.reach(lambda: lock_owner(path)) != owner:     # a network's disk may show a new file late
+        if time.monotonic() > end:
+            train.refuse("checkpoint_dir", "one folder for all processes, on a network's disk or gs://",
+                         f"{checkpoints.folder} on {os.uname().nodename}, without the lock of {owner}",
+                         "choose a folder that all hosts see")
+        time.sleep(1)
+
+
 # ---------------------------------------------------------------------------------- what a run is
 
 IMMUTABLE = ("optimizer", "batch_size", "seed")     # of the training

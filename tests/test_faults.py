@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -610,6 +611,21 @@ def test_processes_of_one_run_that_disagree_are_refused(monkeypatch):
         rundir.agree({"seed": 0, "data_dir": "x"})
     monkeypatch.setattr(train, "gather", lambda facts: [facts, facts])
     rundir.agree({"seed": 0})
+
+
+def test_processes_with_checkpoints_on_disks_of_their_own_are_refused(run_config, tmp_path, monkeypatch):
+    """tests/test_processes.py has the run, which once hung at its first save."""
+    here, there = (train.Checkpoints(train.load_config(run_config, [f"--run_dir={tmp_path / name}"])[1])
+                   for name in "ab")
+    with rundir.folder_lock(here.folder):
+        rundir.shared(here, seconds=0)
+        (owner,) = train.gather(rundir.LOCKS[here.folder / "lock"])
+        monkeypatch.setattr(train, "gather", lambda value: [owner, value])
+        with pytest.raises(train.ConfigError, match=f"one folder for all processes.*{tmp_path}/b/.*{owner}; choose"):
+            rundir.shared(there, seconds=0)
+        there.folder.mkdir(parents=True)
+        threading.Timer(0.5, lambda: (there.folder / "lock").write_text(owner)).start()
+        rundir.shared(there, seconds=30)
 
 
 def test_what_counts_has_been_synced(run_config, tmp_path, monkeypatch):

@@ -150,3 +150,17 @@ def test_what_one_process_lacks_stops_all(run_config, tmp_path):
     cluster = Cluster(run_config, tmp_path / "run", 2, keys=keys, folders=texts)
     assert cluster.ends() == [2, 2], cluster.said()
     assert all("text.txt" in log.read_text() and "process 1" in log.read_text() for log in cluster.log), cluster.said()
+
+
+def test_checkpoints_on_a_disk_of_its_own_stop_all(run_config, tmp_path, record_property):
+    """One path, two folders. The run waited for ever at its first save."""
+    record_property("injected", "checkpoints that processes do not share")
+    hosts = [tmp_path / "here", tmp_path / "there"]
+    for folder in hosts:
+        folder.mkdir()
+    keys = ["--devices=2", "--checkpoint_dir=/proc/self/cwd/checkpoints"]
+    cluster = Cluster(run_config, tmp_path / "run", 2, keys=keys, folders=hosts)
+    assert cluster.ends() == [2, 2], cluster.said()
+    assert all("one folder for all processes" in log.read_text() for log in cluster.log), cluster.said()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    record_property("stopped", "checkpoints that processes do not share")

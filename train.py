@@ -99,7 +99,7 @@ class TrainConfig:
     keep_optimizer: bool = False        # go on with its moments and its step too: a branch
     optimizer: Literal["adamh", "muonh", "adamw"] = "adamh"     # "adamw": a baseline, no sphere
     adam_lr: float = 0.0                # peak rate of embedding, router, gates and gains
-    matrix_lr: float = 0.0               # peak rate of matrices: relative step on the sphere
+    matrix_lr: float = 0.0              # of matrices: relative step on the sphere; "adamw": adam_lr
     lr_scale: float = 1.0             # multiplies both rates of the heuristic
     adam_lr_scale: float = 1.0             # multiplies adam_lr of the heuristic once more
     weight_decay: float = 0.1           # of "adamw", times the rate [cited: nanoGPT]
